@@ -1,0 +1,127 @@
+"""A gradient-based learner from its parts: an adaptation, a meta-objective, and a rule for the posterior around phi_k."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.gradient import (
+    Adaptation,
+    Descent,
+    count,
+    descend,
+    inner_rates,
+    mean_nll,
+    support_loss,
+    trajectory,
+)
+from metaprior.inference.posteriors import Implied, PosteriorRule
+from metaprior.likelihoods import Categorical, Gaussian, Likelihood
+from metaprior.types import Batch, Learner, Task, examples
+
+Loss = Callable[[PyTree, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
+
+
+class Adapted(NamedTuple):
+    """The posterior over phi and, where queries are judged one at a time, the support inputs beside them."""
+
+    posterior: PyTree
+    context: PyTree
+
+
+def gradient_learner(
+    adaptation: Adaptation,
+    likelihood: Likelihood,
+    loss: Loss,
+    *,
+    steps: int,
+    posterior: PosteriorRule,
+    transductive: bool = True,
+    implied_precision: Callable[[PyTree, Batch], Scalar] | None = None,
+) -> Learner:
+    """The four functions (and the path) of a learner that infers phi by `steps` optimiser steps.
+
+    transductive=False predicts each query example in a batch of its own beside the support set, so that batch norm
+    never sees two queries together (Nichol et al. 2018, sec. 6.1). implied_precision is the precision of an explicit
+    prior N(theta, 1/precision) that the inner loop optimises, in units of the summed nll (iMAML).
+    """
+    if steps < 0:
+        raise ValueError(f"steps: came {steps}, needs at least 0")
+
+    def outputs(params: PyTree, context: PyTree) -> Callable:
+        def jointly(phi: PyTree, x: PyTree, tap: Any = None) -> Array:
+            return adaptation.outputs(params, phi, x) if tap is None else adaptation.outputs(params, phi, x, tap)
+
+        def singly(phi: PyTree, x: PyTree, tap: Any = None) -> Array:
+            def one(xi: PyTree) -> Array:
+                beside = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), context, xi)
+                return jointly(phi, beside, tap)[-1]
+
+            return jax.lax.map(one, x)
+
+        return jointly if context is None else singly
+
+    def implied(params: PyTree, support: Batch, at: Descent, k: int | Array) -> Implied:
+        if implied_precision is not None:
+            precision = implied_precision(params, support)
+            return Implied(jax.tree.map(lambda leaf: jnp.full_like(leaf, precision**-0.5), at.phi), k, precision)
+        rates = inner_rates(support_loss(adaptation, likelihood, params, support), at, adaptation.optimizer(params))
+        # The inner loss is a mean: rate a on it is rate a/N on the sum, which is what a likelihood is.
+        return Implied(jax.tree.map(lambda r: jnp.sqrt(jnp.maximum(r, 0) / count(support)), rates), k, None)
+
+    def infer(params: PyTree, support: Batch, at: Descent, k: int | Array) -> Adapted:
+        around = posterior.infer(
+            outputs(params, None), likelihood, at.phi, support, implied(params, support, at, k)
+        )
+        return Adapted(around, None if transductive else support.x)
+
+    def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Adapted:
+        fit = support_loss(adaptation, likelihood, params, support)
+        at = descend(fit, adaptation.start(params), adaptation.optimizer(params), steps)
+        return infer(params, support, at, steps)
+
+    def path(params: PyTree, support: Batch, key: PRNGKeyArray) -> Adapted:
+        fit = support_loss(adaptation, likelihood, params, support)
+        course = trajectory(fit, adaptation.start(params), adaptation.optimizer(params), steps)
+        return jax.vmap(lambda at, k: infer(params, support, at, k))(course, jnp.arange(steps + 1))
+
+    def predict(params: PyTree, adapted: Adapted, x: PyTree, key: PRNGKeyArray) -> Any:
+        return posterior.predict(outputs(params, adapted.context), likelihood, adapted.posterior, x, key)
+
+    return Learner(adaptation.init, adapt, predict, loss, path)
+
+
+def query_loss(
+    adaptation: Adaptation, likelihood: Likelihood, steps: int, *, first_order: bool = False, remat: bool = False
+) -> Loss:
+    """The query's mean nll after k inner steps on the support (Finn et al. 2017, Algorithm 2)."""
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        fit = support_loss(adaptation, likelihood, params, task.support)
+        at = descend(
+            fit,
+            adaptation.start(params),
+            adaptation.optimizer(params),
+            steps,
+            first_order=first_order,
+            remat=remat,
+        )
+        outputs = adaptation.outputs(params, at.phi, task.query.x)
+        return mean_nll(likelihood, outputs, task.query), fit_metrics(likelihood, outputs, task.query)
+
+    return loss
+
+
+def fit_metrics(likelihood: Likelihood, outputs: Array, batch: Batch) -> dict[str, Scalar]:
+    """What a training curve shows besides the loss: the mean nll and the accuracy or mean squared error."""
+    w = jnp.ones(examples(batch)) if batch.weight is None else batch.weight
+    metrics = {"nll": mean_nll(likelihood, outputs, batch)}
+    if isinstance(likelihood, Categorical):
+        hit = (outputs.argmax(-1) == batch.y).astype(w.dtype)
+        metrics["accuracy"] = (w * hit).sum() / jnp.maximum(w.sum(), 1)
+    elif isinstance(likelihood, Gaussian):
+        error = ((likelihood.predictive(outputs[None]).mean() - batch.y) ** 2).mean(-1)
+        metrics["mse"] = (w * error).sum() / jnp.maximum(w.sum(), 1)
+    return metrics

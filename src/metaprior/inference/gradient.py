@@ -1,0 +1,180 @@
+"""phi by gradient steps from theta: the inner loop that every gradient-based learner shares.
+
+An `Adaptation` says what a task's parameters are, how they make outputs, and which optimiser fits them. `descend` runs
+the steps. Where the meta-gradient flows is the caller's choice: through all of it (MAML), stopped at each inner
+gradient (first order), or around it (iMAML, Reptile).
+"""
+
+from collections.abc import Callable
+from math import isqrt
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.likelihoods import Likelihood
+from metaprior.types import Batch, Model, Task, examples
+
+UNROLLED = 5  # inner steps up to this many are unrolled: XLA then fuses across them; more are a loop
+
+
+class Adaptation(NamedTuple):
+    """What is adapted, and by which optimiser.
+
+    init:      (key, task) -> params              theta and whatever else is meta-learned
+    start:     (params) -> phi                    the task parameters before the first step
+    outputs:   (params, phi, x, tap=None) -> [n, c]
+    optimizer: (params) -> optax transformation   its learned rates, if any, are read from params
+    penalty:   (params, phi) -> scalar            added to the mean support nll, e.g. a proximal term
+    """
+
+    init: Callable[[PRNGKeyArray, Task], PyTree]
+    start: Callable[[PyTree], PyTree]
+    outputs: Callable[..., Array]
+    optimizer: Callable[[PyTree], optax.GradientTransformation]
+    penalty: Callable[[PyTree, PyTree], Scalar] | None = None
+
+
+def adapt_all(model: Model, optimizer: optax.GradientTransformation) -> Adaptation:
+    """Every parameter of the model is adapted, from a meta-learned initialisation, by a fixed optimiser."""
+
+    def outputs(params: PyTree, phi: PyTree, x: PyTree, tap: Any = None) -> Array:
+        return model.apply(phi, x) if tap is None else model.apply(phi, x, tap)
+
+    return Adaptation(
+        init=lambda key, task: model.init(key, task.support.x),
+        start=lambda params: params,
+        outputs=outputs,
+        optimizer=lambda params: optimizer,
+    )
+
+
+def count(batch: Batch) -> Scalar | int:
+    """The number of examples, padding left out; at least 1, so that it can be divided by."""
+    return max(examples(batch), 1) if batch.weight is None else jnp.maximum(batch.weight.sum(), 1)
+
+
+def mean_nll(likelihood: Likelihood, outputs: Array, batch: Batch) -> Scalar:
+    """The weighted mean of the examples' nll; 0 for an empty batch, so that nothing is learned from nothing."""
+    nll = likelihood.nll(outputs, batch.y)
+    return (nll if batch.weight is None else batch.weight * nll).sum() / count(batch)
+
+
+def support_loss(adaptation: Adaptation, likelihood: Likelihood, params: PyTree, support: Batch) -> Callable:
+    """phi -> mean nll of the support set (plus the penalty, if any): what the inner loop descends."""
+
+    def loss(phi: PyTree) -> Scalar:
+        fit = mean_nll(likelihood, adaptation.outputs(params, phi, support.x), support)
+        return fit if adaptation.penalty is None else fit + adaptation.penalty(params, phi)
+
+    return loss
+
+
+def half_square(a: PyTree, b: PyTree) -> Scalar:
+    """1/2 |a - b|^2 over all leaves."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return jnp.asarray(0.5 * sum(((u - v) ** 2).sum() for u, v in pairs))
+
+
+class Descent(NamedTuple):
+    """Where an inner loop stands: phi and its optimiser's state."""
+
+    phi: PyTree
+    state: PyTree
+
+
+def descend(
+    loss: Callable[..., Scalar],
+    phi: PyTree,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    *,
+    first_order: bool = False,
+    remat: bool = False,
+    data: PyTree = None,
+) -> Descent:
+    """k optimiser steps on loss(phi), or on loss(phi, data[t]) where data has one leading entry a step.
+
+    first_order stops the gradient at each inner gradient (Finn et al. 2017, sec. 5.2). remat keeps only every
+    sqrt(k)-th phi for the backward pass and recomputes the rest: memory grows with sqrt(k), time by about a third.
+    """
+    grad = jax.grad(loss)
+
+    def step(at: Descent, batch: PyTree) -> Descent:
+        g = grad(at.phi) if data is None else grad(at.phi, batch)
+        if first_order:
+            g = jax.lax.stop_gradient(g)
+        update, state = optimizer.update(g, at.state, at.phi)
+        return Descent(jax.tree.map(jnp.add, at.phi, update), state)
+
+    start = Descent(phi, optimizer.init(phi))
+    if remat and steps > 1 and not first_order:
+        return _rematerialised(step, start, steps, data)
+    if steps <= UNROLLED:
+        for t in range(steps):
+            start = step(start, jax.tree.map(lambda leaf, t=t: leaf[t], data))
+        return start
+    return jax.lax.scan(lambda at, batch: (step(at, batch), None), start, data, length=steps)[0]
+
+
+def _rematerialised(step: Callable, start: Descent, steps: int, data: PyTree) -> Descent:
+    """Segments of about sqrt(k) steps, each recomputed in the backward pass, as is each step within."""
+    length = isqrt(steps - 1) + 1
+    segments, rest = divmod(steps, length)
+
+    def run(at: Descent, batches: PyTree, count: int) -> Descent:
+        inner = jax.checkpoint(step)
+        return jax.lax.scan(lambda a, b: (inner(a, b), None), at, batches, length=count)[0]
+
+    split = segments * length
+    whole = jax.tree.map(lambda leaf: leaf[:split].reshape(segments, length, *leaf.shape[1:]), data)
+    segment = jax.checkpoint(lambda at, batches: run(at, batches, length))
+    at = jax.lax.scan(lambda a, b: (segment(a, b), None), start, whole, length=segments)[0]
+    return run(at, jax.tree.map(lambda leaf: leaf[split:], data), rest) if rest else at
+
+
+def trajectory(
+    loss: Callable[[PyTree], Scalar], phi: PyTree, optimizer: optax.GradientTransformation, steps: int
+) -> Descent:
+    """The descents after 0, 1, ..., k steps, stacked along a new leading axis."""
+
+    def step(at: Descent, _: None) -> tuple[Descent, Descent]:
+        update, state = optimizer.update(jax.grad(loss)(at.phi), at.state, at.phi)
+        after = Descent(jax.tree.map(jnp.add, at.phi, update), state)
+        return after, after
+
+    start = Descent(phi, optimizer.init(phi))
+    later = jax.lax.scan(step, start, length=steps)[1]
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, later)
+
+
+def inner_rates(
+    loss: Callable[[PyTree], Scalar], at: Descent, optimizer: optax.GradientTransformation, probes: int = 1
+) -> PyTree:
+    """The rate at which each parameter follows its gradient: the diagonal of -d update / d gradient.
+
+    Exact for every optimiser that treats parameters one by one (SGD, learned rates, Adam); otherwise Hutchinson's
+    estimate z * (B z) over random signs z.
+    """
+    g = jax.grad(loss)(at.phi)
+    leaves, treedef = jax.tree.flatten(g)
+
+    def probe(key: PRNGKeyArray) -> PyTree:
+        keys = jax.random.split(key, len(leaves))
+        signs = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+        z = jax.tree.unflatten(treedef, signs)
+        response = jax.jvp(lambda v: optimizer.update(v, at.state, at.phi)[0], (g,), (z,))[1]
+        return jax.tree.map(lambda a, b: -a * b, z, response)
+
+    estimates = [probe(key) for key in jax.random.split(jax.random.key(0), probes)]
+    return jax.tree.map(lambda *e: sum(e) / probes, *estimates)
+
+
+def make_optimizer(name: str, rate: float, **options: Any) -> optax.GradientTransformation:
+    """An optax optimiser by name, e.g. make_optimizer("adam", 1e-3, b1=0.0)."""
+    factory = getattr(optax, name, None)
+    if factory is None or name.startswith("_"):
+        raise ValueError(f"optimizer: came {name!r}, needs the name of an optax optimiser, e.g. 'sgd' or 'adam'")
+    return factory(rate, **options)

@@ -1,0 +1,117 @@
+"""ANIL and NIL (Raghu, Raghu, Bengio & Vinyals 2020): almost no inner loop, and none.
+
+ANIL is MAML whose inner loop moves the head alone, in training and at test; the outer gradient reaches all parameters.
+NIL trains like ANIL, then drops the head: a query is labelled by cosine similarity to the support's features.
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from metaprior.inference.assemble import gradient_learner, query_loss
+from metaprior.inference.gradient import Adaptation, make_optimizer
+from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.likelihoods import Categories, Likelihood
+from metaprior.named import passes_options_to
+from metaprior.types import Batch, Learner, Model, Task
+
+
+def _is_head(params: PyTree, head: str) -> PyTree:
+    """A mask over params: True where `head` is a component of the leaf's path."""
+
+    def names(path: tuple) -> list[str]:
+        return [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: head in names(path), params)
+    if not any(jax.tree.leaves(mask)):
+        seen = sorted({name for path, _ in jax.tree_util.tree_leaves_with_path(params) for name in names(path)})
+        raise ValueError(f"head: came {head!r}, needs a layer of the model; its parameters are named {', '.join(seen)}")
+    return mask
+
+
+def anil(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    head: str = "head",
+    steps: int = 1,
+    rate: float = 0.01,
+    optimizer: str = "sgd",
+    test_steps: int | None = None,
+    first_order: bool = False,
+    transductive: bool = True,
+    posterior: PosteriorRule = point(),
+) -> Learner:
+    """Meta-learn an initialisation whose layer named `head` alone is adapted; options as in `maml`."""
+
+    def start(params: PyTree) -> PyTree:
+        return eqx.filter(params, _is_head(params, head))
+
+    def outputs(params: PyTree, phi: PyTree, x: PyTree, tap: Any = None) -> Array:
+        merged = eqx.combine(phi, params)
+        return model.apply(merged, x) if tap is None else model.apply(merged, x, tap)
+
+    def init(key: PRNGKeyArray, task: Task) -> PyTree:
+        params = model.init(key, task.support.x)
+        _is_head(params, head)
+        return params
+
+    inner = make_optimizer(optimizer, rate)
+    adaptation = Adaptation(init, start, outputs, lambda params: inner)
+    return gradient_learner(
+        adaptation,
+        likelihood,
+        query_loss(adaptation, likelihood, steps, first_order=first_order),
+        steps=steps if test_steps is None else test_steps,
+        posterior=posterior,
+        transductive=transductive,
+    )
+
+
+class Memory(NamedTuple):
+    """NIL's posterior: the support's unit features, labels and weights."""
+
+    features: Float[Array, "n d"]
+    labels: Int[Array, " n"]
+    weight: Float[Array, " n"]
+    way: Float[Array, " way"]  # its length is the number of classes
+
+
+@passes_options_to(anil)
+def nil(
+    model: Model, likelihood: Likelihood, *, temperature: float = 10.0, softmax: bool = False, **options: Any
+) -> Learner:
+    """ANIL in training; at test, class scores are sums of cosine similarities to the class's support examples.
+
+    softmax=True turns similarities into attention weights first. `temperature` multiplies the cosines (accuracy does
+    not depend on it without softmax, calibration does). Classification only; the model needs `features`.
+    """
+    trained = anil(model, likelihood, **options)
+    embed = model.features
+    if embed is None:
+        raise ValueError("model: NIL compares features, but this model has none; give Model(init, apply, features)")
+
+    def unit(params: PyTree, x: PyTree) -> Float[Array, "n d"]:
+        f = embed(params, x)
+        f = f.reshape(f.shape[0], -1)
+        return f / (jnp.linalg.norm(f, axis=-1, keepdims=True) + 1e-8)
+
+    def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Memory:
+        way = jax.eval_shape(model.apply, params, support.x).shape[-1]
+        features = unit(params, support.x)
+        weight = jnp.ones(features.shape[0]) if support.weight is None else support.weight
+        return Memory(features, support.y, weight, jnp.zeros(way))
+
+    def predict(params: PyTree, memory: Memory, x: PyTree, key: PRNGKeyArray) -> Categories:
+        cosine = temperature * unit(params, x) @ memory.features.T
+        hot = jax.nn.one_hot(memory.labels, memory.way.shape[0]) * memory.weight[:, None]
+        if softmax:
+            attention = jax.nn.softmax(jnp.where(memory.weight > 0, cosine, -jnp.inf))
+            return Categories(jnp.log(attention @ hot + 1e-12)[None])
+        shots = jnp.maximum(hot.sum(0), 1)
+        return Categories(jax.nn.log_softmax(cosine @ hot / shots)[None])
+
+    return Learner(trained.init, adapt, predict, trained.loss)

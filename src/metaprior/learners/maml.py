@@ -1,0 +1,54 @@
+"""MAML and first-order MAML (Finn, Abbeel & Levine 2017): an initialisation from which a few gradient steps suffice.
+
+Algorithm 2 of the paper, line by line: for each task, phi = theta - a grad L_S(theta), k times (lines 5-7, `descend`);
+the meta-loss is the query loss at phi (line 10, `query_loss`); its gradient flows through the inner steps.
+First-order MAML (sec. 5.2) stops it at each inner gradient.
+"""
+
+from typing import Any
+
+import optax
+
+from metaprior.inference.assemble import gradient_learner, query_loss
+from metaprior.inference.gradient import adapt_all, make_optimizer
+from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.likelihoods import Likelihood
+from metaprior.named import passes_options_to
+from metaprior.types import Learner, Model
+
+
+def maml(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    steps: int = 1,
+    rate: float = 0.01,
+    optimizer: str | optax.GradientTransformation = "sgd",
+    test_steps: int | None = None,
+    first_order: bool = False,
+    remat: bool = False,
+    transductive: bool = True,
+    posterior: PosteriorRule = point(),
+) -> Learner:
+    """Meta-learn an initialisation theta; params are the model's own.
+
+    steps, rate: inner steps k in training and their rate a on the *mean* support nll. test_steps: k when adapting to a
+    new task (default: steps). optimizer: the inner optimiser, an optax name or transformation. remat: backward memory
+    grows with sqrt(k). posterior: what is put around phi_k.
+    """
+    inner = make_optimizer(optimizer, rate) if isinstance(optimizer, str) else optimizer
+    adaptation = adapt_all(model, inner)
+    return gradient_learner(
+        adaptation,
+        likelihood,
+        query_loss(adaptation, likelihood, steps, first_order=first_order, remat=remat),
+        steps=steps if test_steps is None else test_steps,
+        posterior=posterior,
+        transductive=transductive,
+    )
+
+
+@passes_options_to(maml)
+def fomaml(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
+    """First-order MAML: `maml` with the gradient stopped at each inner gradient; same options."""
+    return maml(model, likelihood, **(options | {"first_order": True}))

@@ -1,0 +1,122 @@
+"""MAML with a learned inner step: how far each parameter moves is meta-learned beside where it starts.
+
+* Meta-SGD (Li, Zhou, Chen & Li 2017): phi = theta - a * grad L_S(theta), one rate a parameter, free in sign.
+* Per-layer per-step rates (Antoniou, Edwards & Storkey 2019, "LSLR"): one rate a tensor and an inner step.
+* Preconditioned (Grant et al. 2018, sec. 3.2 eq. 8): phi = theta - B grad L_S, B = diag(exp d) + U U' positive definite;
+  B is the prior covariance that the inner loop implies, up to the curvature of the data.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from metaprior.inference.assemble import gradient_learner, query_loss
+from metaprior.inference.gradient import Adaptation
+from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.likelihoods import Likelihood
+from metaprior.named import passes_options_to
+from metaprior.types import Learner, Model, Task
+
+
+class Stepped(NamedTuple):
+    """theta: the initialisation. rule: what the inner step has learned."""
+
+    theta: PyTree
+    rule: PyTree
+
+
+def _learner(
+    model: Model,
+    likelihood: Likelihood,
+    init_rule: Callable[[PRNGKeyArray, PyTree], PyTree],
+    update: Callable[[PyTree, Array, PyTree], PyTree],
+    *,
+    steps: int = 1,
+    test_steps: int | None = None,
+    first_order: bool = False,
+    remat: bool = False,
+    transductive: bool = True,
+    posterior: PosteriorRule = point(),
+) -> Learner:
+    """MAML whose t-th inner update is update(rule, t, gradient)."""
+
+    def init(key: PRNGKeyArray, task: Task) -> Stepped:
+        here, there = jax.random.split(key)
+        theta = model.init(here, task.support.x)
+        return Stepped(theta, init_rule(there, theta))
+
+    def outputs(params: Stepped, phi: PyTree, x: PyTree, tap: Any = None) -> Array:
+        return model.apply(phi, x) if tap is None else model.apply(phi, x, tap)
+
+    def optimizer(params: Stepped) -> optax.GradientTransformation:
+        def step(gradient: PyTree, t: Array, phi: PyTree = None) -> tuple[PyTree, Array]:
+            return update(params.rule, t, gradient), t + 1
+
+        return optax.GradientTransformation(lambda phi: jnp.zeros((), int), step)
+
+    adaptation = Adaptation(init, lambda params: params.theta, outputs, optimizer)
+    return gradient_learner(
+        adaptation,
+        likelihood,
+        query_loss(adaptation, likelihood, steps, first_order=first_order, remat=remat),
+        steps=steps if test_steps is None else test_steps,
+        posterior=posterior,
+        transductive=transductive,
+    )
+
+
+@passes_options_to(_learner)
+def meta_sgd(model: Model, likelihood: Likelihood, *, rate: float = 0.01, **options: Any) -> Learner:
+    """One learned rate a parameter, from `rate`; other options as in `maml`. The paper takes one inner step."""
+    return _learner(
+        model,
+        likelihood,
+        lambda key, theta: jax.tree.map(lambda leaf: jnp.full_like(leaf, rate), theta),
+        lambda rates, t, g: jax.tree.map(lambda a, gi: -a * gi, rates, g),
+        **options,
+    )
+
+
+@passes_options_to(_learner)
+def lslr(model: Model, likelihood: Likelihood, *, rate: float = 0.01, steps: int = 5, **options: Any) -> Learner:
+    """One learned rate a tensor and inner step, from `rate`; steps past the trained ones repeat the last rates."""
+    return _learner(
+        model,
+        likelihood,
+        lambda key, theta: jax.tree.map(lambda leaf: jnp.full(max(steps, 1), rate, leaf.dtype), theta),
+        lambda rates, t, g: jax.tree.map(lambda a, gi: -a[jnp.minimum(t, a.shape[0] - 1)] * gi, rates, g),
+        steps=steps,
+        **options,
+    )
+
+
+class Preconditioner(NamedTuple):
+    """B = diag(exp log_diagonal) + factor factor'."""
+
+    log_diagonal: Float[Array, " p"]
+    factor: Float[Array, "p r"]
+
+
+@passes_options_to(_learner)
+def preconditioned(
+    model: Model, likelihood: Likelihood, *, rate: float = 0.01, rank: int = 0, **options: Any
+) -> Learner:
+    """A learned positive definite B, diagonal (rank=0) or diagonal plus rank r, from B = rate * I."""
+    if rank < 0:
+        raise ValueError(f"rank: came {rank}, needs at least 0 (0 is a diagonal B)")
+
+    def init_rule(key: PRNGKeyArray, theta: PyTree) -> Preconditioner:
+        flat = ravel_pytree(theta)[0]
+        factor = 0.1 * (rate / max(rank, 1)) ** 0.5 * jax.random.normal(key, (flat.size, rank), flat.dtype)
+        return Preconditioner(jnp.full_like(flat, jnp.log(rate)), factor)
+
+    def update(rule: Preconditioner, t: Array, gradient: PyTree) -> PyTree:
+        g, unravel = ravel_pytree(gradient)
+        return unravel(-jnp.exp(rule.log_diagonal) * g - rule.factor @ (rule.factor.T @ g))
+
+    return _learner(model, likelihood, init_rule, update, **options)

@@ -1,0 +1,73 @@
+"""Reptile (Nichol, Achiam & Schulman 2018): move theta towards where a few optimiser steps on a task end.
+
+Algorithm 1 (serial) and its batched version: phi = U^k(theta) by k inner steps on minibatches of the task's data, then
+theta <- theta + e (phi - theta). As a loss, 1/2 |theta - stop(phi)|^2 has the gradient theta - phi, so that an outer
+SGD of rate e, annealed linearly to 0, is the paper's update. The task's support and query are one training set here.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.assemble import fit_metrics, gradient_learner
+from metaprior.inference.gradient import adapt_all, descend, half_square, make_optimizer, mean_nll
+from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.likelihoods import Likelihood
+from metaprior.types import Batch, Learner, Model, Task, examples
+
+
+def minibatches(key: PRNGKeyArray, data: Batch, size: int, steps: int) -> Batch:
+    """[steps, size, ...]: minibatches that cycle through the shuffled data without replacement in each pass."""
+    n = examples(data)
+    passes = -(-steps * size // n)
+    order = jax.vmap(lambda k: jax.random.permutation(k, n))(jax.random.split(key, passes)).reshape(-1)
+    index = order[: steps * size].reshape(steps, size)
+    return jax.tree.map(lambda leaf: leaf[index], data)
+
+
+def reptile(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    steps: int = 5,
+    rate: float = 1e-3,
+    optimizer: str = "adam",
+    b1: float | None = 0.0,
+    minibatch: int | None = 10,
+    test_steps: int | None = 50,
+    transductive: bool = True,
+    posterior: PosteriorRule = point(),
+) -> Learner:
+    """Meta-learn an initialisation without a query set; params are the model's own.
+
+    steps, rate, optimizer: the inner optimiser, by default the paper's Adam with b1 = 0 (its state starts afresh in
+    each task; the authors' code carries it over). minibatch: examples an inner step sees (None: all). transductive:
+    False judges each query beside the support alone, as the paper's main table. The reported loss is
+    1/2 |theta - phi|^2; the metrics are of the task's data at phi.
+    """
+    options = {"b1": b1} if optimizer == "adam" and b1 is not None else {}
+    adaptation = adapt_all(model, make_optimizer(optimizer, rate, **options))
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        data = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support, task.query)
+
+        def fit(phi: PyTree, batch: Batch) -> Scalar:
+            return mean_nll(likelihood, adaptation.outputs(params, phi, batch.x), batch)
+
+        size = examples(data) if minibatch is None else min(minibatch, examples(data))
+        batches = minibatches(key, data, size, steps)
+        start = jax.lax.stop_gradient(params)
+        phi = descend(fit, start, adaptation.optimizer(params), steps, data=batches).phi
+        phi = jax.lax.stop_gradient(phi)
+        outputs: Array = adaptation.outputs(params, phi, data.x)
+        return half_square(params, phi), jax.lax.stop_gradient(fit_metrics(likelihood, outputs, data))
+
+    return gradient_learner(
+        adaptation,
+        likelihood,
+        loss,
+        steps=steps if test_steps is None else test_steps,
+        posterior=posterior,
+        transductive=transductive,
+    )
+

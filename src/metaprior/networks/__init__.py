@@ -1,0 +1,12 @@
+"""Networks, each a `Model` of pure functions, and adapters for those of Flax and Equinox."""
+
+from collections.abc import Callable
+
+from metaprior.networks.adapters import from_equinox, from_flax
+from metaprior.networks.conv4 import conv4
+from metaprior.networks.mlp import mlp
+from metaprior.types import Model
+
+NETWORKS: dict[str, Callable[..., Model]] = {"mlp": mlp, "conv4": conv4}
+
+__all__ = ["NETWORKS", "conv4", "from_equinox", "from_flax", "mlp"]

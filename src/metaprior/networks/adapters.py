@@ -1,0 +1,41 @@
+"""A `Model` from a Flax module or from an Equinox one; a plain pair of functions needs no adapter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from metaprior.types import Model
+
+
+def from_flax(module: Any) -> Model:
+    """A Flax (linen) module on a batch x; its whole variable dict is theta, so it may have parameters only."""
+
+    def init(key: PRNGKeyArray, x: PyTree) -> PyTree:
+        variables = module.init(key, x)
+        extra = sorted(set(variables) - {"params"})
+        if extra:
+            raise ValueError(
+                f"module: has the collections {', '.join(extra)} beside params; a task's parameters are all that is "
+                "adapted, so use layers without running state, e.g. BatchNorm(use_running_average=False) replaced by "
+                "GroupNorm, or metaprior.networks.layers.batch_norm"
+            )
+        return variables
+
+    return Model(init, module.apply)
+
+
+def from_equinox(build: Callable[[PRNGKeyArray], Any]) -> Model:
+    """An Equinox module on *one* example, from build(key) -> module; it is vmapped over the batch."""
+    skeleton = eqx.partition(build(jax.random.key(0)), eqx.is_inexact_array)[1]
+
+    def init(key: PRNGKeyArray, x: PyTree) -> PyTree:
+        return eqx.filter(build(key), eqx.is_inexact_array)
+
+    def apply(params: PyTree, x: PyTree) -> Array:
+        return jax.vmap(eqx.combine(params, skeleton))(x)
+
+    return Model(init, apply)
+

@@ -1,0 +1,78 @@
+"""Four convolution blocks: the embedding of nearly all few-shot image papers (Vinyals et al. 2016; Finn et al. 2017)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from metaprior.networks.conv import conv2d, max_pool
+from metaprior.networks.layers import Tap, batch_norm, dense, dense_init
+from metaprior.types import Model
+
+
+def conv4(
+    outputs: int = 5,
+    filters: int = 64,
+    blocks: int = 4,
+    downsample: str = "max_pool",
+    readout: str = "flatten",
+    gain: bool = False,
+    head: bool = True,
+) -> Model:
+    """`blocks` x [3x3 convolution, batch norm, ReLU, halving], then a linear head, on images [n, h, w, c].
+
+    downsample: "max_pool" (2x2) or "stride" (MAML's Omniglot network: stride 2, same padding). readout: "flatten", or
+    "mean" over space. gain: learn the norm's stretch besides its shift (MAML's code learns the shift alone).
+    head=False ends at the embedding. Batch norm uses the statistics of the batch at hand.
+    """
+    if downsample not in ("max_pool", "stride"):
+        raise ValueError(f"downsample: came {downsample!r}, needs 'max_pool' or 'stride'")
+    if readout not in ("flatten", "mean"):
+        raise ValueError(f"readout: came {readout!r}, needs 'flatten' or 'mean'")
+    names = [f"block{i + 1}" for i in range(blocks)]
+
+    def block(name: str, layer: dict[str, Array], x: Array, tap: Tap | None) -> Array:
+        s = conv2d(x, layer["w"], stride=2 if downsample == "stride" else 1)
+        if tap is not None:
+            s = tap(name, patches(x, 2 if downsample == "stride" else 1), s)
+        s = jax.nn.relu(batch_norm(s, layer["shift"], layer.get("gain")))
+        return max_pool(s) if downsample == "max_pool" else s
+
+    def features(params: dict, x: Array, tap: Tap | None = None) -> Float[Array, "n d"]:
+        if x.ndim != 4:
+            raise ValueError(f"x: came shape {x.shape}, needs images [n, height, width, channels]")
+        for name in names:
+            x = block(name, params[name], x, tap)
+        return x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
+
+    def apply(params: dict, x: Array, tap: Tap | None = None) -> Array:
+        f = features(params, x, tap)
+        return dense("head", params["head"], f, tap) if head else f
+
+    def init(key: PRNGKeyArray, x: Array) -> dict:
+        keys = jax.random.split(key, blocks + 1)
+        width, params = x.shape[-1], {}
+        for name, k in zip(names, keys[:-1], strict=True):
+            w = jax.nn.initializers.glorot_uniform()(k, (3, 3, width, filters))
+            params[name] = {"w": w, "shift": jnp.zeros(filters)} | ({"gain": jnp.ones(filters)} if gain else {})
+            width = filters
+        if head:
+            size = jax.eval_shape(features, params, x).shape[-1]
+            params["head"] = dense_init(keys[-1], size, outputs)
+        return params
+
+    return Model(init, apply, features)
+
+
+def patches(x: Float[Array, "n h w c"], stride: int) -> Float[Array, "n h2 w2 k"]:
+    """What each output of a 3x3 same-padded convolution sees, ordered as the weights [3, 3, c] are."""
+    n, h, w, c = x.shape
+    out = -(-h // stride), -(-w // stride)
+    total = [max((o - 1) * stride + 3 - size, 0) for o, size in zip(out, (h, w), strict=True)]
+    pad = [(t // 2, t - t // 2) for t in total]
+    x = jnp.pad(x, ((0, 0), *pad, (0, 0)))
+    slices = [
+        x[:, i : i + (out[0] - 1) * stride + 1 : stride, j : j + (out[1] - 1) * stride + 1 : stride]
+        for i in range(3)
+        for j in range(3)
+    ]
+    return jnp.concatenate(slices, axis=-1)

@@ -1,0 +1,58 @@
+"""Multilayer perceptrons: MAML's sinusoid network (1-40-40-1) and its non-convolutional Omniglot network."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from metaprior.networks.layers import Tap, batch_norm, dense, dense_init
+from metaprior.types import Model
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "gelu": jax.nn.gelu
+}  # fmt: skip
+
+
+def mlp(
+    outputs: int = 1,
+    hidden: Sequence[int] = (40, 40),
+    activation: str = "relu",
+    norm: bool = False,
+    init_scale: float | None = None,
+) -> Model:
+    """A fully connected network on [n, ...] inputs (flattened), with batch norm after each hidden layer if `norm`.
+
+    `init_scale` draws weights from a cut normal of that sd (MAML's code uses 0.01); None is Glorot's uniform.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: came {activation!r}, needs one of {', '.join(ACTIVATIONS)}")
+    act = ACTIVATIONS[activation]
+    names = [*(f"layer{i + 1}" for i in range(len(hidden))), "head"]
+
+    def init(key: PRNGKeyArray, x: Array) -> dict:
+        width = [x.reshape(x.shape[0], -1).shape[1], *hidden, outputs]
+        keys = jax.random.split(key, len(names))
+        params = {n: dense_init(k, i, o, init_scale) for n, k, (i, o) in zip(names, keys, pairwise(width), strict=True)}
+        if norm:
+            for name in names[:-1]:
+                # The norm's shift takes the place of the layer's bias, which normalising would cancel.
+                params[name]["shift"] = params[name].pop("b")
+        return params
+
+    def features(params: dict, x: Array, tap: Tap | None = None) -> Array:
+        x = x.reshape(x.shape[0], -1)
+        for name in names[:-1]:
+            layer = params[name]
+            if norm:
+                s = x @ layer["w"]
+                x = act(batch_norm(s if tap is None else tap(name, x, s), layer["shift"]))
+            else:
+                x = act(dense(name, layer, x, tap))
+        return x
+
+    def apply(params: dict, x: Array, tap: Tap | None = None) -> Array:
+        return dense("head", params["head"], features(params, x, tap), tap)
+
+    return Model(init, apply, features)

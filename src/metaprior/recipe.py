@@ -1,0 +1,186 @@
+"""A recipe: everything an experiment is made of, as data. One TOML file a published experiment, in `recipes/`.
+
+Tables: [tasks], [network], [likelihood] (a `name` and the factory's options), `learner` (the default one),
+[learners.NAME] (options of each learner in this experiment), [training], [training.NAME] (what a learner trains with
+otherwise), [evaluation], [published.NAME] (the paper's figures).
+"""
+
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metaprior.inference.posteriors import POSTERIORS
+from metaprior.learners.registry import LEARNERS, make_learner
+from metaprior.likelihoods import LIKELIHOODS, Likelihood
+from metaprior.named import construct, lookup, nearest, option_names
+from metaprior.networks import NETWORKS
+from metaprior.tasks import SOURCES
+from metaprior.training import Training
+from metaprior.types import Learner, Model, Splits
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a run is judged: test tasks, inner steps (None: the learner's own) and the seed of the test tasks."""
+
+    tasks: int = 600
+    steps: int | None = None
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment as data; `build` makes its parts."""
+
+    name: str
+    description: str = ""
+    learner: str = "maml"
+    tasks: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+    likelihood: dict[str, Any] = field(default_factory=dict)
+    learners: dict[str, dict[str, Any]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, Any] = field(default_factory=dict)
+
+
+class Experiment(NamedTuple):
+    """A recipe made real."""
+
+    learner: Learner
+    model: Model
+    likelihood: Likelihood
+    splits: Splits
+    training: Training
+    evaluation: Evaluation
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the library."""
+    return sorted(f.name.removesuffix(".toml") for f in files("metaprior.recipes").iterdir() if f.name.endswith(".toml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by its name, or from a TOML file by its path."""
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"recipe: there is no file {name}; give a path to a TOML file or one of the built-in names")
+        text, name = path.read_text(), path.stem
+    else:
+        lookup("recipe", name, dict.fromkeys(recipe_names()))
+        text = (files("metaprior.recipes") / f"{name}.toml").read_text()
+    return recipe_from_dict({"name": name} | tomllib.loads(text))
+
+
+def recipe_from_dict(table: dict[str, Any]) -> Recipe:
+    """A recipe from its tables; an unknown table is a ValueError."""
+    _check("recipe", table, [f.name for f in fields(Recipe)])
+    return Recipe(**table)
+
+
+def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe with another learner and with options set by dotted name, e.g. {"training.steps": 100}.
+
+    "learner.rate" is an option of whichever learner the recipe trains.
+    """
+    learner = learner or recipe.learner
+    lookup("learner", learner, LEARNERS)
+    tables = asdict(recipe) | {"learner": learner}
+    for name, value in (overrides or {}).items():
+        table, _, option = name.partition(".")
+        if table == "learner" and option:
+            tables["learners"].setdefault(learner, {})[option] = value
+        elif table in ("tasks", "network", "likelihood", "training", "evaluation") and option:
+            tables[table][option] = value
+        else:
+            known = ["learner", "tasks", "network", "likelihood", "training", "evaluation"]
+            raise ValueError(
+                f"--set {name}: needs TABLE.OPTION=VALUE with TABLE one of {', '.join(known)}{nearest(table, known)}"
+            )
+    return recipe_from_dict(tables)
+
+
+def training_of(recipe: Recipe) -> Training:
+    """The outer loop's settings: [training], and over it what [training.LEARNER] says."""
+    common = {k: v for k, v in recipe.training.items() if not isinstance(v, dict)}
+    table = common | recipe.training.get(recipe.learner, {})
+    _check("training", table, [f.name for f in fields(Training)])
+    return Training(**table)
+
+
+def evaluation_of(recipe: Recipe) -> Evaluation:
+    _check("evaluation", recipe.evaluation, [f.name for f in fields(Evaluation)])
+    return Evaluation(**recipe.evaluation)
+
+
+def build(
+    recipe: Recipe,
+    *,
+    posterior: str = "point",
+    steps: int | None = None,
+    splits: Splits | None = None,
+    **posterior_options: Any,
+) -> Experiment:
+    """The learner, model, likelihood and task sources of a recipe.
+
+    posterior: "point", "implicit" or "laplace", with its options. steps: inner steps when adapting to a new task.
+    splits: task sources to use in place of the recipe's.
+    """
+    likelihood = component("likelihood", recipe.likelihood, LIKELIHOODS)
+    network = dict(recipe.network)
+    if "way" in recipe.tasks and "outputs" in option_names(lookup("network", network["name"], NETWORKS)):
+        network.setdefault("outputs", recipe.tasks["way"])
+    model = component("network", network, NETWORKS)
+    learner = recipe_learner(recipe, model, likelihood, posterior=posterior, steps=steps, **posterior_options)
+    splits = component("tasks", recipe.tasks, SOURCES) if splits is None else splits
+    return Experiment(learner, model, likelihood, splits, training_of(recipe), evaluation_of(recipe))
+
+
+def recipe_learner(
+    recipe: Recipe,
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    posterior: str = "point",
+    steps: int | None = None,
+    **posterior_options: Any,
+) -> Learner:
+    """The recipe's learner over a given model and likelihood."""
+    options = dict(recipe.learners.get(recipe.learner, {}))
+    known = option_names(LEARNERS[recipe.learner])
+    if steps is not None:
+        if "test_steps" not in known:
+            raise ValueError(f"--steps: {recipe.learner} takes no inner steps, so there is no number of them to set")
+        options["test_steps"] = steps
+    if "posterior" in known:
+        options["posterior"] = construct("posterior", posterior, POSTERIORS, **posterior_options)
+    elif posterior != "point":
+        raise ValueError(f"--posterior {posterior}: {recipe.learner} infers no task parameters to put a posterior on")
+    return make_learner(recipe.learner, model, likelihood, **options)
+
+
+def component(kind: str, table: dict[str, Any], registry: dict[str, Any]) -> Any:
+    """registry[table["name"]] called with the table's other entries."""
+    if "name" not in table:
+        raise ValueError(f"[{kind}]: has no `name`; needs one of {', '.join(sorted(registry))}")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k != "name"}
+    return construct(kind, table["name"], registry, **options)
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain tables, to be written beside a run's results."""
+    return asdict(recipe)
+
+
+def short(recipe: Recipe, steps: int) -> Recipe:
+    """The same experiment with at most `steps` meta-steps."""
+    return replace(recipe, training=recipe.training | {"steps": steps})
+
+
+def _check(kind: str, table: dict[str, Any], known: list[str]) -> None:
+    for key in table:
+        if key not in known:
+            raise ValueError(f"[{kind}]: unknown entry {key!r}, needs one of {', '.join(known)}{nearest(key, known)}")
