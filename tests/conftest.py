@@ -1,0 +1,28 @@
+"""Shared by all tests: the compilation cache, so that compile time is paid once, and where the data lie."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+CACHE = Path(os.environ.get("METAPRIOR_TEST_CACHE", Path.home() / ".cache" / "metaprior-tests"))
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder that METAPRIOR_DATA names; tests that need it are skipped where it is absent."""
+    folder = os.environ.get("METAPRIOR_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("METAPRIOR_DATA names no folder: the tests on real data sets are skipped")
+    return Path(folder)
