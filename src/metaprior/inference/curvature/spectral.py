@@ -1,0 +1,101 @@
+"""A Gaussian around phi whose covariance is a function of the support's curvature: S s(S H S) S.
+
+S H S = V' V with few rows V, so s(S H S) = s(0) I + V' diag((s(l) - s(0)) / l) V: nothing P x P is formed, and as
+(s(l) - s(0)) / l stays finite at l = 0, no eigenvector is ever divided by a small eigenvalue.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.curvature.rows import against, combine, inner, normal_like, scaled
+
+# l [r] -> s(0), (s(l) - s(0)) / l [r]
+Spectrum = Callable[[Float[Array, " r"]], tuple[Scalar, Float[Array, " r"]]]
+
+
+def laplace_spectrum(values: Float[Array, " r"]) -> tuple[Scalar, Float[Array, " r"]]:
+    """s(l) = 1 / (1 + l): the posterior of the prior N(., S^2)."""
+    return jnp.ones((), values.dtype), -1 / (1 + values)
+
+
+def descent_spectrum(values: Float[Array, " r"], steps: int | Array) -> tuple[Scalar, Float[Array, " r"]]:
+    """s(l) = (1 - (1 - l)^k) / l, s(0) = k: the posterior that k gradient steps with preconditioner S^2 imply.
+
+    For a quadratic loss and 0 <= l < 1 those steps end at the mode of that posterior (Santos 1996; Grant et al. 2018,
+    sec. 3.2). Beyond l = 1 no prior explains them: there s = 1 / l, the likelihood alone.
+    """
+    k = jnp.asarray(steps, values.dtype)
+    tiny = k * values < 1e-3
+    at = jnp.where(tiny, 1e-3, values)
+    left = jnp.where(k > 0, jnp.exp(k * jnp.log1p(-jnp.minimum(at, 1 - jnp.finfo(at.dtype).eps))), 1)  # (1 - l)^k
+    s = jnp.where((at >= 1) & (k > 0), 1 / at, (1 - left) / at)
+    # s(l) = sum_j binom(k, j + 1) (-l)^j: four terms are exact to 1e-12 where the closed form would cancel.
+    terms = [-k * (k - 1) / 2]
+    for j in range(2, 5):
+        terms.append(-terms[-1] * (k - j) / (j + 1))
+    series = terms[0] + values * (terms[1] + values * (terms[2] + values * terms[3]))
+    return k, jnp.where(tiny, series, (s - k) / at)
+
+
+class SpectralGaussian(NamedTuple):
+    """N(mean, S s(S H S) S). `rows` has leaves [r, ...]: r P numbers, e.g. 25 times phi for 5-way 1-shot.
+
+    rows: the eigenvectors of S H S, each as long as the square root of its eigenvalue. drop: (s(l) - s(0)) / l, and
+    `flat`: s(0), the variance in units of S^2 of the directions that the support says nothing about.
+    """
+
+    mean: PyTree
+    scale: PyTree
+    rows: PyTree
+    values: Float[Array, " r"]
+    drop: Float[Array, " r"]
+    flat: Scalar
+
+    @property
+    def clipped(self) -> Scalar:
+        """The share of directions with l > 1, where gradient descent overshoots (see `descent_spectrum`).
+
+        Among those directions that the data say anything about: eigenvalues of float noise do not count.
+        """
+        floor = self.values.max(-1, keepdims=True) * 1e-6
+        return (self.values > 1).sum(-1) / jnp.maximum((self.values > floor).sum(-1), 1)
+
+    def push(self, noise: PyTree) -> PyTree:
+        """C^(1/2) noise = S s(S H S)^(1/2) noise, without the mean."""
+        flat = jnp.sqrt(self.flat)
+        spectral = jnp.sqrt(jnp.maximum(self.flat + self.values * self.drop, 0))
+        total = jnp.where(self.flat > 0, spectral + flat, 1)
+        move = combine(self.drop / total * against(self.rows, noise), self.rows)
+        return scaled(self.scale, jax.tree.map(lambda e, m: flat * e + m, noise, move))
+
+    def sample(self, key: PRNGKeyArray) -> PyTree:
+        """One draw of phi."""
+        return jax.tree.map(jnp.add, self.mean, self.push(normal_like(key, self.mean)))
+
+    def quadratic(self, row: PyTree) -> Scalar:
+        """row C row' for a row shaped as phi."""
+        white = scaled(self.scale, row)
+        return self.flat * inner(white, white) + (self.drop * against(self.rows, white) ** 2).sum()
+
+    def log_det(self) -> Scalar:
+        """log det of the covariance; -inf if a parameter's scale is 0 (it does not move)."""
+        leaves = jax.tree.leaves(self.scale)
+        prior = sum(2 * jnp.log(s).sum() for s in leaves) + sum(s.size for s in leaves) * jnp.log(self.flat)
+        return prior + jnp.log1p(self.values * self.drop / self.flat).sum()
+
+
+def around(
+    mean: PyTree,
+    scale: PyTree,
+    rows: PyTree,
+    values: Float[Array, " r"],
+    spectrum: Spectrum,
+    temperature: float | Array = 1.0,
+) -> SpectralGaussian:
+    """A SpectralGaussian from eigen-rows; `temperature` multiplies its covariance."""
+    flat, drop = spectrum(values)
+    return SpectralGaussian(mean, scale, rows, values, temperature * drop, temperature * flat)

@@ -1,0 +1,192 @@
+"""What is put around phi_k: a point, a Laplace Gaussian, or the Gaussian that the inner loop itself implies.
+
+A `PosteriorRule` is a pair of pure functions over one task's phi, any pytree (the head alone for ANIL):
+    infer(outputs, likelihood, phi, support, implied)      -> posterior, a pytree with `mean` and `sample(key)`
+    predict(outputs, likelihood, posterior, x, key)        -> Predictive
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.curvature import (
+    CURVATURES,
+    Curvature,
+    SpectralGaussian,
+    as_scale,
+    descent_spectrum,
+    dual,
+    laplace_spectrum,
+    output_variance,
+)
+from metaprior.likelihoods import Categorical, Gaussian, Likelihood
+from metaprior.types import Batch
+
+DRAWS_AT_ONCE = 8
+
+
+class Implied(NamedTuple):
+    """The prior that an inner loop implies, in units of the *summed* support nll.
+
+    scale: shaped as phi, the square root of each parameter's inner rate (rate a on a mean over N examples is a/N).
+    steps: k. precision: of an explicit prior N(theta, 1/precision) that the loop optimises instead (iMAML), or None.
+    """
+
+    scale: PyTree
+    steps: int | Array
+    precision: float | Array | None = None
+
+
+class PosteriorRule(NamedTuple):
+    """How a posterior around phi is inferred from the support, and how it predicts."""
+
+    infer: Callable[[Callable[..., Array], Likelihood, PyTree, Batch, Implied], Any]
+    predict: Callable[[Callable[..., Array], Likelihood, Any, PyTree, PRNGKeyArray], Any]
+
+
+class Point(NamedTuple):
+    """All mass on one phi."""
+
+    mean: PyTree
+
+    def sample(self, key: PRNGKeyArray) -> PyTree:
+        """phi itself."""
+        return self.mean
+
+    def quadratic(self, row: PyTree) -> Scalar:
+        """No variance."""
+        return jnp.zeros(())
+
+
+class CurvatureGaussian(NamedTuple):
+    """N(mean, temperature C) with C as a curvature has it."""
+
+    mean: PyTree
+    curvature: Any
+    temperature: float | Array
+
+    def sample(self, key: PRNGKeyArray) -> PyTree:
+        """One draw of phi."""
+        root = jnp.sqrt(self.temperature)
+        return jax.tree.map(lambda m, d: m + root * d, self.mean, self.curvature.sample(key))
+
+    def quadratic(self, row: PyTree) -> Scalar:
+        """row C row' for a row shaped as phi."""
+        return self.temperature * self.curvature.quadratic(row)
+
+
+def predict(
+    outputs: Callable[..., Array],
+    likelihood: Likelihood,
+    posterior: Any,
+    x: PyTree,
+    key: PRNGKeyArray,
+    *,
+    draws: int = 0,
+    noise: float | Array | None = None,
+) -> Any:
+    """The predictive at x under a posterior with `mean`, `sample` and `quadratic`.
+
+    draws = 0: the linearised predictive in closed form (exact for Gaussian likelihoods of a linear network; softmax by
+    `Categorical.predictive`'s probit scaling of the logits' variances about their mean over classes, as a shift common
+    to all classes changes nothing). It costs one vector-Jacobian product an output, see `output_variance`.
+    draws > 0: a mixture of so many networks drawn from the posterior. noise: replaces the Gaussian likelihood's scale.
+    """
+    if noise is not None:
+        if not isinstance(likelihood, Gaussian):
+            raise ValueError(
+                f"noise: {type(likelihood).__name__} has no noise scale to replace, only Gaussian has; leave noise out"
+            )
+        likelihood = replace(likelihood, scale=noise)
+    if draws:
+        sampled = jax.lax.map(
+            lambda k: outputs(posterior.sample(k), x), jax.random.split(key, draws), batch_size=DRAWS_AT_ONCE
+        )
+        return likelihood.predictive(sampled)
+    means = outputs(posterior.mean, x)[None]
+    if isinstance(posterior, Point):
+        return likelihood.predictive(means)
+    return likelihood.predictive(means, output_variance(_felt(outputs, likelihood), posterior, x)[None])
+
+
+def _felt(outputs: Callable[..., Array], likelihood: Likelihood) -> Callable[..., Array]:
+    """The outputs as the likelihood feels them: a softmax does not see what all its logits share."""
+    if not isinstance(likelihood, Categorical):
+        return outputs
+
+    def centred(phi: PyTree, x: PyTree) -> Float[Array, "n c"]:
+        f = outputs(phi, x)
+        return f - f.mean(-1, keepdims=True)
+
+    return centred
+
+
+def _rule(infer: Callable[..., Any], draws: int, noise: float | Array | None) -> PosteriorRule:
+    if draws < 0:
+        raise ValueError(f"draws: came {draws}, needs 0 (the linearised predictive in closed form) or more")
+    return PosteriorRule(infer, partial(predict, draws=draws, noise=noise))
+
+
+def point(noise: float | Array | None = None) -> PosteriorRule:
+    """phi_k alone. noise: the Gaussian likelihood's scale in the predictive, if not its own."""
+
+    def infer(outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied) -> Point:
+        return Point(phi)
+
+    return _rule(infer, 0, noise)
+
+
+def laplace(
+    precision: float | Array | None = 1.0,
+    temperature: float | Array = 1.0,
+    noise: float | Array | None = None,
+    draws: int = 0,
+    curvature: str = "dual",
+) -> PosteriorRule:
+    """N(phi_k, temperature (H + precision I)^-1) with H the support's Gauss-Newton matrix (Grant et al. 2018, sec. 4).
+
+    precision: tau of the prior N(theta, I / tau); None takes the explicit prior of the inner loop, if it has one.
+    temperature, noise and precision may be traced, to be fitted on validation tasks by their gradient.
+    """
+    if curvature not in CURVATURES:
+        raise ValueError(f"curvature: came {curvature!r}, needs one of {', '.join(CURVATURES)}")
+
+    def infer(
+        outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied
+    ) -> SpectralGaussian | CurvatureGaussian:
+        tau = implied.precision if precision is None else precision
+        if tau is None:
+            raise ValueError(
+                "precision: came None, but this learner's inner loop has no explicit prior; give a number, e.g. 1.0"
+            )
+        fitted: Curvature = CURVATURES[curvature](outputs, likelihood, phi, support, jnp.asarray(tau) ** -0.5)
+        if hasattr(fitted, "gaussian"):
+            return fitted.gaussian(phi, laplace_spectrum, temperature)
+        return CurvatureGaussian(phi, fitted, temperature)
+
+    return _rule(infer, draws, noise)
+
+
+def implicit(temperature: float | Array = 1.0, noise: float | Array | None = None, draws: int = 0) -> PosteriorRule:
+    """The posterior that the inner loop's own steps imply, with nothing to choose (see `descent_spectrum`).
+
+    Exact for a quadratic loss with 0 <= l < 1 for all eigenvalues l of rate times curvature; the posterior's `clipped`
+    says what share lies beyond. A loop that optimises an explicit prior (iMAML) implies that prior's Laplace posterior.
+    temperature 1 is the pure value; fit it on validation tasks, as wide networks have very broad flat directions.
+    """
+
+    def infer(outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied) -> SpectralGaussian:
+        explicit = implied.precision is not None
+        spectrum = laplace_spectrum if explicit else partial(descent_spectrum, steps=implied.steps)
+        scale = as_scale(implied.scale, phi)
+        return dual(outputs, likelihood, phi, support, scale).gaussian(phi, spectrum, temperature)
+
+    return _rule(infer, draws, noise)
+
+
+POSTERIORS = {"point": point, "laplace": laplace, "implicit": implicit}
