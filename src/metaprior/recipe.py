@@ -11,13 +11,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metaprior.training import Training
+
 from metaprior.inference.posteriors import POSTERIORS
 from metaprior.learners.registry import LEARNERS, make_learner
 from metaprior.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.named import construct, lookup, nearest, option_names
 from metaprior.networks import NETWORKS
 from metaprior.tasks import SOURCES
-from metaprior.training import Training
 from metaprior.types import Learner, Model, Splits
 
 
@@ -59,7 +60,8 @@ class Experiment(NamedTuple):
 
 def recipe_names() -> list[str]:
     """The recipes that come with the library."""
-    return sorted(f.name.removesuffix(".toml") for f in files("metaprior.recipes").iterdir() if f.name.endswith(".toml"))
+    found = [f.name for f in files("metaprior.recipes").iterdir()]
+    return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
 
 
 def load_recipe(name: str) -> Recipe:
@@ -67,7 +69,7 @@ def load_recipe(name: str) -> Recipe:
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
-            raise ValueError(f"recipe: there is no file {name}; give a path to a TOML file or one of the built-in names")
+            raise ValueError(f"recipe: no file {name}; give the path of a TOML file or a built-in name")
         text, name = path.read_text(), path.stem
     else:
         lookup("recipe", name, dict.fromkeys(recipe_names()))
@@ -119,15 +121,15 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
 def build(
     recipe: Recipe,
     *,
-    posterior: str = "point",
+    posterior: str | None = None,
     steps: int | None = None,
     splits: Splits | None = None,
     **posterior_options: Any,
 ) -> Experiment:
     """The learner, model, likelihood and task sources of a recipe.
 
-    posterior: "point", "implicit" or "laplace", with its options. steps: inner steps when adapting to a new task.
-    splits: task sources to use in place of the recipe's.
+    posterior: "point", "implicit" or "laplace", with its options (None: the learner's own). steps: inner steps when
+    adapting to a new task. splits: task sources to use in place of the recipe's.
     """
     likelihood = component("likelihood", recipe.likelihood, LIKELIHOODS)
     network = dict(recipe.network)
@@ -144,7 +146,7 @@ def recipe_learner(
     model: Model,
     likelihood: Likelihood,
     *,
-    posterior: str = "point",
+    posterior: str | None = None,
     steps: int | None = None,
     **posterior_options: Any,
 ) -> Learner:
@@ -155,9 +157,9 @@ def recipe_learner(
         if "test_steps" not in known:
             raise ValueError(f"--steps: {recipe.learner} takes no inner steps, so there is no number of them to set")
         options["test_steps"] = steps
-    if "posterior" in known:
+    if posterior is not None and "posterior" in known:
         options["posterior"] = construct("posterior", posterior, POSTERIORS, **posterior_options)
-    elif posterior != "point":
+    elif posterior is not None:
         raise ValueError(f"--posterior {posterior}: {recipe.learner} infers no task parameters to put a posterior on")
     return make_learner(recipe.learner, model, likelihood, **options)
 

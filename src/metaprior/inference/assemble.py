@@ -1,4 +1,4 @@
-"""A gradient-based learner from its parts: an adaptation, a meta-objective, and a rule for the posterior around phi_k."""
+"""A gradient-based learner from its parts: an adaptation, a meta-objective, and a rule for what is around phi_k."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -27,14 +27,14 @@ class Adaptation(NamedTuple):
     start:     (params) -> phi                    the task parameters before the first step
     outputs:   (params, phi, x, tap=None) -> [n, c]
     optimizer: (params) -> optax transformation   its learned rates, if any, are read from params
-    penalty:   (params, phi) -> scalar            added to the mean support nll, e.g. a proximal term
+    penalty:   (params, phi, support) -> scalar   added to the mean support nll, e.g. a proximal term
     """
 
     init: Callable[[PRNGKeyArray, Task], PyTree]
     start: Callable[[PyTree], PyTree]
     outputs: Callable[..., Array]
     optimizer: Callable[[PyTree], optax.GradientTransformation]
-    penalty: Callable[[PyTree, PyTree], Scalar] | None = None
+    penalty: Callable[[PyTree, PyTree, Batch], Scalar] | None = None
 
 
 def adapt_all(model: Model, optimizer: optax.GradientTransformation) -> Adaptation:
@@ -67,7 +67,7 @@ def support_loss(adaptation: Adaptation, likelihood: Likelihood, params: PyTree,
 
     def loss(phi: PyTree) -> Scalar:
         fit = mean_nll(likelihood, adaptation.outputs(params, phi, support.x), support)
-        return fit if adaptation.penalty is None else fit + adaptation.penalty(params, phi)
+        return fit if adaptation.penalty is None else fit + adaptation.penalty(params, phi, support)
 
     return loss
 
@@ -166,7 +166,8 @@ def inner_rates(
         signs = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
         z = jax.tree.unflatten(treedef, signs)
         response = jax.jvp(lambda v: optimizer.update(v, at.state, at.phi)[0], (g,), (z,))[1]
-        return jax.tree.map(lambda a, b: -a * b, z, response)
+        # A parameter that never had a gradient has no rate under Adam (0/0): it does not move.
+        return jax.tree.map(lambda a, b: jnp.nan_to_num(-a * b, nan=0.0, posinf=0.0, neginf=0.0), z, response)
 
     estimates = [probe(key) for key in jax.random.split(jax.random.key(0), probes)]
     return jax.tree.map(lambda *e: sum(e) / probes, *estimates)

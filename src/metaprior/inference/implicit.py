@@ -6,6 +6,7 @@ phi* = argmin L(phi) + s/2 |phi - theta|^2 (eq. 3). At phi*, s (theta - phi*) = 
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -67,38 +68,42 @@ def proximal(
     if steps < 0 or cg_steps < 1:
         raise ValueError(f"steps, cg_steps: came {steps} and {cg_steps}, need at least 0 and 1")
     solver = optax.sgd(rate) if optimizer is None else optimizer
-    closed, held = jax.closure_convert(loss, theta)
+    # Everything that loss closes over becomes an argument: a task's data is a tracer of the vmap over tasks, which a
+    # custom derivative must not hold on to.
+    closed = eqx.filter_closure_convert(loss, theta)
+    floats, others = eqx.partition(closed, eqx.is_inexact_array)
+    arrays, static = eqx.partition(others, eqx.is_array)
 
-    def solve(theta: PyTree, strength: Array, held: list) -> PyTree:
-        grad = jax.grad(closed)
+    def grad(phi: PyTree, floats: PyTree, arrays: PyTree) -> PyTree:
+        return jax.grad(eqx.combine(floats, arrays, static))(phi)
 
+    def solve(theta: PyTree, strength: Array, floats: PyTree, arrays: PyTree) -> PyTree:
         def step(_: Array, at: tuple) -> tuple:
             phi, state = at
-            pull = jax.tree.map(lambda g, p, t: g + strength * (p - t), grad(phi, *held), phi, theta)
+            pull = jax.tree.map(lambda g, p, t: g + strength * (p - t), grad(phi, floats, arrays), phi, theta)
             update, state = solver.update(pull, state, phi)
             return optax.apply_updates(phi, update), state
 
         return jax.lax.fori_loop(0, steps, step, (theta, solver.init(theta)))[0]
 
-    def forward(theta: PyTree, strength: Array, held: list) -> tuple[PyTree, tuple]:
-        phi = solve(theta, strength, held)
-        return phi, (phi, theta, strength, held)
+    def forward(theta: PyTree, strength: Array, floats: PyTree, arrays: PyTree) -> tuple[PyTree, tuple]:
+        phi = solve(theta, strength, floats, arrays)
+        return phi, (phi, theta, strength, floats, arrays)
 
     def backward(kept: tuple, v: PyTree) -> tuple:
-        phi, theta, strength, held = kept
+        phi, theta, strength, floats, arrays = kept
 
         def matvec(p: PyTree) -> PyTree:
-            hp = jax.jvp(lambda q: jax.grad(closed)(q, *held), (phi,), (p,))[1]
+            hp = jax.jvp(lambda q: grad(q, floats, arrays), (phi,), (p,))[1]
             return jax.tree.map(lambda a, h: (1 + damping) * a + h / strength, p, hp)
 
         g = conjugate_gradients(matvec, v, cg_steps)
         # phi* moves by (H + s)^-1 (s dtheta - d(grad L) - ds (phi - theta)), and g = s (H + s)^-1 v.
-        _, pull = jax.vjp(lambda *h: jax.grad(closed)(phi, *h), *held)
-        to_held = pull(jax.tree.map(lambda leaf: -leaf / strength, g))
+        _, pull = jax.vjp(lambda held: grad(phi, held, arrays), floats)
+        (to_floats,) = pull(jax.tree.map(lambda leaf: -leaf / strength, g))
         gap = jax.tree.map(lambda a, p, t: jnp.vdot(a, t - p), g, phi, theta)
-        return g, sum(jax.tree.leaves(gap)) / strength, list(to_held)
+        return g, sum(jax.tree.leaves(gap)) / strength, to_floats, None
 
     implicit = jax.custom_vjp(solve)
     implicit.defvjp(forward, backward)
-    dtype = jax.tree.leaves(theta)[0].dtype
-    return implicit(theta, jnp.asarray(strength, dtype), list(held))
+    return implicit(theta, jnp.asarray(strength, jax.tree.leaves(theta)[0].dtype), floats, arrays)

@@ -43,7 +43,7 @@ def imaml(
     if strength <= 0:
         raise ValueError(f"strength: came {strength}, needs a positive precision, e.g. 2.0 (the paper's Omniglot)")
     free = adapt_all(model, make_optimizer("sgd", rate))
-    adaptation = free._replace(penalty=lambda theta, phi: strength * half_square(phi, theta))
+    adaptation = free._replace(penalty=lambda theta, phi, support: strength * half_square(phi, theta))
 
     def loss(theta: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         fit = support_loss(free, likelihood, theta, task.support)

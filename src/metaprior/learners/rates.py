@@ -2,8 +2,8 @@
 
 * Meta-SGD (Li, Zhou, Chen & Li 2017): phi = theta - a * grad L_S(theta), one rate a parameter, free in sign.
 * Per-layer per-step rates (Antoniou, Edwards & Storkey 2019, "LSLR"): one rate a tensor and an inner step.
-* Preconditioned (Grant et al. 2018, sec. 3.2 eq. 8): phi = theta - B grad L_S, B = diag(exp d) + U U' positive definite;
-  B is the prior covariance that the inner loop implies, up to the curvature of the data.
+* Preconditioned (Grant et al. 2018, sec. 3.2 eq. 8): phi = theta - B grad L_S, B = diag(exp d) + U U', positive
+  definite; B is the prior covariance that the inner loop implies, up to the curvature of the data.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,10 @@
-"""Four convolution blocks: the embedding of nearly all few-shot image papers (Vinyals et al. 2016; Finn et al. 2017)."""
+"""Four convolution blocks: the embedding of most few-shot image papers (Vinyals et al. 2016; Finn et al. 2017)."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
-
 from metaprior.networks.conv import conv2d, max_pool
+
 from metaprior.networks.layers import Tap, batch_norm, dense, dense_init
 from metaprior.types import Model
 
@@ -65,7 +65,7 @@ def conv4(
 
 def patches(x: Float[Array, "n h w c"], stride: int) -> Float[Array, "n h2 w2 k"]:
     """What each output of a 3x3 same-padded convolution sees, ordered as the weights [3, 3, c] are."""
-    n, h, w, c = x.shape
+    _, h, w, _ = x.shape
     out = -(-h // stride), -(-w // stride)
     total = [max((o - 1) * stride + 3 - size, 0) for o, size in zip(out, (h, w), strict=True)]
     pad = [(t // 2, t - t // 2) for t in total]
