@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from metaprior.inference.curvature import (
     CURVATURES,
     Curvature,
+    Dual,
+    Lanczos,
     SpectralGaussian,
     as_scale,
     descent_spectrum,
@@ -146,14 +148,16 @@ def laplace(
     temperature: float | Array = 1.0,
     noise: float | Array | None = None,
     draws: int = 0,
-    curvature: str = "dual",
+    curvature: str | Callable[..., Curvature] = "dual",
 ) -> PosteriorRule:
     """N(phi_k, temperature (H + precision I)^-1) with H the support's Gauss-Newton matrix (Grant et al. 2018, sec. 4).
 
+    curvature: one of CURVATURES, or a function with their arguments, e.g. partial(lanczos, order=64).
     precision: tau of the prior N(theta, I / tau); None takes the explicit prior of the inner loop, if it has one.
     temperature, noise and precision may be traced, to be fitted on validation tasks by their gradient.
     """
-    if curvature not in CURVATURES:
+    fit = CURVATURES.get(curvature) if isinstance(curvature, str) else curvature
+    if fit is None:
         raise ValueError(f"curvature: came {curvature!r}, needs one of {', '.join(CURVATURES)}")
 
     def infer(
@@ -164,8 +168,8 @@ def laplace(
             raise ValueError(
                 "precision: came None, but this learner's inner loop has no explicit prior; give a number, e.g. 1.0"
             )
-        fitted: Curvature = CURVATURES[curvature](outputs, likelihood, phi, support, jnp.asarray(tau) ** -0.5)
-        if hasattr(fitted, "gaussian"):
+        fitted = fit(outputs, likelihood, phi, support, jnp.asarray(tau) ** -0.5)
+        if isinstance(fitted, (Dual, Lanczos)):
             return fitted.gaussian(phi, laplace_spectrum, temperature)
         return CurvatureGaussian(phi, fitted, temperature)
 

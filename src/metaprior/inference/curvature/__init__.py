@@ -5,20 +5,26 @@ Each choice is `choice(outputs, likelihood, phi, batch, scale, key=None) -> Curv
 """
 
 from metaprior.inference.curvature.diagonal import diagonal
-from metaprior.inference.curvature.dual import dual
+from metaprior.inference.curvature.dual import Dual, dual
+from metaprior.inference.curvature.kfac import kfac
+from metaprior.inference.curvature.lanczos import Lanczos, lanczos
 from metaprior.inference.curvature.rows import Curvature, as_scale, output_variance
 from metaprior.inference.curvature.spectral import SpectralGaussian, descent_spectrum, laplace_spectrum
 
-CURVATURES = {"dual": dual, "diagonal": diagonal}
+CURVATURES = {"dual": dual, "kfac": kfac, "diagonal": diagonal, "lanczos": lanczos}
 
 __all__ = [
     "CURVATURES",
     "Curvature",
+    "Dual",
+    "Lanczos",
     "SpectralGaussian",
     "as_scale",
     "descent_spectrum",
     "diagonal",
     "dual",
+    "kfac",
+    "lanczos",
     "laplace_spectrum",
     "output_variance",
 ]

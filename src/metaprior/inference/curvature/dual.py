@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.curvature.rows import Outputs, as_scale, map_rows
+from metaprior.inference.curvature.rows import Outputs, against, as_scale, inner, map_rows, scaled
 from metaprior.inference.curvature.spectral import SpectralGaussian, Spectrum, around, laplace_spectrum
 from metaprior.likelihoods import Likelihood
 from metaprior.types import Batch
@@ -25,8 +25,10 @@ class Dual(NamedTuple):
 
     def log_det(self) -> Scalar:
         """log det(I + S H S), by Cholesky: its derivative needs no eigenvectors, so repeated eigenvalues are safe."""
-        root = jnp.linalg.cholesky(jnp.eye(self.gram.shape[0], dtype=self.gram.dtype) + self.gram)
-        return 2 * jnp.log(jnp.diagonal(root)).sum()
+        return 2 * jnp.log(jnp.diagonal(self._root())).sum()
+
+    def _root(self) -> Float[Array, "nr nr"]:
+        return jnp.linalg.cholesky(jnp.eye(self.gram.shape[0], dtype=self.gram.dtype) + self.gram)
 
     def gaussian(self, mean: PyTree, spectrum: Spectrum, temperature: float | Array = 1.0) -> SpectralGaussian:
         """N(mean, temperature S s(S H S) S). Not to be differentiated where eigenvalues of the Gram matrix repeat."""
@@ -34,16 +36,15 @@ class Dual(NamedTuple):
         turned = jax.tree.map(lambda leaf: jnp.tensordot(vectors.T, leaf, axes=1), self.rows)
         return around(mean, self.scale, turned, jnp.maximum(values, 0), spectrum, temperature)
 
-    def _laplace(self) -> SpectralGaussian:
-        return self.gaussian(jax.tree.map(jnp.zeros_like, self.scale), laplace_spectrum)
-
     def sample(self, key: PRNGKeyArray) -> PyTree:
         """A draw from N(0, S (I + S H S)^-1 S)."""
-        return self._laplace().sample(key)
+        return self.gaussian(jax.tree.map(jnp.zeros_like, self.scale), laplace_spectrum).sample(key)
 
     def quadratic(self, row: PyTree) -> Scalar:
-        """row S (I + S H S)^-1 S row'."""
-        return self._laplace().quadratic(row)
+        """row S (I + S H S)^-1 S row', differentiable."""
+        white = scaled(self.scale, row)
+        learned = jax.scipy.linalg.solve_triangular(self._root(), against(self.rows, white), lower=True)
+        return inner(white, white) - learned @ learned
 
 
 def dual(
@@ -57,5 +58,10 @@ def dual(
     """The exact Gauss-Newton curvature of the batch's summed nll at phi. `key` is not used."""
     whole = as_scale(scale, phi)
     rows = map_rows(lambda row: row, outputs, likelihood, phi, batch, whole)
+    return Dual(whole, rows, gram_of(rows))
+
+
+def gram_of(rows: PyTree) -> Float[Array, "r r"]:
+    """Inner products of all pairs of rows."""
     flat = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(rows)]
-    return Dual(whole, rows, jnp.asarray(sum(leaf @ leaf.T for leaf in flat)))
+    return jnp.asarray(sum(leaf @ leaf.T for leaf in flat))

@@ -1,0 +1,153 @@
+"""Kronecker-factored curvature, K-FAC (Martens & Grosse 2015; Grosse & Martens 2016 for convolutions).
+
+A layer s = a W (inputs a, a bias being an input that is always 1) has the block N A (x) G, with A the mean of a'a over
+examples (summed over positions of a convolution) and G that of g'g, g the nll's gradient in s with labels drawn from
+the model: the true Fisher, its expectation taken exactly by the columns of the likelihood's root. Exact for a layer of
+one example; layers are independent of each other. LLAMA's curvature (Grant et al. 2018, sec. 4.1).
+
+Parameters that no tap sees (a batch norm's shift and gain) are left out: they do not move and do not count.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.curvature.rows import Outputs, as_scale, chunked, curvature_root
+from metaprior.likelihoods import Likelihood
+from metaprior.types import Batch, examples
+
+
+class Factor(NamedTuple):
+    """A positive semi-definite matrix by its eigenvalues and eigenvectors (columns)."""
+
+    values: Float[Array, " k"]
+    vectors: Float[Array, "k k"]
+
+
+class Block(NamedTuple):
+    """One layer: N A (x) G beside the prior N(., scale^2), N being the `total` weight of the examples."""
+
+    inputs: Factor
+    gradients: Factor
+    scale: Scalar
+    total: Scalar
+
+    def spectrum(self) -> Float[Array, "k o"]:
+        """Eigenvalues of the whitened block, scale^2 N a_j g_i."""
+        return self.scale**2 * self.total * self.inputs.values[:, None] * self.gradients.values[None, :]
+
+
+class Kfac(NamedTuple):
+    """A block for each tapped layer, by the layer's name. Differentiate `log_det`; draws carry no gradient."""
+
+    blocks: dict[str, Block]
+    scale: PyTree
+
+    def log_det(self) -> Scalar:
+        """sum log(1 + scale^2 N a_j g_i) over layers."""
+        return jnp.asarray(sum(jnp.log1p(block.spectrum()).sum() for block in self.blocks.values()))
+
+    def sample(self, key: PRNGKeyArray) -> PyTree:
+        """U_A [z / sqrt(1/scale^2 + N a_j g_i)] U_G' of each layer; zero for parameters without a tap."""
+        move = jax.tree.map(jnp.zeros_like, self.scale)
+        keys = jax.random.split(key, len(self.blocks))
+        for (name, block), k in zip(self.blocks.items(), keys, strict=True):
+            spectrum = block.spectrum()
+            z = block.scale * jax.random.normal(k, spectrum.shape, spectrum.dtype) / jnp.sqrt(1 + spectrum)
+            move[name] = _split(block.inputs.vectors @ z @ block.gradients.vectors.T, move[name])
+        return move
+
+    def quadratic(self, row: PyTree) -> Scalar:
+        """The variance along a row shaped as phi, layer by layer."""
+        total = jnp.zeros(())
+        for name, block in self.blocks.items():
+            turned = block.inputs.vectors.T @ _join(row[name]) @ block.gradients.vectors
+            total += (block.scale**2 * turned**2 / (1 + block.spectrum())).sum()
+        return total
+
+
+def _join(layer: Mapping[str, Array]) -> Float[Array, "k o"]:
+    """A layer's weights as one matrix, its bias as the last row."""
+    w = layer["w"].reshape(-1, layer["w"].shape[-1])
+    return w if layer.get("b") is None else jnp.concatenate([w, layer["b"][None]])
+
+
+def _split(matrix: Float[Array, "k o"], layer: Mapping[str, Array]) -> dict[str, Any]:
+    """`_join` undone; what else the layer has is kept."""
+    if layer.get("b") is None:
+        return {**layer, "w": matrix.reshape(layer["w"].shape)}
+    return {**layer, "w": matrix[:-1].reshape(layer["w"].shape), "b": matrix[-1]}
+
+
+def _factor(matrix: Float[Array, "k k"]) -> Factor:
+    vectors = jnp.linalg.eigh(jax.lax.stop_gradient(matrix))[1]
+    # d value_i = v_i' dM v_i, with the vectors held fixed: right to first order, and safe where eigenvalues repeat.
+    values = jnp.einsum("ji,jk,ki->i", vectors, matrix, vectors)
+    return Factor(jnp.maximum(values, 0), vectors)
+
+
+def kfac(
+    outputs: Outputs,
+    likelihood: Likelihood,
+    phi: PyTree,
+    batch: Batch,
+    scale: PyTree,
+    key: PRNGKeyArray | None = None,
+) -> Kfac:
+    """K-FAC of the batch's summed nll at phi, a dict of layers {"w": [..., o], "b": [o]}, by r backward passes.
+
+    `outputs(phi, x, tap)` calls tap(name, inputs [n, ..., k], s [n, ..., o]) -> s at each linear map, whose layer is
+    phi[name]. One prior scale a layer is used, the root mean square where `scale` varies within it. `key` draws a sign
+    for each example: where a batch norm ties examples together these keep G unbiased, else they do nothing.
+    """
+
+    def record(phi: PyTree) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+        seen = {}
+
+        def tap(name: str, inputs: Array, s: Array) -> Array:
+            seen[name] = (inputs, s)
+            return s
+
+        return outputs(phi, batch.x, tap), seen
+
+    f, seen = record(phi)
+    names = [n for n in seen if isinstance(phi, Mapping) and n in phi and phi[n].get("w") is not None]
+    if not names:
+        raise ValueError(
+            "curvature: K-FAC sees layers through outputs(phi, x, tap), and no layer of phi was tapped; call "
+            "tap(name, inputs, s) at each linear map of the network, or use curvature='dual'"
+        )
+
+    def probed(probes: dict[str, Array]) -> Array:
+        return outputs(phi, batch.x, lambda name, _, s: s + probes[name] if name in probes else s)
+
+    _, pull = jax.vjp(probed, {name: jnp.zeros_like(seen[name][1]) for name in names})
+    signs = jax.random.rademacher(jax.random.key(0) if key is None else key, f.shape[:1], f.dtype)
+    root = curvature_root(likelihood, f, batch) * signs[:, None, None]
+    weight = jnp.ones(examples(batch), f.dtype) if batch.weight is None else batch.weight
+    count = jnp.maximum(weight.sum(), jnp.finfo(f.dtype).tiny)
+    whole = as_scale(scale, phi)
+
+    def outer(column: Float[Array, "n c"]) -> dict[str, Array]:
+        return {name: _second_moment(g) for name, g in pull(column)[0].items()}
+
+    moments = chunked(outer, jnp.moveaxis(root, -1, 0))
+    blocks = {}
+    for name in names:
+        inputs, s = seen[name]
+        if phi[name].get("b") is not None:
+            inputs = jnp.concatenate([inputs, jnp.ones((*inputs.shape[:-1], 1), inputs.dtype)], -1)
+        positions = s[0, ..., 0].size
+        a = jnp.einsum("n...i,n,n...j->ij", inputs, weight, inputs) / count
+        g = moments[name].sum(0) / (count * positions)
+        rms = jnp.sqrt(jnp.mean(whole[name]["w"] ** 2))
+        blocks[name] = Block(_factor(a), _factor(g), rms, count)
+    return Kfac(blocks, whole)
+
+
+def _second_moment(g: Float[Array, "n *space o"]) -> Float[Array, "o o"]:
+    flat = g.reshape(-1, g.shape[-1])
+    return flat.T @ flat
