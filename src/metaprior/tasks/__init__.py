@@ -4,7 +4,11 @@ from collections.abc import Callable
 
 from metaprior.tasks.ambiguous import ambiguous, linear
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.linear_gaussian import linear_gaussian
+from metaprior.tasks.omniglot import omniglot
+from metaprior.tasks.oneshot import one_shot_runs, one_shot_source
+from metaprior.tasks.pool import ClassPool, class_pool, pool_splits
 from metaprior.tasks.sinusoid import sinusoid, sinusoid_hard
 from metaprior.types import Splits
 
@@ -14,6 +18,22 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "linear": linear,
     "ambiguous": ambiguous,
     "linear_gaussian": linear_gaussian,
+    "omniglot": omniglot,
 }
 
-__all__ = ["SOURCES", "DataError", "ambiguous", "linear", "linear_gaussian", "sinusoid", "sinusoid_hard"]
+__all__ = [
+    "SOURCES",
+    "ClassPool",
+    "DataError",
+    "FixedTasks",
+    "ambiguous",
+    "class_pool",
+    "linear",
+    "linear_gaussian",
+    "omniglot",
+    "one_shot_runs",
+    "one_shot_source",
+    "pool_splits",
+    "sinusoid",
+    "sinusoid_hard",
+]

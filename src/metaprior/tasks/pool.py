@@ -1,0 +1,176 @@
+"""Few-shot classification from a pool of images by class: an episode is a gather inside the compiled step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from metaprior.tasks.checks import DataError, check_count
+from metaprior.types import Batch, Splits, Task
+
+
+def distinct(key: PRNGKeyArray, population: Int[Array, ""] | int, k: int) -> Int[Array, " k"]:
+    """k different numbers below `population` in random order; the population may be traced, k is static.
+
+    Cost O(k^2) whatever the population: Floyd's method (Bentley & Floyd 1987), then a shuffle of the k.
+    """
+    key_draw, key_order = jax.random.split(key)
+    tops = population - k + jnp.arange(k)
+    draws = jax.random.randint(key_draw, (k,), 0, tops + 1)
+
+    def take(i: Array, chosen: Int[Array, " k"]) -> Int[Array, " k"]:
+        taken = (chosen == draws[i]).any()
+        return chosen.at[i].set(jnp.where(taken, tops[i], draws[i]))
+
+    chosen = jax.lax.fori_loop(0, k, take, jnp.full(k, -1, draws.dtype))
+    return chosen[jnp.argsort(jax.random.bits(key_order, (k,)))]
+
+
+def rotate(images: UInt8[Array, "w m h h c"], turns: Int[Array, " w"]) -> UInt8[Array, "w m h h c"]:
+    """Class i's images turned counterclockwise by turns[i] quarter turns."""
+    turns = turns[:, None, None, None, None]
+    images = jnp.where(turns % 2 == 1, jnp.swapaxes(images, 2, 3), images)
+    images = jnp.where((turns == 1) | (turns == 2), images[:, :, ::-1], images)
+    return jnp.where((turns == 2) | (turns == 3), images[:, :, :, ::-1], images)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ClassPool:
+    """Episodes of `way` classes with `shot` support and `query` query examples a class.
+
+    Class i's examples are images[starts[i] : starts[i] + counts[i]]; classes may differ in size, and splits share one
+    array of images. With rotations = 4 each class turned by 90, 180 and 270 degrees is a class of its own (only square
+    images). An image becomes (bytes / 255 - mean) / deviation, per channel.
+    """
+
+    images: UInt8[Array, "total h w c"]
+    classes: Int[Array, " classes"]
+    starts: Int[Array, " classes"]
+    counts: Int[Array, " classes"]
+    mean: Float[Array, " c"]
+    deviation: Float[Array, " c"]
+    way: int = field(metadata={"static": True})
+    shot: int = field(metadata={"static": True})
+    query: int = field(metadata={"static": True})
+    rotations: int = field(metadata={"static": True})
+
+    def sample(self, key: PRNGKeyArray, n: int) -> Task:
+        """n tasks; support x float32 [n, way * shot, h, w, c] and y int32 [n, way * shot], class by class.
+
+        A class's place in the task (its label) is random; the query follows the same order.
+        """
+        rows, turns = jax.vmap(self._draw)(jax.random.split(key, n))
+        return jax.vmap(self._gather)(rows, turns)
+
+    def _draw(self, key: PRNGKeyArray) -> tuple[Int[Array, "way m"], Int[Array, " way"]]:
+        key_class, key_image = jax.random.split(key)
+        size = self.starts.shape[0]
+        chosen = distinct(key_class, size * self.rotations, self.way)
+        turns, chosen = chosen // size, chosen % size
+        keys = jax.random.split(key_image, self.way)
+        draw = jax.vmap(lambda k, count: distinct(k, count, self.shot + self.query))
+        return self.starts[chosen, None] + draw(keys, self.counts[chosen]), turns
+
+    def _gather(self, rows: Int[Array, "way m"], turns: Int[Array, " way"]) -> Task:
+        images = self.images[rows]
+        if self.rotations > 1:
+            images = rotate(images, turns)
+        x = (images.astype(jnp.float32) / 255 - self.mean) / self.deviation
+
+        def batch(x: Array) -> Batch:
+            labels = jnp.repeat(jnp.arange(self.way, dtype=jnp.int32), x.shape[1])
+            return Batch(x.reshape(-1, *x.shape[2:]), labels)
+
+        return Task(batch(x[:, : self.shot]), batch(x[:, self.shot :]))
+
+
+def class_pool(
+    images: Any,
+    counts: Sequence[int] | np.ndarray,
+    *,
+    classes: Sequence[int] | np.ndarray | None = None,
+    names: Sequence[str] | None = None,
+    way: int = 5,
+    shot: int = 1,
+    query: int = 15,
+    rotations: bool = False,
+    mean: float | Sequence[float] = 0.0,
+    deviation: float | Sequence[float] = 1.0,
+) -> ClassPool:
+    """Episodes from images that lie class by class.
+
+    Args:
+        images: uint8 [total, h, w, c], all of the first class, then all of the second, and so on.
+        counts: how many images each class has; their sum is `total`.
+        classes: the classes this source draws from (positions in `counts`); all by default.
+        names: of all classes, for errors.
+        mean, deviation: subtracted from and divided into the images scaled to 0..1, one number or one a channel.
+
+    Raises:
+        DataError: fewer classes than `way`, fewer images in a class than shot + query, or arrays that do not fit.
+    """
+    way, shot, query = check_count("way", way, 2), check_count("shot", shot), check_count("query", query)
+    counts = np.asarray(counts, np.int32)
+    classes = np.arange(len(counts), dtype=np.int32) if classes is None else np.asarray(classes, np.int32)
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != counts.sum():
+        raise DataError(
+            f"images: came {images.dtype} {images.shape}, needs uint8 [{counts.sum()}, h, w, c], one a count"
+        )
+    turns = 4 if rotations else 1
+    if rotations and images.shape[1] != images.shape[2]:
+        raise DataError(f"rotations: came images of {images.shape[1]} x {images.shape[2]}, needs square ones")
+    if len(classes) * turns < way:
+        raise DataError(
+            f"way: came {way}, but this split has {len(classes) * turns} classes; lower way or give it more classes"
+        )
+    small = classes[counts[classes] < shot + query]
+    if len(small):
+        name = names[small[0]] if names is not None else f"number {small[0]}"
+        raise DataError(
+            f"shot + query: came {shot} + {query}, but class {name} has {counts[small[0]]} images and so have "
+            f"{len(small)} classes too few; lower shot or query, or leave those classes out"
+        )
+    scale = [np.broadcast_to(np.asarray(v, np.float32), images.shape[-1]) for v in (mean, deviation)]
+    if not (scale[1] > 0).all():
+        raise ValueError(f"deviation: came {deviation!r}, needs numbers above 0")
+    starts = np.cumsum(counts) - counts
+    return ClassPool(
+        jnp.asarray(images), jnp.asarray(classes), jnp.asarray(starts[classes], jnp.int32),
+        jnp.asarray(counts[classes]), jnp.asarray(scale[0]), jnp.asarray(scale[1]), way, shot, query, turns,
+    )  # fmt: skip
+
+
+def pool_splits(
+    images: Any,
+    counts: Sequence[int] | np.ndarray,
+    split: tuple[Any, Any, Any],
+    *,
+    way: int,
+    shot: int,
+    query: int,
+    test_query: int,
+    rotations: bool = False,
+    test_rotations: bool = False,
+    names: Sequence[str] | None = None,
+    mean: float | Sequence[float] = 0.0,
+    deviation: float | Sequence[float] = 1.0,
+) -> Splits:
+    """Training, validation and test pools over one shared array; `split` lists each one's classes. As `class_pool`."""
+    seen: set[int] = set()
+    for part in split:
+        if seen & set(np.asarray(part).tolist()):
+            raise DataError("split: came lists with classes in common, needs disjoint ones")
+        seen |= set(np.asarray(part).tolist())
+    images = jnp.asarray(images)
+    shared: dict[str, Any] = {"names": names, "way": way, "shot": shot, "mean": mean, "deviation": deviation}
+    sizes = (query, test_query, test_query)
+    turns = (rotations, test_rotations, test_rotations)
+    return Splits(*(
+        class_pool(images, counts, classes=part, query=size, rotations=turned, **shared)
+        for part, size, turned in zip(split, sizes, turns, strict=True)
+    ))  # fmt: skip

@@ -1,0 +1,153 @@
+"""Episodes from a pool: every image of the test pool says which class and example it is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metaprior.tasks import DataError, FixedTasks, class_pool, pool_splits
+from metaprior.tasks.pool import distinct, rotate
+from metaprior.types import Batch, Task, TaskSource
+
+COUNTS = [6, 9, 7, 6, 8, 12]
+
+sample = jax.jit(lambda source, key, n: source.sample(key, n), static_argnums=2)
+
+
+def marked_images(counts=COUNTS):
+    """2 x 2 x 1 images: class, example, and two marks that show the turn."""
+    rows = [[[[c], [i]], [[200], [201]]] for c, count in enumerate(counts) for i in range(count)]
+    return np.asarray(rows, np.uint8)
+
+
+def decode(x):
+    """(class, example, turns) of each image."""
+    pixels = np.rint(np.asarray(x)[..., 0] * 255).astype(int).reshape(-1, 2, 2)
+    out = []
+    for image in pixels:
+        turns = next(k for k in range(4) if tuple(np.rot90(image, -k)[1]) == (200, 201))
+        out.append((*np.rot90(image, -turns)[0], turns))
+    return out
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    sizes=st.sampled_from([(2, 1, 1, False), (5, 2, 4, False), (6, 1, 2, True), (24, 1, 5, True)]),
+)
+def test_episodes(seed, sizes):
+    way, shot, query, rotations = sizes
+    source = class_pool(marked_images(), COUNTS, way=way, shot=shot, query=query, rotations=rotations)
+    task = sample(source, jax.random.key(seed), 3)
+    assert task.support.x.shape == (3, way * shot, 2, 2, 1)
+    assert task.support.x.dtype == jnp.float32
+    assert task.query.y.dtype == jnp.int32
+    for j in range(3):
+        classes = {}
+        seen = set()
+        for batch, m in ((task.support, shot), (task.query, query)):
+            labels = np.asarray(batch.y[j])
+            assert sorted(labels) == sorted(list(range(way)) * m)
+            for label, (c, i, turns) in zip(labels, decode(batch.x[j]), strict=True):
+                assert classes.setdefault(label, (c, turns)) == (c, turns)
+                assert (c, i, turns) not in seen
+                assert i < COUNTS[c]
+                assert rotations or turns == 0
+                seen.add((c, i, turns))
+        assert len(set(classes.values())) == way
+
+
+def test_same_key_same_bits_and_jit_equals_eager():
+    source = class_pool(marked_images(), COUNTS, way=3, shot=1, query=2, rotations=True, mean=0.3, deviation=0.7)
+    assert isinstance(source, TaskSource)
+    a, b = sample(source, jax.random.key(5), 4), sample(source, jax.random.key(5), 4)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    eager = source.sample(jax.random.key(5), 4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), a, eager)
+    other = sample(source, jax.random.key(6), 4)
+    assert not np.array_equal(a.support.x, other.support.x)
+
+
+def test_data_are_arguments_not_constants():
+    source = class_pool(marked_images([100] * 6), [100] * 6, way=3)
+    text = jax.jit(lambda s, key: s.sample(key, 1)).lower(source, jax.random.key(0)).as_text()
+    assert "dense<\"0x" not in text
+
+
+def test_distinct_is_uniform():
+    draws = np.asarray(jax.vmap(lambda k: distinct(k, 5, 3))(jax.random.split(jax.random.key(0), 20_000)))
+    assert all(len(set(row)) == 3 for row in draws[:500])
+    for place in range(3):
+        np.testing.assert_allclose(np.bincount(draws[:, place], minlength=5) / 20_000, 0.2, atol=0.015)
+    pairs = np.bincount(draws[:, 0] * 5 + draws[:, 1], minlength=25).reshape(5, 5) / 20_000
+    np.testing.assert_allclose(pairs, (1 - np.eye(5)) / 20, atol=0.008)
+
+
+def test_rotate_is_rot90():
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 5, 5, 2), np.uint8)
+    turned = rotate(jnp.asarray(images), jnp.arange(4))
+    for k in range(4):
+        np.testing.assert_array_equal(turned[k], np.rot90(images[k], k, axes=(1, 2)))
+
+
+def test_normalisation_per_channel():
+    images = np.full((6, 2, 2, 3), 51, np.uint8)
+    task = class_pool(images, [3, 3], way=2, query=2, mean=[0.1, 0.2, 0.3], deviation=[1, 2, 4]).sample(
+        jax.random.key(0), 1
+    )
+    np.testing.assert_allclose(task.query.x[0, 0, 0, 0], [0.1, 0.0, -0.025], atol=1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_splits_have_no_class_in_common(turned):
+    parts = ([0, 2], [1, 5], [3, 4])
+    splits = pool_splits(
+        marked_images(), COUNTS, parts, way=2, shot=1, query=2, test_query=4, rotations=turned, test_rotations=turned
+    )
+    seen = []
+    for source, part, query in zip(splits, parts, (2, 4, 4), strict=True):
+        task = sample(source, jax.random.key(0), 40)
+        assert task.query.y.shape == (40, 2 * query)
+        found = decode(np.concatenate([task.support.x, task.query.x], 1))
+        assert {c for c, _, _ in found} == set(part)
+        seen.append({c for c, _, _ in found})
+        if turned:
+            assert len({turn for _, _, turn in found}) == 4
+    assert sum(map(len, seen)) == len(set.union(*seen))
+    assert splits.train.images is splits.test.images
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"way": 7, "query": 2}, "way: came 7, but this split has 6 classes"),
+        ({"way": 1}, "way: came 1"),
+        ({"shot": 2, "query": 5}, r"shot \+ query: came 2 \+ 5, but class number 0 has 6 images"),
+        ({"shot": 2, "query": 5, "names": list("abcdef")}, "class a has 6 images"),
+        ({"query": 2, "deviation": 0.0}, "deviation: came 0.0"),
+        ({"counts": [6, 9]}, r"images: came uint8 \(48, 2, 2, 1\), needs uint8 \[15"),
+    ],
+)
+def test_bad_options(options, words):
+    counts = options.pop("counts", COUNTS)
+    with pytest.raises(ValueError, match=words):
+        class_pool(marked_images(), counts, **options)
+
+
+def test_overlapping_splits_and_oblong_rotations_are_refused():
+    with pytest.raises(DataError, match="classes in common"):
+        pool_splits(marked_images(), COUNTS, ([0, 1], [1, 2], [3, 4]), way=2, shot=1, query=1, test_query=1)
+    with pytest.raises(DataError, match="square"):
+        class_pool(np.zeros((8, 2, 3, 1), np.uint8), [4, 4], way=2, query=2, rotations=True)
+
+
+def test_fixed_tasks():
+    values = jnp.arange(6.0)[:, None, None]
+    source = FixedTasks(Task(Batch(values, values), Batch(values, values)))
+    np.testing.assert_array_equal(source.sample(jax.random.key(0), 6).support.x, values)
+    some = source.sample(jax.random.key(0), 4).support.x.ravel().tolist()
+    assert len(set(some)) == 4
+    with pytest.raises(ValueError, match="n: came 7"):
+        source.sample(jax.random.key(0), 7)
