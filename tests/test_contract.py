@@ -121,7 +121,7 @@ def test_the_meta_gradient_is_the_derivative_of_the_loss(name):
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_small_budget_of_training_lowers_the_test_loss(name):
     learner, source = problem(name)
-    tasks, params = tasks_and_params(learner, source)
+    _, params = tasks_and_params(learner, source)
     optimizer = OUTER.get(name, optax.adam(5e-3))
 
     def step(carry, key):

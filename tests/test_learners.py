@@ -1,0 +1,258 @@
+"""Each learner's own identities: what makes it this algorithm and no other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaprior.inference.gradient import descend, half_square
+from metaprior.inference.posteriors import implicit, laplace
+from metaprior.learners import anil, fomaml, imaml, llama, lslr, maml, meta_sgd, nil, preconditioned, reptile
+from metaprior.learners.reptile import minibatches
+from metaprior.likelihoods import Categorical, Gaussian
+from metaprior.networks import mlp
+from metaprior.tasks import linear_gaussian, sinusoid
+from metaprior.tasks.linear_gaussian import Hierarchy, empirical_bayes_mean, exact_log_marginal, exact_posterior
+from metaprior.types import Batch, Model, Task
+
+NET = mlp(1, (8, 8), "tanh")
+TASK = jax.tree.map(lambda leaf: leaf[0], sinusoid(shot=6, query=6).train.sample(jax.random.key(0), 1))
+KEY = jax.random.key(1)
+
+
+def linear(features):
+    return Model(lambda key, x: jnp.zeros((features, 1)), lambda w, x: x @ w)
+
+
+def gradient(learner, params, task=TASK):
+    return jax.grad(lambda p: learner.loss(p, task, KEY)[0])(params)
+
+
+def gap(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    norm = sum((v**2).sum() for v in jax.tree.leaves(b)) ** 0.5
+    return sum(((u - v) ** 2).sum() for u, v in leaves) ** 0.5 / norm
+
+
+@pytest.mark.usefixtures("x64")
+def test_first_order_is_the_query_gradient_at_phi_and_differs_from_second_order():
+    second, first = maml(NET, Gaussian(), rate=0.05), fomaml(NET, Gaussian(), rate=0.05)
+    params = second.init(KEY, TASK)
+    phi = second.adapt(params, TASK.support, KEY).posterior.mean
+    at_phi = jax.grad(lambda p: Gaussian().nll(NET.apply(p, TASK.query.x), TASK.query.y).mean())(phi)
+    assert gap(gradient(first, params), at_phi) < 1e-12
+    assert gap(gradient(first, params), gradient(second, params)) > 0.01
+    still = {"rate": 0.0}
+    assert gap(gradient(fomaml(NET, Gaussian(), **still), params), gradient(maml(NET, Gaussian(), **still), params)) == 0
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_learned_rates_at_their_start_are_maml(steps):
+    plain = maml(NET, Gaussian(), rate=0.05, steps=steps)
+    theta = plain.init(KEY, TASK)
+    for factory in (meta_sgd, lslr, preconditioned):
+        learner = factory(NET, Gaussian(), rate=0.05, steps=steps)
+        params = learner.init(KEY, TASK)._replace(theta=theta)
+        np.testing.assert_allclose(learner.loss(params, TASK, KEY)[0], plain.loss(theta, TASK, KEY)[0], rtol=1e-12)
+        assert gap(gradient(learner, params).theta, gradient(plain, theta)) < 1e-10
+        assert any(jnp.abs(leaf).sum() > 0 for leaf in jax.tree.leaves(gradient(learner, params).rule))
+
+
+@pytest.mark.usefixtures("x64")
+def test_low_rank_preconditioner_moves_along_b():
+    learner = preconditioned(NET, Gaussian(), rate=0.05, rank=3)
+    params = learner.init(KEY, TASK)
+    phi = learner.adapt(params, TASK.support, KEY).posterior.mean
+    fit = jax.grad(lambda p: Gaussian().nll(NET.apply(p, TASK.support.x), TASK.support.y).mean())
+    flat = jax.flatten_util.ravel_pytree
+    g, factor = flat(fit(params.theta))[0], params.rule.factor
+    expected = flat(params.theta)[0] - (jnp.diag(jnp.exp(params.rule.log_diagonal)) + factor @ factor.T) @ g
+    np.testing.assert_allclose(flat(phi)[0], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_anil_moves_the_head_alone():
+    learner = anil(NET, Gaussian(), rate=0.1, steps=3)
+    params = learner.init(KEY, TASK)
+    phi = learner.adapt(params, TASK.support, KEY).posterior.mean
+    assert len(jax.tree.leaves(phi)) == 2
+    assert not np.allclose(phi["head"]["w"], params["head"]["w"])
+    body = gradient(learner, params)["layer1"]["w"]
+    assert jnp.abs(body).sum() > 0  # the outer gradient reaches the body
+    with pytest.raises(ValueError, match=r"head: came 'tail'.*layer1"):
+        anil(NET, Gaussian(), head="tail").init(KEY, TASK)
+
+
+def test_nil_classifies_by_similarity_without_adapting():
+    x = jnp.array([[2.0, 0.1], [0.1, 2.0], [2.1, 0.0], [0.0, 1.9]])
+    support = Batch(x, jnp.array([1, 0, 1, 0]))
+    identity = Model(lambda key, x: {"head": jnp.zeros((2, 2))}, lambda p, x: x @ p["head"], lambda p, x: x)
+    for softmax in (False, True):
+        learner = nil(identity, Categorical(), softmax=softmax)
+        params = learner.init(KEY, Task(support, support))
+        memory = learner.adapt(params, support, KEY)
+        probabilities = learner.predict(params, memory, jnp.array([[5.0, 1.0], [1.0, 5.0]]), KEY).mean()
+        assert (probabilities.argmax(-1) == jnp.array([1, 0])).all()
+        np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_reptiles_gradient_is_theta_minus_phi():
+    learner = reptile(NET, Gaussian(), optimizer="sgd", rate=0.05, steps=4, minibatch=5)
+    params = learner.init(KEY, TASK)
+    data = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), TASK.support, TASK.query)
+
+    def fit(phi, batch):
+        return Gaussian().nll(NET.apply(phi, batch.x), batch.y).mean()
+
+    phi = descend(fit, params, optax.sgd(0.05), 4, data=minibatches(KEY, data, 5, 4)).phi
+    assert gap(gradient(learner, params), jax.tree.map(jnp.subtract, params, phi)) < 1e-12
+    np.testing.assert_allclose(learner.loss(params, TASK, KEY)[0], half_square(params, phi))
+
+
+def test_minibatches_see_every_example_once_in_a_pass():
+    data = Batch(jnp.arange(12)[:, None], jnp.arange(12))
+    batches = minibatches(KEY, data, 4, 6)
+    for part in (batches.y[:3], batches.y[3:]):
+        assert sorted(part.reshape(-1).tolist()) == list(range(12))
+
+
+@pytest.mark.usefixtures("x64")
+def test_imaml_approaches_the_derivative_of_the_inner_solution():
+    def learner(cg_steps):
+        return imaml(NET, Gaussian(), strength=1.0, steps=3000, rate=0.02, cg_steps=cg_steps)
+
+    params = learner(1).init(KEY, TASK)
+    solver = imaml(NET, Gaussian(), strength=1.0, steps=3000, rate=0.02)
+    direction = jax.tree.map(jnp.ones_like, params)
+
+    def at(size):
+        moved = jax.tree.map(lambda p, d: p + size * d, params, direction)
+        return solver.loss(moved, TASK, KEY)[0]
+
+    finite = (at(1e-5) - at(-1e-5)) / 2e-5
+    errors = [
+        abs(sum(leaf.sum() for leaf in jax.tree.leaves(gradient(learner(k), params))) - finite) / abs(finite)
+        for k in (1, 5, 40)
+    ]
+    assert errors[2] < 1e-4
+    assert errors[2] < errors[0]
+
+
+# The conjugate hierarchy: everything below is exact.
+
+
+def conjugate(tasks=40, shot=4, query=3):
+    splits = linear_gaussian(features=2, shot=shot, query=query, mean=jnp.array([1.0, -0.5]), noise=0.5)
+    return splits.train.theta, splits.train.sample(jax.random.key(3), tasks)
+
+
+def joined(tasks):
+    return jax.tree.map(lambda s, q: jnp.concatenate([s, q], 1), tasks.support, tasks.query)
+
+
+@pytest.mark.usefixtures("x64")
+def test_llamas_evidence_is_the_exact_log_marginal_likelihood():
+    theta, tasks = conjugate()
+    theta = Hierarchy(*(jnp.asarray(leaf, float) for leaf in theta))
+    tasks = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), tasks)
+    learner = llama(
+        linear(2), Gaussian(0.5), objective="evidence", precision=1.0, steps=2000, rate=0.03, learn_precision=True
+    )
+    params = learner.init(KEY, jax.tree.map(lambda leaf: leaf[0], tasks))
+    params = params._replace(theta=jnp.array([[0.3], [0.7]]))
+    data = joined(tasks)
+
+    def exact(theta, log_precision, batch):
+        prior = Hierarchy(theta[:, 0], jnp.eye(2) / jnp.exp(log_precision), jnp.asarray(0.5))
+        return -exact_log_marginal(prior, batch) / batch.y.shape[0]
+
+    ours = jax.vmap(lambda t: learner.loss(params, t, KEY)[0])(tasks)
+    theirs = jax.vmap(exact, in_axes=(None, None, 0))(params.theta, params.log_precision, data)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+    # So are its gradients in the prior's mean and in its precision.
+    ours = jax.grad(lambda p: jax.vmap(lambda t: learner.loss(p, t, KEY)[0])(tasks).mean())(params)
+    theirs = jax.grad(lambda p: jax.vmap(exact, in_axes=(None, None, 0))(*p, data).mean())(params)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_llamas_optimum_recovers_the_prior_mean():
+    theta, tasks = conjugate(tasks=400)
+    tasks = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), tasks)
+    learner = llama(linear(2), Gaussian(0.5), objective="evidence", precision=1.0, steps=200, rate=0.05)
+    params = learner.init(KEY, jax.tree.map(lambda leaf: leaf[0], tasks))
+    optimizer = optax.adam(0.05)
+
+    def step(carry, _):
+        params, state = carry
+        g = jax.grad(lambda p: jax.vmap(lambda t: learner.loss(p, t, KEY)[0])(tasks).mean())(params)
+        update, state = optimizer.update(g, state)
+        return (optax.apply_updates(params, update), state), None
+
+    params = jax.lax.scan(step, (params, optimizer.init(params)), length=300)[0][0]
+    true = Hierarchy(*(jnp.asarray(leaf, float) for leaf in theta))
+    best = empirical_bayes_mean(true, joined(tasks))
+    np.testing.assert_allclose(params.theta[:, 0], best, atol=1e-4)
+    # 400 tasks with prior sd 1 tell the mean to about 1/sqrt(400), noise of the observations aside.
+    np.testing.assert_allclose(params.theta[:, 0], true.mean, atol=0.2)
+
+
+@pytest.mark.usefixtures("x64")
+def test_llamas_posterior_is_the_exact_one_in_the_conjugate_case():
+    theta, tasks = conjugate(tasks=1)
+    task = jax.tree.map(lambda leaf: jnp.asarray(leaf[0], float), tasks)
+    learner = llama(
+        linear(2), Gaussian(0.5), objective="evidence", precision=1.0, steps=3000, rate=0.03, posterior=laplace(None)
+    )
+    params = learner.init(KEY, task)._replace(theta=jnp.asarray(theta.mean, float)[:, None])
+    posterior = learner.adapt(params, task.support, KEY)
+    exact = exact_posterior(Hierarchy(*(jnp.asarray(leaf, float) for leaf in theta)), task.support)
+    np.testing.assert_allclose(posterior.posterior.mean[:, 0], exact.mean, rtol=1e-8)
+    predictive = learner.predict(params, posterior, task.query.x, KEY)
+    spread = jnp.einsum("nd,de,ne->n", task.query.x, exact.covariance, task.query.x) + 0.25
+    np.testing.assert_allclose(predictive.variance()[:, 0], spread, rtol=1e-8)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("curvature", ["dual", "kfac", "diagonal", "lanczos"])
+@pytest.mark.parametrize("curvature_on", ["support", "query"])
+def test_llama_differentiates_through_each_curvature(curvature, curvature_on):
+    learner = llama(NET, Gaussian(0.5), eta=0.1, steps=2, curvature=curvature, curvature_on=curvature_on)
+    plain = llama(NET, Gaussian(0.5), eta=0.0, steps=2, curvature=curvature, curvature_on=curvature_on)
+    params = learner.init(KEY, TASK)
+    direction = jax.tree.map(lambda leaf: jax.random.normal(KEY, leaf.shape), params)
+
+    def at(size):
+        return learner.loss(jax.tree.map(lambda p, d: p + size * d, params, direction), TASK, KEY)[0]
+
+    g = gradient(learner, params)
+    along = sum((a * b).sum() for a, b in zip(jax.tree.leaves(g), jax.tree.leaves(direction), strict=True))
+    # log_precision is held fixed, so its share of the direction must not count.
+    held = learner.loss(params._replace(log_precision=params.log_precision + 1e-5 * direction.log_precision), TASK, KEY)
+    share = (held[0] - learner.loss(params, TASK, KEY)[0]) / 1e-5
+    np.testing.assert_allclose(along, (at(1e-5) - at(-1e-5)) / 2e-5 - share, rtol=2e-4)
+    assert gap(g, gradient(plain, params)) > 1e-3
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_implicit_posterior_of_few_steps_is_the_one_they_are_the_mode_of():
+    # On a linear task, k steps from theta end at the mode under prior N(theta, Q); the posterior's covariance is
+    # (H + Q^-1)^-1 with Q = ((1 - a H)^-k - 1) H^-1 (Santos 1996; Grant et al. 2018, sec. 3.2).
+    theta, tasks = conjugate(tasks=1)
+    task = jax.tree.map(lambda leaf: jnp.asarray(leaf[0], float), tasks)
+    n, rate, k = task.support.y.shape[0], 0.02, 5
+    learner = maml(linear(2), Gaussian(0.5), steps=k, rate=rate, posterior=implicit())
+    start = jnp.array([[0.4], [-0.2]])
+    posterior = learner.adapt(start, task.support, KEY).posterior
+    h = task.support.x.T @ task.support.x / 0.25
+    a = rate / n
+    q = (jnp.linalg.matrix_power(jnp.linalg.inv(jnp.eye(2) - a * h), k) - jnp.eye(2)) @ jnp.linalg.inv(h)
+    exact = exact_posterior(Hierarchy(start[:, 0], q, jnp.asarray(0.5)), task.support)
+    np.testing.assert_allclose(posterior.mean[:, 0], exact.mean, rtol=1e-10)
+    columns = [posterior.push(e[:, None])[:, 0] for e in jnp.eye(2)]
+    root = jnp.stack(columns, 1)
+    np.testing.assert_allclose(root @ root.T, exact.covariance, rtol=1e-10)
+    assert posterior.clipped == 0
