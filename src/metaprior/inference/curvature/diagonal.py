@@ -20,21 +20,22 @@ class Diagonal(NamedTuple):
     scale: PyTree
     values: PyTree
 
-    def _sd(self) -> PyTree:
-        return jax.tree.map(lambda s, d: s / jnp.sqrt(1 + d), self.scale, self.values)
-
     def log_det(self) -> Scalar:
         """sum log(1 + d)."""
         return jnp.asarray(sum(jnp.log1p(d).sum() for d in jax.tree.leaves(self.values)))
 
+    def push(self, noise: PyTree) -> PyTree:
+        """S noise / sqrt(1 + d)."""
+        return jax.tree.map(lambda s, d, e: s * e / jnp.sqrt(1 + d), self.scale, self.values, noise)
+
     def sample(self, key: PRNGKeyArray) -> PyTree:
         """A draw from N(0, S^2 / (1 + d))."""
-        return jax.tree.map(jnp.multiply, self._sd(), normal_like(key, self.scale))
+        return self.push(normal_like(key, self.scale))
 
     def quadratic(self, row: PyTree) -> Scalar:
         """sum row^2 S^2 / (1 + d)."""
-        weighted = jax.tree.map(jnp.multiply, self._sd(), row)
-        return inner(weighted, weighted)
+        pushed = self.push(row)
+        return inner(pushed, pushed)
 
 
 def diagonal(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.curvature.rows import Outputs, as_scale, chunked, curvature_root
+from metaprior.inference.curvature.rows import Outputs, as_scale, chunked, curvature_root, normal_like
 from metaprior.likelihoods import Likelihood
 from metaprior.types import Batch, examples
 
@@ -50,15 +50,17 @@ class Kfac(NamedTuple):
         """sum log(1 + scale^2 N a_j g_i) over layers."""
         return jnp.asarray(sum(jnp.log1p(block.spectrum()).sum() for block in self.blocks.values()))
 
-    def sample(self, key: PRNGKeyArray) -> PyTree:
+    def push(self, noise: PyTree) -> PyTree:
         """U_A [z / sqrt(1/scale^2 + N a_j g_i)] U_G' of each layer; zero for parameters without a tap."""
-        move = jax.tree.map(jnp.zeros_like, self.scale)
-        keys = jax.random.split(key, len(self.blocks))
-        for (name, block), k in zip(self.blocks.items(), keys, strict=True):
-            spectrum = block.spectrum()
-            z = block.scale * jax.random.normal(k, spectrum.shape, spectrum.dtype) / jnp.sqrt(1 + spectrum)
-            move[name] = _split(block.inputs.vectors @ z @ block.gradients.vectors.T, move[name])
+        move = jax.tree.map(jnp.zeros_like, noise)
+        for name, block in self.blocks.items():
+            shrunk = block.scale * _join(noise[name]) / jnp.sqrt(1 + block.spectrum())
+            move[name] = _split(block.inputs.vectors @ shrunk @ block.gradients.vectors.T, move[name])
         return move
+
+    def sample(self, key: PRNGKeyArray) -> PyTree:
+        """A draw of each layer from its own N(0, scale^2 (I + scale^2 N A (x) G)^-1)."""
+        return self.push(normal_like(key, self.scale))
 
     def quadratic(self, row: PyTree) -> Scalar:
         """The variance along a row shaped as phi, layer by layer."""

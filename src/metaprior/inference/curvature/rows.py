@@ -92,11 +92,11 @@ def pulled(outputs: Outputs, phi: PyTree, x: PyTree) -> tuple[Float[Array, "n c"
 def curvature_root(likelihood: Likelihood, f: Float[Array, "n c"], batch: Batch) -> Float[Array, "n c r"]:
     """The likelihood's root L with each example's weight w taken in as sqrt(w)."""
     root = likelihood.hessian_root(f)
-    # A padded example has weight 0, where sqrt has no derivative.
-    return root if batch.weight is None else root * _safe_sqrt(batch.weight)[:, None, None]
+    return root if batch.weight is None else root * safe_sqrt(batch.weight)[:, None, None]
 
 
-def _safe_sqrt(x: Array) -> Array:
+def safe_sqrt(x: Array) -> Array:
+    """sqrt(max(x, 0)), with derivative 0 where x <= 0."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.curvature.rows import against, combine, inner, normal_like, scaled
+from metaprior.inference.curvature.rows import against, combine, inner, normal_like, safe_sqrt, scaled
 
 # l [r] -> s(0), (s(l) - s(0)) / l [r]
 Spectrum = Callable[[Float[Array, " r"]], tuple[Scalar, Float[Array, " r"]]]
@@ -64,13 +64,17 @@ class SpectralGaussian(NamedTuple):
         floor = self.values.max(-1, keepdims=True) * 1e-6
         return (self.values > 1).sum(-1) / jnp.maximum((self.values > floor).sum(-1), 1)
 
+    def _root(self, white: PyTree) -> PyTree:
+        """s(S H S)^(1/2), a symmetric matrix, times a vector."""
+        flat = safe_sqrt(self.flat)
+        spectral = safe_sqrt(self.flat + self.values * self.drop)
+        total = jnp.where(self.flat > 0, spectral + flat, 1)
+        move = combine(self.drop / total * against(self.rows, white), self.rows)
+        return jax.tree.map(lambda e, m: flat * e + m, white, move)
+
     def push(self, noise: PyTree) -> PyTree:
         """C^(1/2) noise = S s(S H S)^(1/2) noise, without the mean."""
-        flat = jnp.sqrt(self.flat)
-        spectral = jnp.sqrt(jnp.maximum(self.flat + self.values * self.drop, 0))
-        total = jnp.where(self.flat > 0, spectral + flat, 1)
-        move = combine(self.drop / total * against(self.rows, noise), self.rows)
-        return scaled(self.scale, jax.tree.map(lambda e, m: flat * e + m, noise, move))
+        return scaled(self.scale, self._root(noise))
 
     def sample(self, key: PRNGKeyArray) -> PyTree:
         """One draw of phi."""
@@ -78,8 +82,9 @@ class SpectralGaussian(NamedTuple):
 
     def quadratic(self, row: PyTree) -> Scalar:
         """row C row' for a row shaped as phi."""
-        white = scaled(self.scale, row)
-        return self.flat * inner(white, white) + (self.drop * against(self.rows, white) ** 2).sum()
+        # As the length of a vector: the difference s(0) |white|^2 - ... would cancel to noise near the support.
+        pushed = self._root(scaled(self.scale, row))
+        return inner(pushed, pushed)
 
     def log_det(self) -> Scalar:
         """log det of the covariance; -inf if a parameter's scale is 0 (it does not move)."""
