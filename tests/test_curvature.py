@@ -51,18 +51,28 @@ def batch_of(n, inputs=3, seed=1, weight=None):
     return Batch(jax.random.normal(jax.random.key(seed), (n, inputs)), None, weight)
 
 
+def compiled(choice, outputs, likelihood, params, batch, scale, **options):
+    """A curvature built in one compiled call: eagerly each of its operations would be compiled alone."""
+    return jax.jit(lambda p, b, s: choice(outputs, likelihood, p, b, s, **options))(params, batch, scale)
+
+
 def dense(outputs, likelihood, params, batch):
     """Gauss-Newton of the summed nll as a P x P matrix, and the function that flattens like it."""
     flat, build = ravel_pytree(params)
-    jacobian = jax.jacrev(lambda p: outputs(build(p), batch.x))(flat)
-    root = likelihood.hessian_root(outputs(params, batch.x))
-    weight = jnp.ones(len(root)) if batch.weight is None else batch.weight
-    return jnp.einsum("n,ncp,ncr,ndr,ndq->pq", weight, jacobian, root, root, jacobian), build
+
+    @jax.jit
+    def gauss_newton(flat):
+        jacobian = jax.jacrev(lambda p: outputs(build(p), batch.x))(flat)
+        root = likelihood.hessian_root(outputs(build(flat), batch.x))
+        weight = jnp.ones(len(root)) if batch.weight is None else batch.weight
+        return jnp.einsum("n,ncp,ncr,ndr,ndq->pq", weight, jacobian, root, root, jacobian)
+
+    return gauss_newton(flat), build
 
 
 def covariance(push, build, size):
     """root root' of the linear map `push`, by pushing the identity through it."""
-    root = jax.vmap(lambda e: ravel_pytree(push(build(e)))[0])(jnp.eye(size))
+    root = jax.jit(jax.vmap(lambda e: ravel_pytree(push(build(e)))[0]))(jnp.eye(size))
     return root.T @ root
 
 
@@ -80,7 +90,7 @@ def test_rows_make_the_hessian_of_a_linear_softmax_model():
         return x @ p
 
     hessian = jax.hessian(lambda p: Categorical().nll(apply(p, batch.x), batch.y).sum())(params).reshape(12, 12)
-    rows = dual(apply, Categorical(), params, batch, 1.0).rows.reshape(-1, 12)
+    rows = compiled(dual, apply, Categorical(), params, batch, 1.0).rows.reshape(-1, 12)
     np.testing.assert_allclose(rows.T @ rows, hessian, atol=1e-12)
 
 
@@ -95,7 +105,7 @@ def test_dual_equals_dense_linear_algebra(net, name):
     s = ravel_pytree(scale)[0]
     precision = jnp.eye(len(s)) + s[:, None] * h * s
     exact = s[:, None] * jnp.linalg.inv(precision) * s
-    fit = dual(net, likelihood, params, batch, scale)
+    fit = compiled(dual, net, likelihood, params, batch, scale)
     np.testing.assert_allclose(fit.log_det(), jnp.linalg.slogdet(precision)[1], rtol=1e-12)
 
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -106,13 +116,12 @@ def test_dual_equals_dense_linear_algebra(net, name):
     v = jax.random.normal(jax.random.key(8), s.shape)
     np.testing.assert_allclose(fit.quadratic(build(v)), v @ exact @ v, rtol=1e-9)
     x = batch_of(18, seed=9).x
-    j = jax.jacrev(lambda p: net(build(p), x))(ravel_pytree(params)[0])
+    j = jax.jit(jax.jacrev(lambda p: net(build(p), x)))(ravel_pytree(params)[0])
     variance = jnp.einsum("ncp,pq,ncq->nc", j, exact, j)
     posterior = gaussian._replace(mean=params)
-    np.testing.assert_allclose(output_variance(net, posterior, x), variance, rtol=1e-8, atol=1e-12)
-    np.testing.assert_allclose(
-        output_variance(net, CurvatureGaussian(params, fit, 2.0), x), 2 * variance, rtol=1e-8, atol=1e-12
-    )
+    got = jax.jit(lambda at: output_variance(net, at, x))
+    np.testing.assert_allclose(got(posterior), variance, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(got(CurvatureGaussian(params, fit, 2.0)), 2 * variance, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -123,11 +132,12 @@ def test_log_det_gradient_is_right_with_repeated_eigenvalues(choice):
     batch = Batch(jnp.concatenate([half.x, half.x]), None)
     flat, build = ravel_pytree(params)
 
+    @jax.jit
     def log_det(p):
         return CURVATURES[choice](tanh_net, Categorical(), build(p), batch, 0.8).log_det()
 
     direction = jax.random.normal(jax.random.key(3), flat.shape)
-    slope = jax.grad(log_det)(flat) @ direction
+    slope = jax.jit(jax.grad(log_det))(flat) @ direction
     e = 1e-5
     difference = (log_det(flat + e * direction) - log_det(flat - e * direction)) / (2 * e)
     np.testing.assert_allclose(slope, difference, rtol=1e-5)
@@ -147,12 +157,12 @@ def test_scales():
 def test_a_parameter_of_scale_zero_does_not_move():
     params = tanh_params()
     scale = as_scale(0.7, params) | {"layer": jax.tree.map(jnp.zeros_like, params["layer"])}
-    fit = dual(tanh_net, Gaussian(0.3), params, batch_of(5), scale)
+    fit = compiled(dual, tanh_net, Gaussian(0.3), params, batch_of(5), scale)
 
     def head_only(head, x):
         return tanh_net({"layer": params["layer"], "head": head}, x)
 
-    alone = dual(head_only, Gaussian(0.3), params["head"], batch_of(5), 0.7)
+    alone = compiled(dual, head_only, Gaussian(0.3), params["head"], batch_of(5), 0.7)
     np.testing.assert_allclose(fit.log_det(), alone.log_det(), rtol=1e-12)
     draw = fit.sample(jax.random.key(0))
     assert not jnp.any(draw["layer"]["w"])
@@ -164,7 +174,7 @@ def test_diagonal_is_the_diagonal():
     params, scale, batch = tanh_params(), random_scale(tanh_params()), batch_of(5)
     h, build = dense(tanh_net, Categorical(), params, batch)
     s = ravel_pytree(scale)[0]
-    fit = diagonal(tanh_net, Categorical(), params, batch, scale)
+    fit = compiled(diagonal, tanh_net, Categorical(), params, batch, scale)
     d = s**2 * jnp.diag(h)
     np.testing.assert_allclose(fit.log_det(), jnp.log1p(d).sum(), rtol=1e-12)
     np.testing.assert_allclose(covariance(fit.push, build, len(s)), jnp.diag(s**2 / (1 + d)), atol=1e-13)
@@ -196,7 +206,7 @@ def blocks_of(h, params):
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_kfac_blocks_are_exact_for_one_example(name):
     likelihood, params, batch = LIKELIHOODS[name], tanh_params(), batch_of(1, weight=jnp.array([3.0]))
-    fit = kfac(tanh_net, likelihood, params, batch, 0.7)
+    fit = compiled(kfac, tanh_net, likelihood, params, batch, 0.7)
     h, build = dense(tanh_net, likelihood, params, batch)
     exact = jax.scipy.linalg.block_diag(*(jnp.eye(len(b)) + 0.49 * b for b in blocks_of(h, params).values()))
     np.testing.assert_allclose(fit.log_det(), jnp.linalg.slogdet(exact)[1], rtol=1e-11)
@@ -214,7 +224,7 @@ def test_kfac_is_the_whole_fisher_of_one_linear_layer_and_of_each_layer_of_a_dee
         return tap("head", x, x @ p["head"]["w"] + p["head"]["b"])
 
     batch = batch_of(1)
-    exact = dual(linear, Categorical(), one, batch, 0.7).log_det()
+    exact = compiled(dual, linear, Categorical(), one, batch, 0.7).log_det()
     np.testing.assert_allclose(kfac(linear, Categorical(), one, batch, 0.7).log_det(), exact, rtol=1e-12)
 
     def deep(p, x, tap=seen):
@@ -227,7 +237,7 @@ def test_kfac_is_the_whole_fisher_of_one_linear_layer_and_of_each_layer_of_a_dee
     # Any number of examples: a deep linear network's gradients in s do not depend on the example if the noise is fixed.
     batch = batch_of(6)
     h, _ = dense(deep, Gaussian(0.5), params, batch)
-    fit = kfac(deep, Gaussian(0.5), params, batch, 0.7)
+    fit = compiled(kfac, deep, Gaussian(0.5), params, batch, 0.7)
     for name, block in blocks_of(h, params).items():
         values = jnp.sort(fit.blocks[name].spectrum().reshape(-1))
         np.testing.assert_allclose(values, 0.49 * jnp.linalg.eigvalsh(block), atol=1e-10)
@@ -243,7 +253,7 @@ def test_kfac_log_det_golden():
         return tap("head", x, x @ p["head"]["w"])
 
     # N A (x) G with N = 2 examples: A is a mean, so the nll's precision 2.5 makes it A (x) 5.
-    fit = kfac(apply, Gaussian(2.5**-0.5), params, batch, 0.1**-0.5)
+    fit = compiled(kfac, apply, Gaussian(2.5**-0.5), params, batch, 0.1**-0.5)
     np.testing.assert_allclose(fit.log_det() + 2 * jnp.log(0.1), 5.02723017, atol=1e-8)
 
 
@@ -257,8 +267,8 @@ def test_kfac_sums_over_positions_and_weighs_examples():
         return jnp.tanh(s * p["norm"]["gain"]).mean(1)
 
     x = jax.random.normal(jax.random.key(2), (2, 5, 2))
-    twice = kfac(apply, Categorical(), params, Batch(x[jnp.array([0, 1, 1])], None), 0.9)
-    heavy = kfac(apply, Categorical(), params, Batch(x, None, jnp.array([1.0, 2.0])), 0.9)
+    twice = compiled(kfac, apply, Categorical(), params, Batch(x[jnp.array([0, 1, 1])], None), 0.9)
+    heavy = compiled(kfac, apply, Categorical(), params, Batch(x, None, jnp.array([1.0, 2.0])), 0.9)
     np.testing.assert_allclose(twice.log_det(), heavy.log_det(), rtol=1e-12)
     assert set(heavy.blocks) == {"conv"}
     draw = heavy.sample(jax.random.key(0))
@@ -279,7 +289,7 @@ def test_kfac_sums_over_positions_and_weighs_examples():
         jac = jax.jacrev(lambda s: nll_root(s)[0])(xi @ w)
         per_position = jnp.einsum("cto,cr->rto", jac, nll_root(xi @ w)[1])
         g += jnp.einsum("rto,rtu->ou", per_position, per_position) / (2 * 5)
-    plain = kfac(apply, Categorical(), params, Batch(x, None), 0.9)
+    plain = compiled(kfac, apply, Categorical(), params, Batch(x, None), 0.9)
     expected = jnp.linalg.slogdet(jnp.eye(6) + 0.81 * 2 * jnp.kron(a, g))[1]
     np.testing.assert_allclose(plain.log_det(), expected, rtol=1e-12)
 
@@ -301,7 +311,8 @@ def test_lanczos_log_det_converges_with_its_order_and_so_does_its_gradient():
         return log_det_estimate(lambda u: (roots * t) @ ((roots * t).T @ u), probes, order)
 
     value, slope = jax.value_and_grad(exact)(1.3)
-    values, slopes = zip(*(jax.value_and_grad(estimate)(1.3, order) for order in (1, 2, 4, 6, 8)), strict=True)
+    at = jax.jit(jax.value_and_grad(estimate), static_argnums=1)
+    values, slopes = zip(*(at(1.3, order) for order in (1, 2, 4, 8)), strict=True)
     errors = np.abs(np.asarray(values) - value)
     assert np.all(np.diff(errors) < 0)
     assert errors[0] > 0.1
@@ -318,12 +329,10 @@ def test_lanczos_probes_are_unbiased_and_the_leading_forms_carry_the_gradient():
     def log_det(p, choice, **options):
         return choice(tanh_net, Gaussian(0.3), build(p), batch, 0.8, **options).log_det()
 
-    value, slope = jax.value_and_grad(log_det)(flat, dual)
-    draws = [
-        jax.jit(jax.value_and_grad(lambda p, k: log_det(p, lanczos, key=k, order=20, probes=64)))(flat, key)
-        for key in jax.random.split(jax.random.key(1), 6)
-    ]
-    values, slopes = np.asarray([v for v, _ in draws]), np.asarray([s for _, s in draws])
+    value, slope = jax.jit(jax.value_and_grad(lambda p: log_det(p, dual)))(flat)
+    draw = jax.jit(jax.value_and_grad(lambda p, k: log_det(p, lanczos, key=k, order=20, probes=64)))
+    values, slopes = zip(*(draw(flat, key) for key in jax.random.split(jax.random.key(1), 6)), strict=True)
+    values, slopes = np.asarray(values), np.asarray(slopes)
     error, spread = values.mean() - value, values.std(ddof=1) / np.sqrt(6)
     assert abs(error) < 4 * spread < 0.1 * value
     alike = slopes.mean(0) @ slope / np.linalg.norm(slopes.mean(0)) / np.linalg.norm(slope)
@@ -338,12 +347,12 @@ def test_lanczos_posterior_is_exact_at_full_order_and_cautious_below():
     def apply(p, x):
         return x @ p["w"]
 
-    exact = dual(apply, Gaussian(0.5), params, batch, 0.8)
-    rows = [{"w": jax.random.normal(k, (6, 3))} for k in jax.random.split(jax.random.key(4), 5)]
-    wanted = jnp.stack([exact.quadratic(row) for row in rows])
-    for order in (2, 4, 8, 12, 40):
-        fit = lanczos(apply, Gaussian(0.5), params, batch, 0.8, order=order)
-        got = jnp.stack([fit.quadratic(row) for row in rows])
+    exact = compiled(dual, apply, Gaussian(0.5), params, batch, 0.8)
+    rows = {"w": jax.random.normal(jax.random.key(4), (5, 6, 3))}
+    wanted = jax.vmap(exact.quadratic)(rows)
+    for order in (2, 6, 40):
+        fit = compiled(lanczos, apply, Gaussian(0.5), params, batch, 0.8, order=order)
+        got = jax.jit(jax.vmap(fit.quadratic))(rows)
         assert jnp.all(got > wanted - 1e-9)
     np.testing.assert_allclose(got, wanted, rtol=1e-8)
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -364,7 +373,8 @@ def test_gradients_reach_the_meta_parameters_through_tasks_side_by_side(choice):
         return CURVATURES[choice](tanh_net, Categorical(), p, Batch(x, None), 0.8).log_det()
 
     together = jax.jit(jax.grad(lambda p: jax.vmap(log_det, (None, 0))(p, tasks).sum()))(params)
-    single = [jax.grad(log_det)(params, x) for x in tasks]
+    alone = jax.jit(jax.grad(log_det))
+    single = [alone(params, x) for x in tasks]
     apart = jax.tree.map(lambda *leaves: sum(leaves), *single)
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
@@ -376,6 +386,9 @@ def test_float32_holds_under_a_very_broad_prior():
     batch, x = batch_of(10, 30), batch_of(5, 30, seed=4).x
 
     def variance():
+        return jax.jit(both)(params, batch, x)
+
+    def both(params, batch, x):
         fit = dual(tanh_net, Gaussian(0.3), params, batch, 1000.0**0.5)
         zero = fit.gaussian(params, laplace_spectrum)
         return output_variance(tanh_net, zero, batch.x), output_variance(tanh_net, zero, x)

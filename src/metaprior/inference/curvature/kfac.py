@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.curvature.rows import Outputs, as_scale, chunked, curvature_root, normal_like
+from metaprior.inference.curvature.rows import Outputs, as_scale, chunked, curvature_root, inner, normal_like
 from metaprior.likelihoods import Likelihood
 from metaprior.types import Batch, examples
 
@@ -51,11 +51,16 @@ class Kfac(NamedTuple):
         return jnp.asarray(sum(jnp.log1p(block.spectrum()).sum() for block in self.blocks.values()))
 
     def push(self, noise: PyTree) -> PyTree:
-        """U_A [z / sqrt(1/scale^2 + N a_j g_i)] U_G' of each layer; zero for parameters without a tap."""
+        """The symmetric root of each layer's covariance times its noise; zero for parameters without a tap.
+
+        U_A [(U_A' z U_G) / sqrt(1/scale^2 + N a_j g_i)] U_G': unlike that of U_A [z / ...] U_G', a draw does not depend
+        on the eigenvectors' signs, nor on their choice where eigenvalues repeat.
+        """
         move = jax.tree.map(jnp.zeros_like, noise)
         for name, block in self.blocks.items():
-            shrunk = block.scale * _join(noise[name]) / jnp.sqrt(1 + block.spectrum())
-            move[name] = _split(block.inputs.vectors @ shrunk @ block.gradients.vectors.T, move[name])
+            left, right = block.inputs.vectors, block.gradients.vectors
+            shrunk = block.scale * (left.T @ _join(noise[name]) @ right) / jnp.sqrt(1 + block.spectrum())
+            move[name] = _split(left @ shrunk @ right.T, move[name])
         return move
 
     def sample(self, key: PRNGKeyArray) -> PyTree:
@@ -64,11 +69,8 @@ class Kfac(NamedTuple):
 
     def quadratic(self, row: PyTree) -> Scalar:
         """The variance along a row shaped as phi, layer by layer."""
-        total = jnp.zeros(())
-        for name, block in self.blocks.items():
-            turned = block.inputs.vectors.T @ _join(row[name]) @ block.gradients.vectors
-            total += (block.scale**2 * turned**2 / (1 + block.spectrum())).sum()
-        return total
+        pushed = self.push(row)
+        return inner(pushed, pushed)
 
 
 def _join(layer: Mapping[str, Array]) -> Float[Array, "k o"]:
