@@ -172,6 +172,19 @@ def test_softmax_closed_form_is_near_the_exact_mixture():
     assert error < 0.6 * point_error
 
 
+@pytest.mark.usefixtures("x64")
+def test_linear_draws_have_the_closed_forms_moments():
+    phi = {"layer": {"w": jnp.ones((2, 3)) / 2}, "head": {"w": jnp.arange(3.0)[:, None]}}
+    x = jax.random.normal(jax.random.key(0), (4, 2))
+    rule = laplace(0.2, draws=4000, linear=True)
+    posterior = rule.infer(net, Gaussian(0.5), phi, Batch(x, jnp.zeros((4, 1))), Implied(1.0, 1))
+    drawn = rule.predict(net, Gaussian(0.5), posterior, 3 * x, jax.random.key(1))
+    closed = laplace().predict(net, Gaussian(0.5), posterior, 3 * x, jax.random.key(1))
+    networks = laplace(draws=4000).predict(net, Gaussian(0.5), posterior, 3 * x, jax.random.key(1))
+    np.testing.assert_allclose(drawn.variance(), closed.variance(), rtol=0.12)
+    assert jnp.abs(networks.variance() / closed.variance() - 1).max() > 0.2  # tanh is not linear this far out
+
+
 def net(phi, x, tap=lambda name, inputs, s: s):
     h = jnp.tanh(tap("layer", x, x @ phi["layer"]["w"]))
     return tap("head", h, h @ phi["head"]["w"])
@@ -181,6 +194,7 @@ RULES = {
     "point": point(),
     "implicit": implicit(),
     "implicit drawn": implicit(draws=3),
+    "implicit linear": implicit(draws=3, linear=True),
     **{f"laplace {name}": laplace(curvature=name) for name in CURVATURES},
     **{f"laplace {name} drawn": laplace(curvature=name, draws=3) for name in CURVATURES},
 }

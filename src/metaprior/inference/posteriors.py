@@ -90,14 +90,18 @@ def predict(
     key: PRNGKeyArray,
     *,
     draws: int = 0,
+    linear: bool = False,
     noise: float | Array | None = None,
 ) -> Any:
     """The predictive at x under a posterior with `mean`, `sample` and `quadratic`.
 
     draws = 0: the linearised predictive in closed form (exact for Gaussian likelihoods of a linear network; softmax by
     `Categorical.predictive`'s probit scaling of the logits' variances about their mean over classes, as a shift common
-    to all classes changes nothing). It costs one vector-Jacobian product an output, see `output_variance`.
-    draws > 0: a mixture of so many networks drawn from the posterior. noise: replaces the Gaussian likelihood's scale.
+    to all classes changes nothing). It costs one vector-Jacobian product through all of x an output, n c in all.
+    draws > 0: a mixture of so many networks drawn from the posterior; with linear=True of draws of the network
+    linearised at its mean, which is the network that Gauss-Newton describes (Immer, Korzepa & Bauer 2021): one
+    Jacobian-vector product a draw, the cheap choice for convolutional networks.
+    noise: replaces the Gaussian likelihood's scale.
     """
     if noise is not None:
         if not isinstance(likelihood, Gaussian):
@@ -106,14 +110,20 @@ def predict(
             )
         likelihood = replace(likelihood, scale=noise)
     if draws:
-        sampled = jax.lax.map(
-            lambda k: outputs(posterior.sample(k), x), jax.random.split(key, draws), batch_size=DRAWS_AT_ONCE
-        )
-        return likelihood.predictive(sampled)
+        keys = jax.random.split(key, draws)
+        return likelihood.predictive(jax.lax.map(_drawn(outputs, posterior, x, linear), keys, batch_size=DRAWS_AT_ONCE))
     means = outputs(posterior.mean, x)[None]
     if isinstance(posterior, Point):
         return likelihood.predictive(means)
     return likelihood.predictive(means, output_variance(_felt(outputs, likelihood), posterior, x)[None])
+
+
+def _drawn(outputs: Callable[..., Array], posterior: Any, x: PyTree, linear: bool) -> Callable[[PRNGKeyArray], Array]:
+    """key -> the outputs at x of one draw of phi."""
+    if not linear:
+        return lambda key: outputs(posterior.sample(key), x)
+    f, push = jax.linearize(lambda phi: outputs(phi, x), posterior.mean)
+    return lambda key: f + push(jax.tree.map(jnp.subtract, posterior.sample(key), posterior.mean))
 
 
 def _felt(outputs: Callable[..., Array], likelihood: Likelihood) -> Callable[..., Array]:
@@ -128,10 +138,10 @@ def _felt(outputs: Callable[..., Array], likelihood: Likelihood) -> Callable[...
     return centred
 
 
-def _rule(infer: Callable[..., Any], draws: int, noise: float | Array | None) -> PosteriorRule:
+def _rule(infer: Callable[..., Any], draws: int, linear: bool, noise: float | Array | None) -> PosteriorRule:
     if draws < 0:
         raise ValueError(f"draws: came {draws}, needs 0 (the linearised predictive in closed form) or more")
-    return PosteriorRule(infer, partial(predict, draws=draws, noise=noise))
+    return PosteriorRule(infer, partial(predict, draws=draws, linear=linear, noise=noise))
 
 
 def point(noise: float | Array | None = None) -> PosteriorRule:
@@ -140,7 +150,7 @@ def point(noise: float | Array | None = None) -> PosteriorRule:
     def infer(outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied) -> Point:
         return Point(phi)
 
-    return _rule(infer, 0, noise)
+    return _rule(infer, 0, False, noise)
 
 
 def laplace(
@@ -148,13 +158,15 @@ def laplace(
     temperature: float | Array = 1.0,
     noise: float | Array | None = None,
     draws: int = 0,
+    linear: bool = False,
     curvature: str | Callable[..., Curvature] = "dual",
 ) -> PosteriorRule:
     """N(phi_k, temperature (H + precision I)^-1) with H the support's Gauss-Newton matrix (Grant et al. 2018, sec. 4).
 
     curvature: one of CURVATURES, or a function with their arguments, e.g. partial(lanczos, order=64).
     precision: tau of the prior N(theta, I / tau); None takes the explicit prior of the inner loop, if it has one.
-    temperature, noise and precision may be traced, to be fitted on validation tasks by their gradient.
+    draws, linear: see `predict`. temperature, noise and precision may be traced, to be fitted on validation tasks by
+    their gradient.
     """
     fit = CURVATURES.get(curvature) if isinstance(curvature, str) else curvature
     if fit is None:
@@ -173,15 +185,21 @@ def laplace(
             return fitted.gaussian(phi, laplace_spectrum, temperature)
         return CurvatureGaussian(phi, fitted, temperature)
 
-    return _rule(infer, draws, noise)
+    return _rule(infer, draws, linear, noise)
 
 
-def implicit(temperature: float | Array = 1.0, noise: float | Array | None = None, draws: int = 0) -> PosteriorRule:
+def implicit(
+    temperature: float | Array = 1.0,
+    noise: float | Array | None = None,
+    draws: int = 0,
+    linear: bool = False,
+) -> PosteriorRule:
     """The posterior that the inner loop's own steps imply, with nothing to choose (see `descent_spectrum`).
 
     Exact for a quadratic loss with 0 <= l < 1 for all eigenvalues l of rate times curvature; the posterior's `clipped`
     says what share lies beyond. A loop that optimises an explicit prior (iMAML) implies that prior's Laplace posterior.
-    temperature 1 is the pure value; fit it on validation tasks, as wide networks have very broad flat directions.
+    draws, linear: see `predict`. temperature 1 is the pure value; fit it on validation tasks, as wide networks have very
+    broad flat directions.
     """
 
     def infer(outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied) -> SpectralGaussian:
@@ -190,7 +208,7 @@ def implicit(temperature: float | Array = 1.0, noise: float | Array | None = Non
         scale = as_scale(implied.scale, phi)
         return dual(outputs, likelihood, phi, support, scale).gaussian(phi, spectrum, temperature)
 
-    return _rule(infer, draws, noise)
+    return _rule(infer, draws, linear, noise)
 
 
 POSTERIORS = {"point": point, "laplace": laplace, "implicit": implicit}
