@@ -3,13 +3,17 @@
 from collections.abc import Callable
 
 from metaprior.tasks.ambiguous import ambiguous, linear
+from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks, encode_labels
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.fixed import FixedTasks
+from metaprior.tasks.images import images, miniimagenet
 from metaprior.tasks.linear_gaussian import linear_gaussian
 from metaprior.tasks.omniglot import omniglot
 from metaprior.tasks.oneshot import one_shot_runs, one_shot_source
 from metaprior.tasks.pool import ClassPool, class_pool, pool_splits
+from metaprior.tasks.reading import Examples, check_same_form, read_examples
 from metaprior.tasks.sinusoid import sinusoid, sinusoid_hard
+from metaprior.tasks.table import radon, sleepstudy, table
 from metaprior.types import Splits
 
 SOURCES: dict[str, Callable[..., Splits]] = {
@@ -19,21 +23,38 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "ambiguous": ambiguous,
     "linear_gaussian": linear_gaussian,
     "omniglot": omniglot,
+    "miniimagenet": miniimagenet,
+    "images": images,
+    "table": table,
+    "sleepstudy": sleepstudy,
+    "radon": radon,
 }
 
 __all__ = [
     "SOURCES",
+    "ArrayTasks",
     "ClassPool",
     "DataError",
+    "Examples",
     "FixedTasks",
+    "Scaling",
     "ambiguous",
+    "array_tasks",
+    "check_same_form",
     "class_pool",
+    "encode_labels",
+    "images",
     "linear",
     "linear_gaussian",
+    "miniimagenet",
     "omniglot",
     "one_shot_runs",
     "one_shot_source",
     "pool_splits",
+    "radon",
+    "read_examples",
     "sinusoid",
     "sinusoid_hard",
+    "sleepstudy",
+    "table",
 ]

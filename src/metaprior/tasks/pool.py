@@ -16,7 +16,8 @@ from metaprior.types import Batch, Splits, Task
 def distinct(key: PRNGKeyArray, population: Int[Array, ""] | int, k: int) -> Int[Array, " k"]:
     """k different numbers below `population` in random order; the population may be traced, k is static.
 
-    Cost O(k^2) whatever the population: Floyd's method (Bentley & Floyd 1987), then a shuffle of the k.
+    Where the population is smaller than k, all of it comes first and -1 fills the rest. Cost O(k^2) whatever the
+    population: Floyd's method (Bentley & Floyd 1987), then a shuffle of the k.
     """
     key_draw, key_order = jax.random.split(key)
     tops = population - k + jnp.arange(k)
@@ -24,10 +25,12 @@ def distinct(key: PRNGKeyArray, population: Int[Array, ""] | int, k: int) -> Int
 
     def take(i: Array, chosen: Int[Array, " k"]) -> Int[Array, " k"]:
         taken = (chosen == draws[i]).any()
-        return chosen.at[i].set(jnp.where(taken, tops[i], draws[i]))
+        return chosen.at[i].set(jnp.where(taken | (tops[i] < 0), tops[i], draws[i]))
 
-    chosen = jax.lax.fori_loop(0, k, take, jnp.full(k, -1, draws.dtype))
-    return chosen[jnp.argsort(jax.random.bits(key_order, (k,)))]
+    # Numbers below 0 stand for what is not there; they never meet a draw.
+    chosen = jnp.maximum(jax.lax.fori_loop(0, k, take, jnp.full(k, -1, draws.dtype)), -1)
+    order = jnp.where(chosen < 0, 2.0, jax.random.uniform(key_order, (k,)))
+    return chosen[jnp.argsort(order)]
 
 
 def rotate(images: UInt8[Array, "w m h h c"], turns: Int[Array, " w"]) -> UInt8[Array, "w m h h c"]:
@@ -148,7 +151,7 @@ def class_pool(
 def pool_splits(
     images: Any,
     counts: Sequence[int] | np.ndarray,
-    split: tuple[Any, Any, Any],
+    split: Sequence[Any],
     *,
     way: int,
     shot: int,

@@ -1,0 +1,120 @@
+"""Examples for one task from the user's files: pictures in class-named folders, CSV or NPZ."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaprior.tasks.checks import DataError
+from metaprior.tasks.pictures import SUFFIXES, check_channels, decode_picture, decode_pictures, find_pictures
+from metaprior.tasks.table import Columns, column, design, read_columns
+
+LABELS = ("label", "labels", "class", "target", "y")
+
+
+class Examples(NamedTuple):
+    """Examples as read: x float32 [n, h, w, c] in 0..1 or [n, d]; a label and a name for each."""
+
+    x: np.ndarray
+    labels: list[Any] | None
+    names: list[str]
+
+
+def read_examples(
+    path: str | Path,
+    *,
+    size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    labelled: bool = True,
+    target: str | None = None,
+    features: list[str] | None = None,
+    invert: bool = False,
+) -> Examples:
+    """Examples from a folder of class folders, a flat folder, an archive, one picture, a CSV or an NPZ file.
+
+    Args:
+        size, channels: of pictures; by default those of the first one (and 3 channels, or 1 if it is grey).
+        labelled: whether labels are needed (support) or not (query; labels that are there are given all the same).
+        target: the column or array of labels; by default label, labels, class, target or y. In an NPZ file `x` or
+            `images` are the examples; in a CSV file `features`, or all other columns.
+        invert: dark on light becomes light on dark, as Omniglot's recipes need for ink on paper.
+
+    Raises:
+        DataError: nothing to read, no labels where they are needed, NaN (naming column and row), damaged files.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; correct the path")
+    if path.suffix.lower() == ".csv":
+        found = _from_columns(read_columns(path), path, target, features)
+    elif path.suffix.lower() == ".npz" and not {"images", "jpeg"} & set(columns := read_columns(path)):
+        found = _from_columns(columns, path, target, features)
+    else:
+        found = _from_pictures(path, size, channels, invert)
+    if labelled and found.labels is None:
+        raise DataError(
+            f"{path}: came examples without labels, needs pictures in folders named by their class, or a column "
+            f"{target or 'label'!r} in the table"
+        )
+    return found
+
+
+def _from_pictures(path: Path, size: Any, channels: int | None, invert: bool) -> Examples:
+    pictures = find_pictures(path)
+    if channels is None:
+        channels = 3 if _coloured(decode_picture(pictures[0], None, 3)) else 1
+    check_channels(channels)
+    if size is None:
+        size = decode_picture(pictures[0], None, channels).shape[:2]
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    x = decode_pictures(pictures, shape, channels).astype(np.float32) / 255
+    labels = [picture.group for picture in pictures]
+    # A flat folder has no class folders: its own name is not a label.
+    flat = path.is_dir() and any(file.suffix.lower() in SUFFIXES for file in path.iterdir())
+    return Examples(1 - x if invert else x, None if flat or not all(labels) else list(labels), _names(path, pictures))
+
+
+def _coloured(image: np.ndarray) -> bool:
+    return bool((image != image[..., :1]).any())
+
+
+def _names(path: Path, pictures: list) -> list[str]:
+    return [picture.place.removeprefix(f"{path}/").removeprefix(f"{path}: ") for picture in pictures]
+
+
+def _from_columns(columns: Columns, path: Path, target: str | None, features: list[str] | None) -> Examples:
+    name = target or next((name for name in LABELS if name in columns), None)
+    goal = None if name is None else columns.get(name)
+    if features is None:
+        features = ["x"] if "x" in columns and path.suffix == ".npz" else [c for c in columns if c and c != name]
+    if path.suffix == ".npz" and features == ["x"]:
+        x = _array(column(columns, "x", "features"), path)
+    else:
+        x = design(columns, features).x.astype(np.float32)
+    if goal is not None and len(goal) != len(x):
+        raise DataError(f"{path}: came {len(goal)} labels for {len(x)} examples, needs one an example")
+    return Examples(x, None if goal is None else goal.tolist(), [f"row {i}" for i in range(len(x))])
+
+
+def _array(x: np.ndarray, path: Path) -> np.ndarray:
+    if x.dtype.kind not in "fiub":
+        raise DataError(f"{path}: x came {x.dtype}, needs numbers")
+    bad = np.argwhere(~np.isfinite(x.astype(float)))
+    if len(bad):
+        row, *rest = bad[0].tolist()
+        raise DataError(f"{path}: x came a NaN in row {row}, column {rest}; fill it in or leave the row out")
+    scaled = x.astype(np.float32) / 255 if x.dtype == np.uint8 and x.ndim > 2 else x.astype(np.float32)
+    return scaled[:, None] if scaled.ndim == 1 else scaled
+
+
+def check_same_form(support: np.ndarray, query: np.ndarray) -> None:
+    """Refuses a query whose examples have another shape than the support's.
+
+    Raises:
+        DataError: naming both shapes.
+    """
+    if support.shape[1:] != query.shape[1:]:
+        raise DataError(
+            f"query: came examples of shape {query.shape[1:]}, but the support's have {support.shape[1:]}; give both "
+            "the same size, channels and columns"
+        )

@@ -1,0 +1,55 @@
+"""Sharing groups (classes, subjects, schools) out over training, validation and test."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from metaprior.tasks.checks import DataError
+
+# Three fractions, three lists of names, or the lists under 'train', 'validation' and 'test'.
+Split = Sequence[float] | Sequence[Sequence[Hashable]] | Mapping[str, Sequence[Hashable]]
+
+
+def split_groups(names: Sequence[Hashable], split: Any, seed: int, kind: str) -> tuple[np.ndarray, ...]:
+    """Positions in `names` of the groups of training, validation and test; disjoint and each in order.
+
+    Raises:
+        DataError: not three parts, fractions that do not sum to 1 or leave a part empty, unknown or repeated names.
+    """
+    if isinstance(split, Mapping):
+        split = [split.get(part, ()) for part in ("train", "validation", "test")]
+    parts = list(split)
+    if len(parts) != 3:
+        raise DataError(f"split: came {len(parts)} parts, needs three (training, validation, test)")
+    if all(isinstance(part, int | float) for part in parts):
+        return _by_fractions(len(names), parts, seed, kind)
+    place = {name: i for i, name in enumerate(names)}
+    unknown = [name for part in parts for name in part if name not in place]
+    if unknown:
+        raise DataError(f"split: came unknown {kind} {unknown[0]!r}, needs some of {list(names)[:5]!r} ...")
+    listed = [name for part in parts for name in part]
+    if len(set(listed)) < len(listed):
+        twice = next(name for name in listed if listed.count(name) > 1)
+        raise DataError(f"split: came {kind} {twice!r} twice, needs disjoint lists")
+    return tuple(np.asarray([place[name] for name in part], np.int64) for part in parts)
+
+
+def rows_of(groups: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The rows of some groups, where all groups lie one after the other with `counts` rows each."""
+    return np.flatnonzero(np.isin(np.repeat(np.arange(len(counts)), counts), groups))
+
+
+def _by_fractions(total: int, fractions: Sequence[float], seed: int, kind: str) -> tuple[np.ndarray, ...]:
+    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise DataError(f"split: came fractions {tuple(fractions)}, needs three of 0 or more that sum to 1")
+    edges = np.rint(np.cumsum(fractions)[:2] * total).astype(int)
+    order = np.random.default_rng(seed).permutation(total)
+    parts = tuple(np.sort(part) for part in np.split(order, edges))
+    if not all(len(part) for part in parts):
+        sizes = " / ".join(str(len(part)) for part in parts)
+        raise DataError(
+            f"split: fractions {tuple(fractions)} of {total} groups ({kind}) make {sizes}, needs one at least in each; "
+            "give other fractions or more groups"
+        )
+    return parts
