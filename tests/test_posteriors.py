@@ -77,6 +77,15 @@ def test_descent_spectrum_in_exact_arithmetic():
 
 
 @pytest.mark.usefixtures("x64")
+def test_implicit_by_lanczos_is_the_dual_one():
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+    arguments = linear, Gaussian(0.5), jnp.ones((4, 1)), Batch(x, jnp.zeros((5, 1))), Implied(jnp.full((4, 1), 0.3), 6)
+    row = jnp.array([[1.0], [-1.0], [2.0], [0.5]])
+    exact, matrix_free = (implicit(curvature=c).infer(*arguments).quadratic(row) for c in ("dual", "lanczos"))
+    np.testing.assert_allclose(matrix_free, exact, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
 def test_overshooting_directions_are_clipped_and_counted():
     batch = Batch(jnp.diag(jnp.array([2.0, 1.0, 0.5])), jnp.zeros((3, 1)))
     posterior = implicit().infer(
@@ -193,6 +202,7 @@ def net(phi, x, tap=lambda name, inputs, s: s):
 RULES = {
     "point": point(),
     "implicit": implicit(),
+    "implicit lanczos": implicit(curvature="lanczos"),
     "implicit drawn": implicit(draws=3),
     "implicit linear": implicit(draws=3, linear=True),
     **{f"laplace {name}": laplace(curvature=name) for name in CURVATURES},
@@ -221,6 +231,8 @@ def test_bad_options_are_named():
     assert set(POSTERIORS) == {"point", "laplace", "implicit"}
     with pytest.raises(ValueError, match="curvature"):
         laplace(curvature="exact")
+    with pytest.raises(ValueError, match="spectrum"):
+        implicit(curvature="kfac")
     with pytest.raises(ValueError, match="draws"):
         implicit(draws=-1)
     batch = Batch(jnp.ones((2, 1)), jnp.zeros(2, int))

@@ -23,6 +23,7 @@ from metaprior.inference.curvature import (
     as_scale,
     descent_spectrum,
     dual,
+    lanczos,
     laplace_spectrum,
     output_variance,
 )
@@ -193,20 +194,26 @@ def implicit(
     noise: float | Array | None = None,
     draws: int = 0,
     linear: bool = False,
+    curvature: str | Callable[..., Dual | Lanczos] = "dual",
 ) -> PosteriorRule:
     """The posterior that the inner loop's own steps imply, with nothing to choose (see `descent_spectrum`).
 
     Exact for a quadratic loss with 0 <= l < 1 for all eigenvalues l of rate times curvature; the posterior's `clipped`
     says what share lies beyond. A loop that optimises an explicit prior (iMAML) implies that prior's Laplace posterior.
-    draws, linear: see `predict`. temperature 1 is the pure value; fit it on validation tasks, as wide networks have very
-    broad flat directions.
+    curvature: "dual", "lanczos" or a function with their arguments. draws, linear: see `predict`. temperature 1 is the
+    pure value; fit it on validation tasks, as wide networks have very broad flat directions.
     """
+
+    spectral = {"dual": dual, "lanczos": lanczos}
+    fit = spectral.get(curvature) if isinstance(curvature, str) else curvature
+    if fit is None:
+        raise ValueError(f"curvature: came {curvature!r}, needs one with a spectrum: {', '.join(spectral)}")
 
     def infer(outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied) -> SpectralGaussian:
         explicit = implied.precision is not None
         spectrum = laplace_spectrum if explicit else partial(descent_spectrum, steps=implied.steps)
         scale = as_scale(implied.scale, phi)
-        return dual(outputs, likelihood, phi, support, scale).gaussian(phi, spectrum, temperature)
+        return fit(outputs, likelihood, phi, support, scale).gaussian(phi, spectrum, temperature)
 
     return _rule(infer, draws, linear, noise)
 
