@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 from metaprior.tasks.ambiguous import ambiguous, linear
-from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks, encode_labels
+from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.images import images, miniimagenet
+from metaprior.tasks.labels import check_labels, encode_labels
 from metaprior.tasks.linear_gaussian import linear_gaussian
 from metaprior.tasks.omniglot import omniglot
 from metaprior.tasks.oneshot import one_shot_runs, one_shot_source
@@ -40,6 +41,7 @@ __all__ = [
     "Scaling",
     "ambiguous",
     "array_tasks",
+    "check_labels",
     "check_same_form",
     "class_pool",
     "encode_labels",

@@ -1,7 +1,6 @@
 """Tasks from arrays: features, targets and a group for every row; a group (subject, school, assay) is a task."""
 
-from collections.abc import Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metaprior.tasks.checks import DataError, check_count
+from metaprior.tasks.labels import encode_labels
 from metaprior.tasks.pool import distinct
 from metaprior.tasks.splitting import rows_of, split_groups
 from metaprior.types import Batch, Splits, Task
@@ -82,29 +82,6 @@ class ArrayTasks:
         index = self.starts[group] + rows[first + place % present]
         weight = (place < present).astype(self.x.dtype) if self.ragged == "pad" else None
         return Batch(self.x[index], self.y[index], weight)
-
-
-def encode_labels(labels: Sequence[Hashable] | np.ndarray) -> tuple[Int[np.ndarray, " n"], list[Hashable]]:
-    """Integers 0..k-1 for labels of any hashable kind, and the k classes that they stand for.
-
-    Classes are sorted where they can be compared, else in order of appearance.
-
-    Raises:
-        DataError: no labels, a label that is not hashable, or NaN.
-    """
-    values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
-    if not values:
-        raise DataError("labels: came none, needs one an example")
-    for i, value in enumerate(values):
-        if not isinstance(value, Hashable):
-            raise DataError(f"labels: came {value!r} in row {i}, needs hashable values (text, numbers, tuples)")
-        if value != value:
-            raise DataError(f"labels: came NaN in row {i}; fill it in or leave the row out")
-    classes = list(dict.fromkeys(values))
-    with suppress(TypeError):
-        classes = sorted(classes)  # type: ignore[type-var]
-    place = {label: i for i, label in enumerate(classes)}
-    return np.asarray([place[value] for value in values], np.int32), classes
 
 
 def check_finite(name: str, values: np.ndarray, columns: Sequence[str] | None = None) -> np.ndarray:
