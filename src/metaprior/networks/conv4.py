@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
-from metaprior.networks.conv import conv2d, max_pool
 
+from metaprior.networks.conv import conv2d, max_pool, patches
 from metaprior.networks.layers import Tap, batch_norm, dense, dense_init
 from metaprior.types import Model
 
@@ -29,11 +29,12 @@ def conv4(
     if readout not in ("flatten", "mean"):
         raise ValueError(f"readout: came {readout!r}, needs 'flatten' or 'mean'")
     names = [f"block{i + 1}" for i in range(blocks)]
+    stride = 2 if downsample == "stride" else 1
 
     def block(name: str, layer: dict[str, Array], x: Array, tap: Tap | None) -> Array:
-        s = conv2d(x, layer["w"], stride=2 if downsample == "stride" else 1)
+        s = conv2d(x, layer["w"], stride)
         if tap is not None:
-            s = tap(name, patches(x, 2 if downsample == "stride" else 1), s)
+            s = tap(name, patches(x, (3, 3), stride), s)
         s = jax.nn.relu(batch_norm(s, layer["shift"], layer.get("gain")))
         return max_pool(s) if downsample == "max_pool" else s
 
@@ -62,17 +63,3 @@ def conv4(
 
     return Model(init, apply, features)
 
-
-def patches(x: Float[Array, "n h w c"], stride: int) -> Float[Array, "n h2 w2 k"]:
-    """What each output of a 3x3 same-padded convolution sees, ordered as the weights [3, 3, c] are."""
-    _, h, w, _ = x.shape
-    out = -(-h // stride), -(-w // stride)
-    total = [max((o - 1) * stride + 3 - size, 0) for o, size in zip(out, (h, w), strict=True)]
-    pad = [(t // 2, t - t // 2) for t in total]
-    x = jnp.pad(x, ((0, 0), *pad, (0, 0)))
-    slices = [
-        x[:, i : i + (out[0] - 1) * stride + 1 : stride, j : j + (out[1] - 1) * stride + 1 : stride]
-        for i in range(3)
-        for j in range(3)
-    ]
-    return jnp.concatenate(slices, axis=-1)

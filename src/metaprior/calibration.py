@@ -1,0 +1,108 @@
+"""How honest probabilities are: pure functions of predictions and outcomes, and the fit of a posterior's scalars."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
+from scipy.optimize import minimize
+
+from metaprior.types import Learner, TaskSource
+
+BINS = 20
+
+
+class Reliability(NamedTuple):
+    """Predictions by confidence, in bins of equal width over (0, 1]: count, mean confidence and accuracy of each."""
+
+    count: Float[Array, " bins"]
+    confidence: Float[Array, " bins"]
+    accuracy: Float[Array, " bins"]
+
+
+def reliability(
+    confidence: Float[Array, " n"], correct: Bool[Array, " n"], weight: Float[Array, " n"], bins: int = BINS
+) -> Reliability:
+    """Bin the confidences of the predicted classes; bin b holds (b / bins, (b + 1) / bins]. Empty bins are 0."""
+    index = jnp.clip(jnp.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+    def total(values: Array) -> Float[Array, " bins"]:
+        return jnp.zeros(bins, confidence.dtype).at[index].add(values)
+
+    count = total(weight)
+    safe = jnp.maximum(count, 1e-12)
+    return Reliability(count, total(weight * confidence) / safe, total(weight * correct) / safe)
+
+
+def expected_error(table: Reliability) -> Scalar:
+    """ECE: the mean of |accuracy - confidence| over bins, by their counts (Naeini et al. 2015; Guo et al. 2017)."""
+    share = table.count / jnp.maximum(table.count.sum(), 1e-12)
+    return (share * jnp.abs(table.accuracy - table.confidence)).sum()
+
+
+def maximum_error(table: Reliability) -> Scalar:
+    """MCE: the largest |accuracy - confidence| of a bin that holds any prediction."""
+    return jnp.where(table.count > 0, jnp.abs(table.accuracy - table.confidence), 0).max()
+
+
+def brier(probabilities: Float[Array, "n c"], y: Int[Array, " n"]) -> Float[Array, " n"]:
+    """Sum over classes of (probability - outcome)^2, between 0 and 2 (Brier 1950)."""
+    return ((probabilities - jax.nn.one_hot(y, probabilities.shape[-1])) ** 2).sum(-1)
+
+
+class Calibration(NamedTuple):
+    """Scalars of a posterior fitted on validation tasks, and the mean query nll before and after."""
+
+    knobs: dict[str, float]
+    nll_before: float
+    nll_after: float
+
+
+def calibrate(
+    build: Callable[[dict[str, Array]], Learner],
+    params: PyTree,
+    source: TaskSource,
+    key: PRNGKeyArray,
+    knobs: dict[str, float],
+    *,
+    tasks: int = 200,
+    evaluations: int = 40,
+    chunk: int = 25,
+) -> Calibration:
+    """Fit positive scalars, e.g. {"temperature": 1.0, "noise": 0.5}, to the query nll of `tasks` tasks.
+
+    build makes the learner from the knobs (traced). Nelder and Mead's simplex on their logarithms: the posterior need
+    not be differentiable in them. One draw of tasks and of noise serves all evaluations.
+    """
+    if any(value <= 0 for value in knobs.values()):
+        raise ValueError(f"knobs: came {knobs}, need positive starting values")
+    keys = jax.random.split(key, tasks)
+
+    def nll(logs: dict[str, Array]) -> Scalar:
+        learner = build({name: jnp.exp(value) for name, value in logs.items()})
+
+        def one(key: PRNGKeyArray) -> tuple[Scalar, Scalar]:
+            key_task, key_adapt, key_predict = jax.random.split(key, 3)
+            task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
+            posterior = learner.adapt(params, task.support, key_adapt)
+            logs = learner.predict(params, posterior, task.query.x, key_predict).log_prob(task.query.y)
+            weight = jnp.ones_like(logs) if task.query.weight is None else task.query.weight
+            return -(weight * logs).sum(), weight.sum()
+
+        lost, count = jax.lax.map(one, keys, batch_size=chunk)
+        return lost.sum() / count.sum()
+
+    names, start = list(knobs), np.log(list(knobs.values()))
+    compiled = jax.jit(nll)
+
+    def objective(logs: np.ndarray) -> float:
+        value = float(compiled({name: jnp.asarray(log, float) for name, log in zip(names, logs, strict=True)}))
+        return value if np.isfinite(value) else 1e10
+
+    simplex = np.vstack([start, start + 1.5 * np.eye(len(names))])
+    options = {"maxfev": evaluations, "initial_simplex": simplex, "xatol": 0.02, "fatol": 1e-4}
+    found = minimize(objective, start, method="Nelder-Mead", options=options)
+    fitted = dict(zip(names, np.exp(found.x).tolist(), strict=True))
+    return Calibration(fitted, objective(start), float(found.fun))

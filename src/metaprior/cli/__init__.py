@@ -1,0 +1,29 @@
+"""The command line: `metaprior train | evaluate | adapt | plot | list | demo`."""
+
+import sys
+
+import tyro
+from rich.console import Console
+
+from metaprior.cli.adapt import adapt
+from metaprior.cli.demo import demo
+from metaprior.cli.evaluate import evaluate
+from metaprior.cli.listing import listing
+from metaprior.cli.plot import plot
+from metaprior.cli.train import train
+from metaprior.training import NonFiniteLoss
+
+COMMANDS = {"train": train, "evaluate": evaluate, "adapt": adapt, "plot": plot, "list": listing, "demo": demo}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command; what went wrong is said in a sentence, with exit status 2 (bad input) or 1."""
+    try:
+        sys.exit(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="metaprior", args=args) or 0)
+    except (ValueError, NonFiniteLoss) as error:
+        Console(stderr=True).print(f"[bold red]error[/]: {_plain(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")

@@ -1,0 +1,118 @@
+"""metaprior adapt: a trained run meets a user's own few examples."""
+
+import csv
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from metaprior.cli.evaluate import open_run
+from metaprior.likelihoods import Categories
+from metaprior.tasks import encode_labels, read_examples
+from metaprior.types import Batch
+
+SHOWN = 50  # rows of the table on screen; --out holds all
+
+
+def adapt(
+    run: Annotated[Path, tyro.conf.Positional],
+    /,
+    support: Path,
+    query: Path,
+    posterior: Literal["point", "implicit", "laplace"] | None = None,
+    draws: int | None = None,
+    steps: int | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+) -> int:
+    """Adapt a run to labelled examples and predict others: a table with class probabilities or means and intervals.
+
+    Args:
+        run: the folder that `train` wrote.
+        support: labelled examples: a folder of class-named folders of images, a CSV file (last column: label or target)
+            or an NPZ file (x and y).
+        query: what to predict: an image, a folder of images, a CSV or an NPZ file.
+        posterior: what is put around phi_k (default: the learner's own).
+        draws: networks drawn from the posterior; 0 is the linearised predictive.
+        steps: inner steps.
+        out: a CSV file for all predictions.
+        seed: of draws.
+    """
+    options: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
+    if draws is not None and posterior not in (None, "point"):
+        options["draws"] = draws
+    _, recipe, experiment, params = open_run(run, steps, **options)
+    like = jax.eval_shape(lambda: experiment.splits.train.sample(jax.random.key(0), 1)).support
+    shape = like.x.shape[2:]
+    image = {"size": shape[0], "channels": shape[-1]} if len(shape) == 3 else {}
+    # Omniglot's tasks show ink as 1 on 0; people's scans are dark ink on light paper.
+    image |= {"invert": True} if recipe.tasks["name"] == "omniglot" else {}
+    x, labels, _ = read_examples(support, labelled=True, **image)
+    x_query, _, names = read_examples(query, labelled=False, **image)
+    for argument, given in (("--support", x), ("--query", x_query)):
+        if given.shape[1:] != shape:
+            raise ValueError(
+                f"{argument}: examples of shape {given.shape[1:]} came, but {run} was trained on {shape}; give the "
+                "same features in the same order, or images (which are resized)"
+            )
+    learner, key = experiment.learner, jax.random.key(seed)
+    classify = jnp.issubdtype(like.y.dtype, jnp.integer)
+    if classify:
+        codes, classes = encode_labels(labels)
+        way = recipe.tasks.get("way", len(classes))
+        if len(classes) > way:
+            raise ValueError(
+                f"--support: has {len(classes)} classes, but {run} was trained to tell {way} apart; give at most "
+                f"{way}, or train with --set tasks.way={len(classes)}"
+            )
+        y = jnp.asarray(codes)
+    else:
+        classes = []
+        y = jnp.asarray(np.asarray(labels, float).reshape(len(x), *like.y.shape[2:]), like.y.dtype)
+    adapted = jax.jit(learner.adapt)(params, Batch(jnp.asarray(x), y), key)
+    predictive = jax.jit(learner.predict)(params, adapted, jnp.asarray(x_query), key)
+    rows = class_rows(predictive, names, classes) if classify else target_rows(predictive, names)
+    _show(rows, f"{recipe.name}, {recipe.learner}: {len(x)} support examples, {len(names)} predictions")
+    if out is not None:
+        with out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+def class_rows(predictive: Categories, names: list[str], classes: list[Any]) -> list[dict[str, Any]]:
+    """A row a query: the likeliest class, then the probability of each; classes the support lacks are ruled out."""
+    p = np.asarray(predictive.mean())[:, : len(classes)]
+    p = p / p.sum(-1, keepdims=True)
+    return [
+        {"query": name, "prediction": classes[row.argmax()]}
+        | {f"p({c})": round(float(v), 4) for c, v in zip(classes, row, strict=True)}
+        for name, row in zip(names, p, strict=True)
+    ]
+
+
+def target_rows(predictive: Any, names: list[str]) -> list[dict[str, Any]]:
+    """A row a query: mean and central 90 % interval of its (first) target."""
+    low, high = predictive.quantile(0.05), predictive.quantile(0.95)
+    mean, low, high = (np.asarray(a)[:, 0] for a in (predictive.mean(), low, high))
+    return [
+        {"query": name, "mean": float(m), "5 %": float(a), "95 %": float(b)}
+        for name, m, a, b in zip(names, mean, low, high, strict=True)
+    ]
+
+
+def _show(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in rows[0]:
+        table.add_column(name.replace("[", "\\["), justify="left" if name in ("query", "prediction") else "right")
+    for row in rows[:SHOWN]:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v).replace("[", "\\[") for v in row.values()))
+    Console().print(table)
+    if len(rows) > SHOWN:
+        Console().print(f"... and {len(rows) - SHOWN} more; --out FILE.csv holds all")

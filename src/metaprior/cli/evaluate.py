@@ -1,0 +1,127 @@
+"""metaprior evaluate: judge a run on new tasks."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+from rich.console import Console
+
+from metaprior.calibration import calibrate
+from metaprior.evaluation import Report
+from metaprior.evaluation import evaluate as evaluate_learner
+from metaprior.likelihoods import Gaussian, Likelihood
+from metaprior.plots import adaptation_curve, pit_histogram, reliability_diagram
+from metaprior.recipe import Experiment, Recipe, build, evaluation_of, recipe_from_dict, recipe_learner, training_of
+from metaprior.runs import Run, write_atomically
+from metaprior.runtime import configure
+from metaprior.training import init_state
+
+
+def open_run(folder: Path, steps: int | None = None, **posterior: Any) -> tuple[Run, Recipe, Experiment, Any]:
+    """A run, its recipe, what that builds, and the parameters that validated best."""
+    run = Run.open(folder)
+    recipe = recipe_from_dict(run.recipe)
+    configure(float64=training_of(recipe).float64)
+    steps = evaluation_of(recipe).steps if steps is None else steps
+    experiment = build(recipe, steps=steps, **posterior)
+    params = run.params(init_state(experiment.learner, experiment.splits.train, experiment.training))
+    return run, recipe, experiment, params
+
+
+def starting_knobs(posterior: str | None, likelihood: Likelihood) -> dict[str, float]:
+    """The positive scalars of a posterior that validation tasks can fit, at their pure values."""
+    knobs = {"implicit": {"temperature": 1.0}, "laplace": {"precision": 1.0}}.get(posterior or "point", {})
+    if isinstance(likelihood, Gaussian) and likelihood.scale is not None:
+        knobs = knobs | {"noise": float(likelihood.scale)}
+    return knobs
+
+
+def evaluate(
+    run: Annotated[Path, tyro.conf.Positional],
+    /,
+    posterior: Literal["point", "implicit", "laplace"] | None = None,
+    draws: int | None = None,
+    calibrated: bool = False,
+    steps: int | None = None,
+    tasks: int | None = None,
+    split: Literal["validation", "test"] = "test",
+    seed: int | None = None,
+) -> int:
+    """Judge a run on new tasks: a table, a JSON file and pictures in its folder.
+
+    Args:
+        run: the folder that `train` wrote.
+        posterior: what is put around phi_k (default: the learner's own).
+        draws: networks drawn from the posterior; 0 is the linearised predictive (default: 0 for regression, else 20).
+        calibrated: fit the posterior's temperature (or precision) and the noise on validation tasks first.
+        steps: inner steps on a new task.
+        tasks: how many (default: the recipe's, usually 600).
+        split: the tasks' split.
+        seed: of the tasks.
+    """
+    options: dict[str, Any] = {}
+    if posterior is not None:
+        options["posterior"] = posterior
+        if posterior != "point":
+            recipe = recipe_from_dict(Run.open(run).recipe)
+            regression = recipe.likelihood.get("name") == "gaussian"
+            options["draws"] = (0 if regression else 20) if draws is None else draws
+    opened, recipe, experiment, params = open_run(run, steps, **options)
+    settings = experiment.evaluation
+    console = Console()
+    learner, fitted = experiment.learner, None
+    number = settings.tasks if tasks is None else tasks
+    steps = settings.steps if steps is None else steps
+    if calibrated and (knobs := starting_knobs(posterior, experiment.likelihood)):
+
+        def with_knobs(knobs: dict[str, Any]) -> Any:
+            every = {"posterior": "point"} | options | knobs
+            return recipe_learner(recipe, experiment.model, experiment.likelihood, steps=steps, **every)
+
+        validation = min(number, 200)
+        result = calibrate(
+            with_knobs, params, experiment.splits.validation, jax.random.key(settings.seed + 1), knobs, tasks=validation
+        )
+        fitted = result.knobs
+        learner = with_knobs(fitted)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in fitted.items())
+        console.print(
+            f"fitted on {validation} validation tasks: {shown} (NLL {result.nll_before:.4f} -> {result.nll_after:.4f})",
+            highlight=False,
+        )
+    course = learner
+    if posterior not in (None, "point") and learner.path is not None:
+        course = build(recipe, posterior="point", steps=steps, splits=experiment.splits).learner
+    report = evaluate_learner(
+        learner,
+        params,
+        getattr(experiment.splits, split),
+        jax.random.key(settings.seed if seed is None else seed),
+        tasks=number,
+        chunk=experiment.training.task_chunk or 20,
+        course=course,
+    )
+    name = "-".join(["report", posterior or "own", *(["calibrated"] if fitted else [])])
+    _keep(opened, name, report, {"posterior": posterior, "draws": draws, "fitted": fitted, "split": split})
+    console.print(report.table(f"{recipe.name}, {recipe.learner}, {posterior or 'own'} posterior, {number} tasks"))
+    if (curve := report.curve_table()) is not None:
+        console.print(curve)
+    if (published := recipe.published.get(recipe.learner)) is not None:
+        console.print(f"published: {published}", highlight=False)
+    console.print(f"written: {opened.folder / name}.json and pictures in {opened.folder / 'plots'}")
+    return 0
+
+
+def _keep(run: Run, name: str, report: Report, settings: dict[str, Any]) -> None:
+    table = json.loads(report.to_json()) | {"settings": settings}
+    write_atomically(run.folder / f"{name}.json", json.dumps(table, indent=2) + "\n")
+    plots = run.folder / "plots"
+    plots.mkdir(exist_ok=True)
+    if report.reliability:
+        reliability_diagram(report).savefig(plots / f"{name}-reliability.png")
+    if report.pit:
+        pit_histogram(report).savefig(plots / f"{name}-pit.png")
+    if report.curve:
+        adaptation_curve(report).savefig(plots / f"{name}-adaptation.png")

@@ -1,0 +1,35 @@
+"""metaprior list: what there is."""
+
+import inspect
+
+from rich.console import Console
+from rich.table import Table
+
+from metaprior.inference.posteriors import POSTERIORS
+from metaprior.learners import LEARNERS
+from metaprior.networks import NETWORKS
+from metaprior.recipe import load_recipe, recipe_names
+from metaprior.tasks import SOURCES
+
+
+def listing() -> int:
+    """List learners, recipes, task sources, networks and posteriors."""
+    console = Console()
+    sections = {
+        "learners": {name: _first_line(factory) for name, factory in LEARNERS.items()},
+        "recipes": {name: load_recipe(name).description for name in recipe_names()},
+        "task sources": {name: _first_line(factory) for name, factory in SOURCES.items()},
+        "networks": {name: _first_line(factory) for name, factory in NETWORKS.items()},
+        "posteriors": {name: _first_line(factory) for name, factory in POSTERIORS.items()},
+    }
+    for title, entries in sections.items():
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+        for name, text in entries.items():
+            table.add_row(f"[cyan]{name}[/]", text.replace("[", "\\["))
+        console.print(table)
+        console.print()
+    return 0
+
+
+def _first_line(factory: object) -> str:
+    return (inspect.getdoc(factory) or "").split("\n")[0]

@@ -1,0 +1,52 @@
+"""What training shows: a live line in a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+QUIET_SECONDS = 10.0  # between plain lines
+
+
+class Progress:
+    """Shows each chunk's figures: steps/s, time left, training and the latest validation figures."""
+
+    def __init__(self, steps: int, console: Console):
+        self._console, self._steps = console, steps
+        self._validation = ""
+        self._spoke = 0.0
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("compiling", total=steps)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def report(self, row: dict[str, float]) -> None:
+        """Take in a chunk's row of figures."""
+        validated = [f"{k.removeprefix('validation/')} {v:.4f}" for k, v in row.items() if k.startswith("validation/")]
+        if validated:
+            self._validation = " | validation " + " ".join(validated)
+        train = " ".join(f"{k.removeprefix('train/')} {v:.4f}" for k, v in row.items() if k.startswith("train/"))
+        text = f"{row['steps_per_second']:.1f} steps/s | {train}{self._validation}"
+        self._bar.update(self._task, completed=row["step"], description=text)
+        now = time.monotonic()
+        last = row["step"] == self._steps
+        if not self._console.is_terminal and (validated or last or now - self._spoke > QUIET_SECONDS):
+            self._spoke = now
+            self._console.print(f"{int(row['step'])}/{self._steps} {text}", highlight=False, soft_wrap=True)

@@ -1,0 +1,88 @@
+"""metaprior train: meta-train a recipe into a run folder."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from metaprior.cli.progress import Progress
+from metaprior.named import lookup
+from metaprior.recipe import as_dict, build, load_recipe, recipe_from_dict, recipe_names, training_of, with_overrides
+from metaprior.runs import Run
+from metaprior.runtime import configure
+from metaprior.training import fit
+
+
+def parse_value(text: str) -> Any:
+    """A TOML value: 3, 0.1, true, [40, 40]; anything else is a word."""
+    import tomllib
+
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """{"training.steps": 100} from ("training.steps=100",)."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"--set {pair}: needs TABLE.OPTION=VALUE, e.g. training.steps=100")
+    return {name: parse_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def train(
+    recipe: Annotated[str, tyro.conf.Positional],
+    /,
+    learner: str | None = None,
+    out: Path | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    set: tuple[str, ...] = (),
+) -> int:
+    """Meta-train a recipe (a built-in name or a TOML file) into a run folder.
+
+    Args:
+        recipe: what to train, see `metaprior list`; with --resume, it may be left as it was.
+        learner: the algorithm, in place of the recipe's own.
+        out: the run's folder (default: runs/RECIPE-LEARNER).
+        steps: meta-steps, in place of the recipe's.
+        seed: of everything random.
+        resume: go on with the run in the folder, as if it had never stopped.
+        set: options by name, e.g. --set training.rate=3e-4 learner.rate=0.1 tasks.shot=5
+    """
+    if not recipe.endswith(".toml"):
+        lookup("recipe", recipe, dict.fromkeys(recipe_names()))
+    overrides = parse_overrides(set)
+    overrides |= {} if steps is None else {"training.steps": steps}
+    overrides |= {} if seed is None else {"training.seed": seed}
+    chosen = with_overrides(load_recipe(recipe), learner, overrides)
+    folder = out or Path("runs") / f"{chosen.name}-{chosen.learner}"
+    if resume:
+        run = Run.open(folder)
+        # What the run was started with holds; only how long it goes on may be said anew.
+        chosen = with_overrides(recipe_from_dict(run.recipe), None, overrides)
+    training = training_of(chosen)
+    configure(float64=training.float64)
+    experiment = build(chosen)
+    if not resume:
+        run = Run.create(folder, as_dict(chosen))
+    console = Console()
+    console.print(f"[bold]{chosen.name}[/] with [bold]{chosen.learner}[/]: {chosen.description}")
+    with Progress(training.steps, console) as progress:
+        fitted = fit(
+            experiment.learner,
+            experiment.splits,
+            training,
+            run=run,
+            resume=resume,
+            report=progress.report,
+            name=chosen.learner,
+        )
+    if fitted.interrupted:
+        console.print(f"stopped at meta-step {int(fitted.state.step)}, saved; go on with --resume --out {folder}")
+        return 130
+    console.print(f"done: {folder}; next: metaprior evaluate {folder}")
+    return 0

@@ -1,0 +1,193 @@
+"""One report for every learner: how right it is on new tasks, and how honest about it.
+
+Intervals are 1.96 sd / sqrt(tasks) of per-task means (population sd, as in MAML's code). ECE, MCE and coverage pool all
+query examples of all tasks.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, PyTree
+from rich.table import Table
+
+from metaprior.calibration import BINS, brier, expected_error, maximum_error, reliability
+from metaprior.likelihoods import Categories
+from metaprior.types import Learner, Task, TaskSource
+
+LEVELS = (0.5, 0.9, 0.95)  # of the central predictive intervals whose coverage is reported
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over tasks with the half-width of its 95 % interval."""
+
+    mean: float
+    interval: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ± {self.interval:.4f}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `evaluate` found. `pooled` are figures without an interval; `curve` has a row an inner step."""
+
+    kind: str
+    tasks: int
+    figures: dict[str, Figure]
+    pooled: dict[str, float]
+    curve: list[dict[str, Figure]] = field(default_factory=list)
+    reliability: list[dict[str, float]] = field(default_factory=list)
+    pit: list[float] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def save(self, path: Path | str) -> None:
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        table = json.loads(text)
+        table["figures"] = {k: Figure(**v) for k, v in table["figures"].items()}
+        table["curve"] = [{k: Figure(**v) for k, v in row.items()} for row in table["curve"]]
+        return cls(**table)
+
+    def table(self, title: str = "") -> Table:
+        """The report as a table to print."""
+        table = Table(title=title or f"{self.tasks} tasks", title_justify="left", header_style="bold")
+        table.add_column("figure")
+        table.add_column("mean", justify="right")
+        table.add_column("95 % interval", justify="right")
+        for name, figure in self.figures.items():
+            table.add_row(_title(name), f"{figure.mean:.4f}", f"± {figure.interval:.4f}")
+        for name, value in self.pooled.items():
+            table.add_row(_title(name), f"{value:.4f}", "")
+        return table
+
+    def curve_table(self) -> Table | None:
+        """Figures after each inner step, or None where there are no inner steps."""
+        if not self.curve:
+            return None
+        table = Table(title="after each inner step", title_justify="left", header_style="bold")
+        table.add_column("steps", justify="right")
+        for name in self.curve[0]:
+            table.add_column(_title(name), justify="right")
+        for step, row in enumerate(self.curve):
+            if step <= 10 or step % 10 == 0 or step == len(self.curve) - 1:
+                table.add_row(str(step), *(str(figure) for figure in row.values()))
+        return table
+
+
+def _title(name: str) -> str:
+    special = {"nll": "NLL", "mse": "MSE", "rmse": "RMSE", "ece": "ECE", "mce": "MCE"}
+    return special.get(name, name.replace("_", " "))
+
+
+def score(predictive: Any, y: Array) -> dict[str, Array]:
+    """Each query example's scores [n]; which ones depends on the kind of predictive."""
+    nll = -predictive.log_prob(y)
+    if isinstance(predictive, Categories):
+        p = predictive.mean()
+        confidence, choice = p.max(-1), p.argmax(-1)
+        hit = (choice == y).astype(nll.dtype)
+        return {"accuracy": hit, "nll": nll, "brier": brier(p, y), "confidence": confidence}
+    rest = tuple(range(1, y.ndim))
+    scores = {"mse": ((predictive.mean() - y) ** 2).mean(rest), "nll": nll}
+    for level in LEVELS:
+        low, high = (predictive.quantile(q) for q in ((1 - level) / 2, (1 + level) / 2))
+        inside = (low <= y) & (y <= high)
+        scores[f"coverage_{100 * level:.0f}"] = inside.astype(nll.dtype).mean(rest)
+        scores[f"width_{100 * level:.0f}"] = (high - low).mean(rest)
+    scores["variance"] = predictive.variance().mean(rest)
+    scores["pit"] = predictive.cdf(y).mean(rest)
+    return scores
+
+
+def evaluate(
+    learner: Learner,
+    params: PyTree,
+    source: TaskSource,
+    key: PRNGKeyArray,
+    *,
+    tasks: int = 600,
+    chunk: int = 20,
+    course: Learner | None = None,
+) -> Report:
+    """Adapt to `tasks` new tasks and judge the predictions of their queries.
+
+    chunk: tasks in memory at once. course: the learner whose `path` gives the figures after each inner step (default:
+    the learner itself, if it has one; a cheaper posterior may be wanted there).
+    """
+    if tasks < 1:
+        raise ValueError(f"tasks: came {tasks}, needs at least 1")
+    course = learner if course is None else course
+
+    def one(params: PyTree, source: TaskSource, key: PRNGKeyArray) -> tuple[dict[str, Array], dict[str, Array], Array]:
+        key_task, key_adapt, key_predict = jax.random.split(key, 3)
+        task: Task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
+        x, y = task.query.x, task.query.y
+        posterior = learner.adapt(params, task.support, key_adapt)
+        scores = score(learner.predict(params, posterior, x, key_predict), y)
+        weight = jnp.ones_like(scores["nll"]) if task.query.weight is None else task.query.weight
+        steps = {}
+        if course.path is not None:
+            path = course.path(params, task.support, key_adapt)
+            later = jax.vmap(lambda p: brief_score(course.predict(params, p, x, key_predict), y))(path)
+            steps = jax.tree.map(lambda s: task_mean(s, weight), later)
+        return scores, steps, weight
+
+    @jax.jit
+    def run(params: PyTree, source: TaskSource, keys: PRNGKeyArray) -> Any:
+        return jax.lax.map(lambda k: one(params, source, k), keys, batch_size=min(chunk, tasks))
+
+    scores, steps, weight = jax.device_get(run(params, source, jax.random.split(key, tasks)))
+    return summarise(scores, steps, weight)
+
+
+def brief_score(predictive: Any, y: Array) -> dict[str, Array]:
+    """The scores of the per-step curve: what is right, and the nll."""
+    scores = score(predictive, y)
+    return {name: scores[name] for name in ("accuracy", "mse", "nll") if name in scores}
+
+
+def task_mean(values: Array, weight: Array) -> Array:
+    """Weighted mean over the last axis."""
+    return (values * weight).sum(-1) / jnp.maximum(weight.sum(-1), 1e-12)
+
+
+def figure_of(per_task: np.ndarray) -> Figure:
+    """Mean and 95 % half-width of one number a task."""
+    return Figure(float(per_task.mean()), float(1.96 * per_task.std() / np.sqrt(per_task.size)))
+
+
+def summarise(scores: dict[str, np.ndarray], steps: dict[str, np.ndarray], weight: np.ndarray) -> Report:
+    """A report from scores [tasks, n], per-step means [tasks, k + 1] and weights [tasks, n]."""
+    means = {name: np.asarray(task_mean(values, weight)) for name, values in scores.items()}
+    names = [n for n in ("accuracy", "mse", "nll", "brier") if n in scores]
+    names += [n for n in scores if n.startswith(("coverage_", "width_"))]
+    figures = {name: figure_of(means[name]) for name in names}
+    curve = []
+    for step in range(next(iter(steps.values())).shape[1] if steps else 0):
+        curve.append({name: figure_of(values[:, step]) for name, values in steps.items()})
+    flat = {name: values.reshape(-1) for name, values in scores.items()}
+    counted = weight.reshape(-1) > 0
+    if "accuracy" in scores:
+        table = reliability(flat["confidence"], flat["accuracy"], weight.reshape(-1))
+        pooled = {"ece": float(expected_error(table)), "mce": float(maximum_error(table))}
+        rows = [
+            {"low": b / BINS, "high": (b + 1) / BINS, "count": float(n), "confidence": float(c), "accuracy": float(a)}
+            for b, (n, c, a) in enumerate(zip(*table, strict=True))
+        ]
+        return Report("classification", len(weight), figures, pooled, curve, rows)
+    error = np.log(np.maximum(flat["mse"][counted], 1e-20))
+    spread = np.log(np.maximum(flat["variance"][counted], 1e-20))
+    together = float(np.corrcoef(error, spread)[0, 1]) if spread.std() > 1e-6 else 0.0
+    pooled = {"rmse": float(np.sqrt(means["mse"].mean())), "variance_error_correlation": together}
+    histogram = np.histogram(flat["pit"][counted], bins=BINS, range=(0, 1))[0] / counted.sum() * BINS
+    return Report("regression", len(weight), figures, pooled, curve, [], histogram.tolist())

@@ -1,0 +1,164 @@
+"""Pictures: of reports, of training, and of what a posterior says about a task. Each returns a matplotlib Figure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from metaprior.evaluation import Report
+from metaprior.types import Learner, Task
+
+# Okabe & Ito's palette, told apart by colour-blind readers too.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+DPI = 160
+
+
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns, **options))
+    for ax in axes.ravel():
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#e6e6e6", linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def reliability_diagram(report: Report) -> Figure:
+    """Accuracy against confidence, with binomial 95 % intervals, over the number of predictions in each bin."""
+    figure, (top, low) = _figure(4.6, 5.2, rows=2, sharex=True, height_ratios=(3, 1))
+    rows = [r for r in report.reliability if r["count"] > 0]
+    count, confidence, accuracy = (np.array([r[k] for r in rows]) for k in ("count", "confidence", "accuracy"))
+    half = 1.96 * np.sqrt(np.maximum(accuracy * (1 - accuracy), 1e-4) / count)
+    top.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfect")
+    top.errorbar(confidence, accuracy, yerr=half, fmt="o-", color=BLUE, markersize=4, linewidth=1.4, label="measured")
+    top.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1))
+    top.set_title(f"ECE {report.pooled['ece']:.4f}, MCE {report.pooled['mce']:.4f}", loc="left", fontsize=10)
+    top.legend(frameon=False, loc="upper left")
+    low.bar([(r["low"] + r["high"]) / 2 for r in rows], count, width=0.045, color=BLUE)
+    low.set(xlabel="confidence of the predicted class", ylabel="predictions", yscale="log")
+    return figure
+
+
+def pit_histogram(report: Report) -> Figure:
+    """Density of the probability integral transform: flat where the predictive is calibrated."""
+    figure, (ax,) = _figure(4.6, 3.0)
+    bins = len(report.pit)
+    ax.bar((np.arange(bins) + 0.5) / bins, report.pit, width=0.9 / bins, color=BLUE)
+    ax.axhline(1.0, color=GREY, linestyle="--", linewidth=1, label="calibrated")
+    ax.set(xlabel="predictive distribution function at the truth", ylabel="density", xlim=(0, 1))
+    ax.legend(frameon=False)
+    return figure
+
+
+def adaptation_curve(report: Report) -> Figure:
+    """Each figure of the per-step curve with its 95 % interval."""
+    names = list(report.curve[0])
+    figure, axes = _figure(4.2 * len(names), 3.2, columns=len(names))
+    steps = np.arange(len(report.curve))
+    for ax, name in zip(axes, names, strict=True):
+        mean = np.array([row[name].mean for row in report.curve])
+        half = np.array([row[name].interval for row in report.curve])
+        ax.fill_between(steps, mean - half, mean + half, color=BLUE, alpha=0.2, linewidth=0)
+        ax.plot(steps, mean, "o-" if len(steps) <= 20 else "-", color=BLUE, markersize=4, linewidth=1.4)
+        ax.set(xlabel="inner steps", ylabel={"nll": "NLL", "mse": "MSE"}.get(name, name))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def training_curve(rows: Sequence[dict[str, float]]) -> Figure:
+    """Training and validation figures over meta-steps."""
+    if not rows:
+        raise ValueError("rows: came no figures, needs at least one chunk of training")
+    names = [n for n in ("accuracy", "mse", "nll", "loss") if f"train/{n}" in rows[0] or f"validation/{n}" in rows[0]]
+    # The loss of a likelihood learner is its nll: once is enough.
+    names = names[:2] if len(names) > 1 else names
+    figure, axes = _figure(4.6 * len(names), 3.2, columns=len(names))
+    for ax, name in zip(axes, names, strict=True):
+        for split, colour in (("train", GREY), ("validation", BLUE)):
+            points = [(r["step"], r[f"{split}/{name}"]) for r in rows if f"{split}/{name}" in r]
+            if points:
+                ax.plot(*zip(*points, strict=True), color=colour, linewidth=1.3, label=split, alpha=0.9)
+        ax.set(xlabel="meta-steps", ylabel={"nll": "NLL", "mse": "MSE"}.get(name, name))
+        ax.legend(frameon=False)
+    return figure
+
+
+def _bands(ax: Axes, x: np.ndarray, predictive: Any, colour: str) -> None:
+    for level, alpha in ((0.95, 0.18), (0.5, 0.32)):
+        low, high = (np.asarray(predictive.quantile(q))[:, 0] for q in ((1 - level) / 2, (1 + level) / 2))
+        ax.fill_between(x, low, high, color=colour, alpha=alpha, linewidth=0, label=f"{100 * level:.0f} %")
+    ax.plot(x, np.asarray(predictive.mean())[:, 0], color=colour, linewidth=1.6, label="mean")
+
+
+def _grid(task: Task) -> jax.Array:
+    x = jnp.concatenate([task.support.x.reshape(-1), task.query.x.reshape(-1)])
+    return jnp.linspace(x.min(), x.max(), 200)[:, None]
+
+
+def _points(ax: Axes, task: Task) -> None:
+    order = np.argsort(np.asarray(task.query.x)[:, 0])
+    x, y = np.asarray(task.query.x)[order, 0], np.asarray(task.query.y)[order, 0]
+    dense = len(x) >= 30
+    ax.plot(x, y, "--" if dense else ".", color=GREY, linewidth=1, label="truth" if dense else "query")
+    ax.plot(task.support.x[:, 0], task.support.y[:, 0], "o", color="black", markersize=4.5, label="support", zorder=5)
+
+
+def regression_tasks(learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyArray) -> Figure:
+    """Mean and 50/95 % bands on [n, 1] inputs for each task of a stack: before adapting, after one step, at the end."""
+    number = jax.tree.leaves(tasks.support.y)[0].shape[0]
+    columns = 1 if learner.path is None else 3
+    figure, axes = _figure(3.9 * columns, 2.9 * number, columns, number, sharey="row", squeeze=False)
+    axes = axes.reshape(number, columns)
+    for j in range(number):
+        task = jax.tree.map(lambda leaf, j=j: leaf[j], tasks)
+        x = _grid(task)
+        if learner.path is None:
+            stages = {"adapted": learner.adapt(params, task.support, key)}
+        else:
+            course = learner.path(params, task.support, key)
+            last = jax.tree.leaves(course)[0].shape[0] - 1
+            stages = {
+                _stage(k): jax.tree.map(lambda leaf, k=k: leaf[k], course) for k in sorted({0, min(1, last), last})
+            }
+        for ax, (title, posterior) in zip(axes[j], stages.items(), strict=False):
+            _bands(ax, np.asarray(x)[:, 0], learner.predict(params, posterior, x, key), BLUE)
+            _points(ax, task)
+            if j == 0:
+                ax.set_title(title, loc="left", fontsize=10)
+            ax.set_xlabel("x") if j == number - 1 else None
+        axes[j, 0].set_ylabel("y")
+        for spare in axes[j, len(stages) :]:
+            spare.set_visible(False)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _stage(k: int) -> str:
+    return "before" if k == 0 else f"after {k} step{'s' if k > 1 else ''}"
+
+
+def prior_functions(
+    learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyArray, show: int = 12
+) -> Figure:
+    """What the learned prior knows: the start of every task, and where the supports of `show` tasks lead it."""
+    figure, (ax,) = _figure(5.4, 3.4)
+    first = jax.tree.map(lambda leaf: leaf[0], tasks)
+    x = _grid(first)
+
+    def mean(support: Any) -> jax.Array:
+        return learner.predict(params, learner.adapt(params, support, key), x, key).mean()[:, 0]
+
+    for j, curve in enumerate(jax.vmap(mean)(tasks.support)[:show]):
+        ax.plot(x[:, 0], curve, color=BLUE, alpha=0.45, linewidth=1, label="adapted to a task" if j == 0 else None)
+    if learner.path is not None:
+        course = learner.path(params, first.support, key)
+        start = jax.tree.map(lambda leaf: leaf[0], course)
+        ax.plot(x[:, 0], learner.predict(params, start, x, key).mean()[:, 0], color=ORANGE, linewidth=2, label="theta")
+    ax.set(xlabel="x", ylabel="y")
+    ax.legend(frameon=False)
+    return figure

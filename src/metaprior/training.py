@@ -1,0 +1,300 @@
+"""The outer loop: whole chunks of meta-steps in one compiled scan; the host is spoken to in between.
+
+It knows only `Learner` and `TaskSource`. Randomness of a step is fold_in(key, step), so resuming gives the same bits.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from metaprior.types import Learner, Splits, Task, TaskSource
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of the outer loop.
+
+    steps: meta-steps. meta_batch: tasks a meta-step. optimizer, rate, schedule ("constant", "linear" or "cosine" to 0),
+    warmup (meta-steps from 0): the outer optimiser, an optax name. clip_value: each component of the meta-gradient to
+    +-c (MAML); clip_norm: its global norm. chunk: meta-steps a compiled call; what a kill can lose. task_chunk: tasks
+    whose gradient is in memory at once (None: all). validate_every: meta-steps, rounded up to whole chunks.
+    """
+
+    steps: int = 10_000
+    meta_batch: int = 25
+    rate: float = 1e-3
+    optimizer: str = "adam"
+    schedule: str = "constant"
+    warmup: int = 0
+    clip_value: float | None = None
+    clip_norm: float | None = None
+    chunk: int = 100
+    task_chunk: int | None = None
+    validate_every: int = 1000
+    validation_tasks: int = 200
+    seed: int = 0
+    float64: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "meta_batch", "chunk", "validate_every", "validation_tasks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name}: came {getattr(self, name)}, needs at least 1")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"training.schedule: came {self.schedule!r}, needs 'constant', 'linear' or 'cosine'")
+        if self.task_chunk is not None and (self.task_chunk < 1 or self.meta_batch % self.task_chunk):
+            raise ValueError(
+                f"training.task_chunk: came {self.task_chunk}, needs a divisor of meta_batch = {self.meta_batch}"
+            )
+
+
+class TrainState(NamedTuple):
+    """All that changes while training."""
+
+    params: PyTree
+    opt_state: PyTree
+    step: Int[Array, ""]
+
+
+class Fitted(NamedTuple):
+    """What training ends with: the last parameters, those that validated best, and one row of figures a chunk."""
+
+    params: PyTree
+    best: PyTree
+    state: TrainState
+    history: list[dict[str, float]]
+    interrupted: bool
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became NaN or infinite; `state` is the last good one."""
+
+    def __init__(self, step: int, name: str, state: TrainState):
+        self.step, self.state = step, state
+        super().__init__(
+            f"the loss of {name} became non-finite at meta-step {step}; the state before its chunk (meta-step "
+            f"{int(state.step)}) is kept. Try a lower inner rate (--set learner.rate=...), gradient clipping "
+            "(--set training.clip_norm=10), fewer inner steps, or float64 (--set training.float64=true)"
+        )
+
+
+class Recorder(Protocol):
+    """What keeps a run: told of each chunk, asked where to go on from (see `runs.Run`)."""
+
+    def restore(self, like: TrainState) -> tuple[TrainState, PyTree | None, list[dict[str, float]]]: ...
+
+    def record(self, state: TrainState, row: dict[str, float], best: bool) -> None: ...
+
+
+def outer_optimizer(training: Training) -> optax.GradientTransformation:
+    """The outer optimiser with its schedule and clipping."""
+    factory = getattr(optax, training.optimizer, None)
+    if factory is None or training.optimizer.startswith("_"):
+        raise ValueError(f"training.optimizer: came {training.optimizer!r}, needs an optax optimiser, e.g. 'adam'")
+    left = max(training.steps - training.warmup, 1)
+    schedule = {
+        "constant": optax.constant_schedule(training.rate),
+        "linear": optax.linear_schedule(training.rate, 0.0, left),
+        "cosine": optax.cosine_decay_schedule(training.rate, left),
+    }[training.schedule]
+    if training.warmup:
+        rise = optax.linear_schedule(0.0, training.rate, training.warmup)
+        schedule = optax.join_schedules([rise, schedule], [training.warmup])
+    clips = [] if training.clip_value is None else [optax.clip(training.clip_value)]
+    clips += [] if training.clip_norm is None else [optax.clip_by_global_norm(training.clip_norm)]
+    return optax.chain(*clips, factory(schedule))
+
+
+def init_state(learner: Learner, source: TaskSource, training: Training) -> TrainState:
+    """theta before training, from the seed."""
+    key_task, key_init = jax.random.split(jax.random.key(training.seed))
+    task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
+    params = learner.init(key_init, task)
+    return TrainState(params, outer_optimizer(training).init(params), jnp.zeros((), jnp.int32))
+
+
+def meta_gradient(
+    learner: Learner, params: PyTree, tasks: Task, keys: PRNGKeyArray, task_chunk: int | None
+) -> tuple[dict[str, Array], PyTree]:
+    """Mean metrics and mean meta-gradient over the tasks, with at most `task_chunk` tasks in memory at once."""
+
+    def mean_loss(params: PyTree, tasks: Task, keys: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
+        losses, metrics = jax.vmap(learner.loss, in_axes=(None, 0, 0))(params, tasks, keys)
+        return losses.mean(), jax.tree.map(jnp.mean, metrics | {"loss": losses})
+
+    grad = jax.grad(mean_loss, has_aux=True)
+    n = keys.shape[0]
+    if task_chunk is None or task_chunk == n:
+        gradient, metrics = grad(params, tasks, keys)
+        return metrics, gradient
+    groups = jax.tree.map(lambda leaf: leaf.reshape(n // task_chunk, task_chunk, *leaf.shape[1:]), (tasks, keys))
+
+    def add(total: PyTree, group: tuple[Task, PRNGKeyArray]) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, grad(params, *group)), None
+
+    shapes = jax.eval_shape(grad, params, *jax.tree.map(lambda leaf: leaf[0], groups))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total = jax.lax.scan(add, zero, groups)[0]
+    gradient, metrics = jax.tree.map(lambda leaf: leaf * task_chunk / n, total)
+    return metrics, gradient
+
+
+def task_sharding(training: Training) -> NamedSharding | None:
+    """Tasks spread over all devices; None where there is but one."""
+    devices = jax.devices()
+    if len(devices) == 1:
+        return None
+    at_once = training.task_chunk or training.meta_batch
+    if at_once % len(devices):
+        raise ValueError(
+            f"training.meta_batch (or task_chunk): came {at_once} tasks at once for {len(devices)} devices; needs a "
+            "multiple of the number of devices"
+        )
+    return NamedSharding(Mesh(np.array(devices), ("tasks",)), PartitionSpec("tasks"))
+
+
+def meta_step(learner: Learner, training: Training) -> Callable[[TrainState, TaskSource], tuple[TrainState, dict]]:
+    """One outer step as a pure function: draw tasks, mean meta-gradient, optimiser update."""
+    optimizer, sharding = outer_optimizer(training), task_sharding(training)
+
+    def step(state: TrainState, source: TaskSource) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(training.seed), state.step)
+        key_tasks, key_loss = jax.random.split(key)
+        tasks = source.sample(key_tasks, training.meta_batch)
+        keys = jax.random.split(key_loss, training.meta_batch)
+        if sharding is not None:
+            tasks, keys = jax.lax.with_sharding_constraint((tasks, keys), sharding)
+        metrics, gradient = meta_gradient(learner, state.params, tasks, keys, training.task_chunk)
+        update, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradient))
+        return TrainState(optax.apply_updates(state.params, update), opt_state, state.step + 1), metrics
+
+    return step
+
+
+def run_chunk(learner: Learner, training: Training) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Compiled (state, source, steps) -> (state after `steps` meta-steps, their metrics, stacked)."""
+    step = meta_step(learner, training)
+
+    @partial(jax.jit, static_argnums=2)
+    def chunk(state: TrainState, source: TaskSource, steps: int) -> tuple[TrainState, dict[str, Array]]:
+        return jax.lax.scan(lambda s, _: step(s, source), state, length=steps)
+
+    return chunk
+
+
+def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSource], dict[str, Array]]:
+    """Compiled (params, source) -> mean query nll (and accuracy) of adapted posteriors on always the same tasks."""
+
+    @jax.jit
+    def validate(params: PyTree, source: TaskSource) -> dict[str, Array]:
+        def one(key: PRNGKeyArray) -> dict[str, Array]:
+            key_task, key = jax.random.split(key)
+            task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
+            predictive = learner.predict(params, learner.adapt(params, task.support, key), task.query.x, key)
+            y, w = task.query.y, task.query.weight
+            w = jnp.ones(jax.tree.leaves(y)[0].shape[0]) if w is None else w
+
+            def mean(per_example: Float[Array, " n"]) -> Array:
+                return (w * per_example).sum() / jnp.maximum(w.sum(), 1)
+
+            figures = {"nll": -mean(predictive.log_prob(y))}
+            centre = predictive.mean()
+            if jnp.issubdtype(y.dtype, jnp.integer) and centre.ndim == y.ndim + 1:
+                figures["accuracy"] = mean((centre.argmax(-1) == y).astype(float))
+            elif centre.shape == y.shape:
+                figures["mse"] = mean(((centre - y) ** 2).reshape(y.shape[0], -1).mean(-1))
+            return figures
+
+        keys = jax.random.split(jax.random.key(training.seed + 1), training.validation_tasks)
+        return jax.tree.map(jnp.mean, jax.lax.map(one, keys, batch_size=training.task_chunk or 25))
+
+    return validate
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C sets a flag in place of breaking in: the chunk is finished and saved. A second one breaks in."""
+    asked = False
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not in the main thread: signals are another's business
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def fit(
+    learner: Learner,
+    splits: Splits,
+    training: Training | None = None,
+    *,
+    run: Recorder | None = None,
+    resume: bool = False,
+    report: Callable[[dict[str, float]], None] | None = None,
+    name: str = "the learner",
+) -> Fitted:
+    """Meta-train: theta that minimises the learner's loss over tasks of `splits.train`.
+
+    run keeps checkpoints and figures; resume=True goes on where it stands, with the same bits as if never stopped.
+    report is called with each chunk's figures. Raises NonFiniteLoss with the last good state. Ctrl-C ends it after the
+    chunk, saved.
+    """
+    training = training or Training()
+    state = init_state(learner, splits.train, training)
+    history: list[dict[str, float]] = []
+    best: PyTree = None
+    if run is not None and resume:
+        state, best, history = run.restore(state)
+    lowest = min((row["validation/nll"] for row in history if "validation/nll" in row), default=float("inf"))
+    chunk, validate = run_chunk(learner, training), validator(learner, training)
+    every = -(-training.validate_every // training.chunk) * training.chunk
+    interrupted = False
+    with interruptible() as asked:
+        while (done := int(state.step)) < training.steps:
+            began = time.perf_counter()
+            steps = min(training.chunk, training.steps - done)
+            after, metrics = chunk(state, splits.train, steps)
+            metrics = jax.device_get(metrics)
+            if not (finite := metrics.pop("finite")).all():
+                raise NonFiniteLoss(done + int(np.argmin(finite)) + 1, name, state)
+            state = after
+            seconds = time.perf_counter() - began
+            row = {"step": done + steps, "seconds": seconds, "steps_per_second": steps / seconds}
+            row |= {f"train/{k}": float(v.mean()) for k, v in metrics.items()}
+            better = False
+            if row["step"] % every == 0 or row["step"] == training.steps:
+                figures = jax.device_get(validate(state.params, splits.validation))
+                row |= {f"validation/{k}": float(v) for k, v in figures.items()}
+                better = row["validation/nll"] < lowest
+                if better:
+                    lowest, best = row["validation/nll"], state.params
+            history.append(row)
+            if run is not None:
+                run.record(state, row, better)
+            if report is not None:
+                report(row)
+            if asked():
+                interrupted = int(state.step) < training.steps
+                break
+    return Fitted(state.params, state.params if best is None else best, state, history, interrupted)
