@@ -123,6 +123,24 @@ def test_laplace_is_bayesian_linear_regression(curvature):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_precision_and_temperature_can_be_fitted_for_a_softmax(curvature):
+    """Its Gauss-Newton matrix has repeated zero eigenvalues, where eigenvectors have no derivative."""
+    phi = {"layer": {"w": jnp.ones((2, 3)) / 2}, "head": {"w": jnp.arange(9.0).reshape(3, 3) / 9}}
+    batch = Batch(jax.random.normal(jax.random.key(0), (4, 2)), jnp.array([0, 1, 2, 0]))
+
+    @jax.jit
+    def nll(options):
+        rule = laplace(options[0], options[1], curvature=curvature)
+        posterior = rule.infer(net, Categorical(), phi, batch, Implied(1.0, 1))
+        return -rule.predict(net, Categorical(), posterior, batch.x, jax.random.key(0)).log_prob(batch.y).sum()
+
+    at, e = jnp.array([0.6, 1.4]), 1e-6
+    differences = [(nll(at + e * d) - nll(at - e * d)) / (2 * e) for d in jnp.eye(2)]
+    np.testing.assert_allclose(jax.jit(jax.grad(nll))(at), differences, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
 def test_draws_agree_with_the_closed_form_where_the_network_is_linear():
     x = jax.random.normal(jax.random.key(0), (4, 3))
     batch, phi = Batch(x, jnp.zeros((4, 1))), jnp.ones((3, 1))

@@ -61,8 +61,9 @@ def proximal(
 
     Its reverse-mode derivative is the implicit one, (I + H/strength) g = v solved by `cg_steps` conjugate-gradient
     steps; memory does not grow with `steps`. It reaches theta, strength, and whatever traced floats `loss` closes over
-    (a likelihood's noise, a shared body). It is biased as far as phi is from the minimum. It needs I + H/strength > 0:
-    where a solve meets negative curvature it stops there. damping is added to the operator's identity (0 in the paper;
+    (a likelihood's noise, a shared body). It is biased as far as phi is from the minimum, and the descent diverges
+    from rate = 2 / (largest curvature + strength) on. It needs I + H/strength > 0: where a solve meets negative
+    curvature it stops there. damping is added to the operator's identity (0 in the paper;
     the public code has 1). optimizer: any optax transformation in the place of gradient descent.
     """
     if steps < 0 or cg_steps < 1:

@@ -181,9 +181,11 @@ def laplace(
             raise ValueError(
                 "precision: came None, but this learner's inner loop has no explicit prior; give a number, e.g. 1.0"
             )
+        unit = fit(outputs, likelihood, phi, support, 1.0)
+        if isinstance(unit, (Dual, Lanczos)):
+            # tau enters after the eigenvectors, whose own derivative does not exist where eigenvalues repeat.
+            return unit.gaussian(phi, partial(laplace_spectrum, precision=tau), temperature)
         fitted = fit(outputs, likelihood, phi, support, jnp.asarray(tau) ** -0.5)
-        if isinstance(fitted, (Dual, Lanczos)):
-            return fitted.gaussian(phi, laplace_spectrum, temperature)
         return CurvatureGaussian(phi, fitted, temperature)
 
     return _rule(infer, draws, linear, noise)

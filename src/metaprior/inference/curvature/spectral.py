@@ -17,9 +17,10 @@ from metaprior.inference.curvature.rows import against, combine, inner, normal_l
 Spectrum = Callable[[Float[Array, " r"]], tuple[Scalar, Float[Array, " r"]]]
 
 
-def laplace_spectrum(values: Float[Array, " r"]) -> tuple[Scalar, Float[Array, " r"]]:
-    """s(l) = 1 / (1 + l): the posterior of the prior N(., S^2)."""
-    return jnp.ones((), values.dtype), -1 / (1 + values)
+def laplace_spectrum(values: Float[Array, " r"], precision: float | Array = 1.0) -> tuple[Scalar, Float[Array, " r"]]:
+    """s(l) = 1 / (precision + l): the posterior of the prior N(., S^2 / precision)."""
+    tau = jnp.asarray(precision, values.dtype)
+    return 1 / tau, -1 / (tau * (tau + values))
 
 
 def descent_spectrum(values: Float[Array, " r"], steps: int | Array) -> tuple[Scalar, Float[Array, " r"]]:
