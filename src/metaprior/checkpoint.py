@@ -54,6 +54,8 @@ class Checkpoints:
 
     def save(self, step: int, tree: PyTree) -> None:
         """Write a checkpoint; earlier ones stay whole if this fails."""
+        if step in self._keeper.all_steps():
+            return  # a kill came after it: training is deterministic, so these are the same bits
         try:
             self._keeper.save(step, args=ocp.args.StandardSave(tree), force=True)
         except (OSError, ValueError, RuntimeError) as error:

@@ -169,9 +169,9 @@ class Categorical:
         return logsumexp(outputs, axis=-1) - (outputs * hot).sum(-1)
 
     def hessian_root(self, outputs: Float[Array, "n c"]) -> Float[Array, "n c c"]:
-        p = jax.nn.softmax(outputs)
-        root = jnp.sqrt(p)
-        return jax.vmap(jnp.diag)(root) - p[:, :, None] * root[:, None, :]
+        # By logarithms: a sqrt has no derivative where a probability underflows to 0.
+        root = jnp.exp(jax.nn.log_softmax(outputs) / 2)
+        return jax.vmap(jnp.diag)(root) - (root**2)[:, :, None] * root[:, None, :]
 
     def predictive(
         self, outputs: Float[Array, "s n c"], variance: Float[Array, "s n c"] | None = None
@@ -192,8 +192,7 @@ class Bernoulli:
         return jax.nn.softplus(logit) - logit * y.reshape(-1).astype(outputs.dtype)
 
     def hessian_root(self, outputs: Float[Array, "n 1"]) -> Float[Array, "n 1 1"]:
-        p = jax.nn.sigmoid(outputs)
-        return jnp.sqrt(p * (1 - p))[..., None]
+        return jnp.exp((jax.nn.log_sigmoid(outputs) + jax.nn.log_sigmoid(-outputs)) / 2)[..., None]
 
     def predictive(
         self, outputs: Float[Array, "s n 1"], variance: Float[Array, "s n 1"] | None = None

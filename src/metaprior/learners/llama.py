@@ -6,11 +6,11 @@ the data plus the prior's precision). The gradient covers both terms. objective=
 full, for which eta is 1/2: -log p(D | phi) - log p(phi | theta) + 1/2 log det(H / 2 pi).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics, gradient_learner
 from metaprior.inference.curvature import CURVATURES, descent_spectrum, dual
@@ -25,6 +25,7 @@ from metaprior.inference.gradient import (
     mean_nll,
     support_loss,
 )
+from metaprior.inference.laplace import negative_log_evidence
 from metaprior.inference.posteriors import PosteriorRule, laplace
 from metaprior.likelihoods import Likelihood
 from metaprior.named import lookup
@@ -92,12 +93,11 @@ def llama(
         init, lambda params: params.theta, free.outputs, free.optimizer, pull if explicit else None
     )
 
+    def outputs(phi: PyTree, x: PyTree, *tap: Any) -> Array:
+        return free.outputs(None, phi, x, *tap)
+
     def log_det(params: Prior, phi: PyTree, batch: Batch, key: PRNGKeyArray) -> Scalar:
         """log det(I + H / tau) (implicit: of the posterior precision over the prior's), of the *summed* nll."""
-
-        def outputs(phi: PyTree, x: PyTree, *tap):
-            return free.outputs(params, phi, x, *tap)
-
         if prior == "implicit":
             fit = support_loss(adaptation, likelihood, params, batch)
             at = descend(fit, phi, adaptation.optimizer(params), 0)
@@ -111,19 +111,19 @@ def llama(
     def query_objective(params: Prior, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         fit = support_loss(adaptation, likelihood, params, task.support)
         phi = descend(fit, params.theta, adaptation.optimizer(params), steps, remat=remat).phi
-        outputs = adaptation.outputs(params, phi, task.query.x)
+        predicted = outputs(phi, task.query.x)
         volume = log_det(params, phi, task.support if curvature_on == "support" else task.query, key)
-        metrics = fit_metrics(likelihood, outputs, task.query) | {"log_det": volume}
-        return mean_nll(likelihood, outputs, task.query) + eta * volume, metrics
+        metrics = fit_metrics(likelihood, predicted, task.query) | {"log_det": volume}
+        return mean_nll(likelihood, predicted, task.query) + eta * volume, metrics
 
     def evidence_objective(params: Prior, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         data = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support, task.query)
-        fit = support_loss(adaptation, likelihood, params, data)  # the mean nll plus the prior's pull: -log joint
+        fit = support_loss(adaptation, likelihood, params, data)
         phi = descend(fit, params.theta, adaptation.optimizer(params), steps, remat=remat).phi
-        volume = log_det(params, phi, data, key)
-        metrics = fit_metrics(likelihood, adaptation.outputs(params, phi, data.x), data) | {"log_det": volume}
-        # The constants cancel: (P/2) log(2 pi / tau) of the prior against 1/2 log det(H / 2 pi) leaves 1/2 volume.
-        return fit(phi) + 0.5 * volume / count(data), metrics
+        surprise = negative_log_evidence(
+            outputs, likelihood, phi, params.theta, data, tau(params) ** -0.5, curvature=curve, key=key
+        )
+        return surprise / count(data), fit_metrics(likelihood, outputs(phi, data.x), data)
 
     return gradient_learner(
         adaptation,

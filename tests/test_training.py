@@ -1,0 +1,158 @@
+"""The outer loop: determinism, accumulation, devices, and how it stops."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaprior.training import (
+    NonFiniteLoss,
+    Training,
+    fit,
+    init_state,
+    meta_gradient,
+    outer_optimizer,
+    run_chunk,
+    task_sharding,
+)
+from scenarios import TINY, same_bits, tiny_learner, tiny_splits
+
+
+def test_training_learns_and_reports_each_chunk():
+    rows = []
+    fitted = fit(tiny_learner(16), tiny_splits(), replace(TINY, steps=400, chunk=100, meta_batch=8), report=rows.append)
+    assert [row["step"] for row in rows] == [100, 200, 300, 400]
+    assert rows == fitted.history
+    assert rows[-1]["train/mse"] < 0.9 * rows[0]["train/mse"]
+    lowest = min(row["validation/nll"] for row in rows)
+    assert lowest <= rows[-1]["validation/nll"]
+    assert not fitted.interrupted
+
+
+def test_chunks_do_not_change_the_result():
+    runs = [fit(tiny_learner(), tiny_splits(), replace(TINY, chunk=chunk)) for chunk in (12, 5, 1)]
+    assert same_bits(runs[0].state, runs[1].state)
+    assert same_bits(runs[0].state, runs[2].state)
+
+
+def test_accumulated_gradients_are_the_gradients_and_need_less_memory():
+    learner, splits = tiny_learner(64), tiny_splits()
+    tasks = splits.train.sample(jax.random.key(0), 32)
+    keys = jax.random.split(jax.random.key(1), 32)
+    params = init_state(learner, splits.train, TINY).params
+
+    def compiled(task_chunk):
+        f = jax.jit(lambda p, t, k: meta_gradient(learner, p, t, k, task_chunk))
+        return f.lower(params, tasks, keys).compile()
+
+    whole, parts = compiled(None), compiled(4)
+    results = (jax.tree.leaves(f(params, tasks, keys)) for f in (whole, parts))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+    temporary = [c.memory_analysis().temp_size_in_bytes for c in (whole, parts)]
+    assert temporary[1] < 0.5 * temporary[0]
+
+
+SHARDED = """
+import jax, numpy as np, sys
+from scenarios import TINY, tiny_learner, tiny_splits
+from metaprior.training import fit, init_state, run_chunk, task_sharding
+assert len(jax.devices()) == 2
+learner, splits = tiny_learner(), tiny_splits()
+print("DEVICES", len(task_sharding(TINY).device_set))
+state = init_state(learner, splits.train, TINY)
+text = run_chunk(learner, TINY).lower(state, splits.train, 4).compile().as_text()
+print("REDUCED", "all-reduce" in text)
+after = fit(learner, splits, TINY).params
+np.savez(sys.argv[1], *jax.tree.leaves(after))
+"""
+
+
+def test_two_devices_share_the_tasks_and_agree_with_one(tmp_path):
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.path.dirname(__file__),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, str(tmp_path / "two.npz")], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "DEVICES 2" in done.stdout
+    assert "REDUCED True" in done.stdout  # gradients are summed over devices, so the tasks were spread over them
+    one = jax.tree.leaves(fit(tiny_learner(), tiny_splits(), TINY).params)
+    two = np.load(tmp_path / "two.npz")
+    for a, b in zip(one, two.values(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert task_sharding(TINY) is None
+
+
+def test_a_non_finite_loss_names_the_step_and_keeps_the_last_good_state():
+    learner = tiny_learner()
+
+    def poisoned(params, task, key):
+        loss, metrics = learner.loss(params, task, key)
+        # The third chunk's first tasks end in a division by zero.
+        return jnp.where(jnp.abs(params["head"]["b"][0]) > 0.05, loss / 0.0, loss), metrics
+
+    with pytest.raises(NonFiniteLoss, match=r"maml became non-finite at meta-step \d+.*lower inner rate") as caught:
+        fit(learner._replace(loss=poisoned), tiny_splits(), replace(TINY, steps=400, rate=0.05), name="maml")
+    assert caught.value.step > int(caught.value.state.step)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(caught.value.state.params))
+
+
+def test_ctrl_c_finishes_the_chunk():
+    rows = []
+
+    def interrupt(row):
+        rows.append(row)
+        if row["step"] == 8:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+
+    fitted = fit(tiny_learner(), tiny_splits(), replace(TINY, steps=100), report=interrupt)
+    assert fitted.interrupted
+    assert int(fitted.state.step) == 8
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "training.steps: came 0"),
+        ({"schedule": "cosin"}, "training.schedule"),
+        ({"task_chunk": 3}, "a divisor of meta_batch"),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Training(**({"meta_batch": 4} | options))
+
+
+def test_schedules_clipping_and_unknown_optimizers():
+    params = {"w": jnp.zeros(2)}
+    gradient = {"w": jnp.array([100.0, -0.5])}
+    for options, expected in [
+        ({"clip_value": 10.0}, [-10.0, 0.5]),
+        ({"clip_norm": 1.0}, [-1.0, 0.005]),
+        ({"schedule": "linear", "warmup": 10}, [0.0, 0.0]),
+        ({"schedule": "cosine"}, [-100.0, 0.5]),
+    ]:
+        optimizer = outer_optimizer(Training(optimizer="sgd", rate=1.0, **options))
+        update, _ = optimizer.update(gradient, optimizer.init(params), params)
+        np.testing.assert_allclose(update["w"], expected, rtol=1e-3)
+    with pytest.raises(ValueError, match="'adamm'"):
+        outer_optimizer(Training(optimizer="adamm"))
+
+
+def test_data_are_arguments_of_the_compiled_chunk_not_constants():
+    learner, splits = tiny_learner(), tiny_splits()
+    state = init_state(learner, splits.train, TINY)
+    run_chunk(learner, TINY)(state, splits.train, 2)
+    run_chunk(learner, TINY)(state, splits.test, 2)  # another source of the same shape is another argument
