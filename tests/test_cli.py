@@ -1,0 +1,178 @@
+"""The command line, run as a user would."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from metaprior.cli import main
+from metaprior.recipe import load_recipe, recipe_names, with_overrides
+
+SMALL = ["training.chunk=20", "training.meta_batch=4", "training.validate_every=20", "training.validation_tasks=8"]
+
+
+def run(*args, code=0):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in args])
+    assert exit_.value.code == code
+    return exit_
+
+
+@pytest.fixture(autouse=True)
+def _keep_the_test_cache(monkeypatch):
+    """The command line would point the compilation cache at the user's."""
+    import jax
+
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+
+
+@pytest.fixture(scope="module")
+def sinusoid_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "sinusoid"
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "sinusoid", "--steps", "60", "--out", str(folder), "--set", *SMALL])
+    assert exit_.value.code == 0
+    return folder
+
+
+def test_train_evaluate_plot(sinusoid_run, capsys):
+    assert {"recipe.json", "metrics.jsonl", "checkpoints", "tensorboard"} <= {p.name for p in sinusoid_run.iterdir()}
+    assert json.loads((sinusoid_run / "recipe.json").read_text())["training"]["steps"] == 60
+    run("evaluate", sinusoid_run, "--tasks", 10, "--steps", 3)
+    out = capsys.readouterr().out
+    assert "MSE" in out
+    assert "after each inner step" in out
+    run("evaluate", sinusoid_run, "--tasks", 10, "--posterior", "implicit", "--calibrated")
+    assert "temperature" in capsys.readouterr().out
+    report = json.loads((sinusoid_run / "report-implicit-calibrated.json").read_text())
+    assert report["tasks"] == 10
+    assert report["settings"]["fitted"]["temperature"] > 0
+    run("plot", sinusoid_run)
+    pictures = {p.name for p in (sinusoid_run / "plots").iterdir()}
+    assert {"training.png", "tasks.png", "report-own-pit.png", "report-own-adaptation.png"} <= pictures
+
+
+def test_adapt_from_csv(sinusoid_run, tmp_path, capsys):
+    x = np.linspace(-4, 4, 6)
+    (tmp_path / "support.csv").write_text("x,y\n" + "".join(f"{a},{np.sin(a)}\n" for a in x))
+    (tmp_path / "query.csv").write_text("x\n0.5\n1.5\n")
+    out = tmp_path / "predictions.csv"
+    run("adapt", sinusoid_run, "--support", tmp_path / "support.csv", "--query", tmp_path / "query.csv", "--posterior",
+        "implicit", "--out", out)  # fmt: skip
+    assert "6 support examples" in capsys.readouterr().out
+    rows = list(csv.DictReader(out.open()))
+    assert len(rows) == 2
+    assert float(rows[0]["5 %"]) < float(rows[0]["mean"]) < float(rows[0]["95 %"])
+
+
+def test_resume_goes_on_and_an_existing_run_is_kept(sinusoid_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run("train", "sinusoid", "--steps", 20, "--out", folder, "--set", *SMALL)
+    run("train", "sinusoid", "--out", folder, code=2)
+    assert "--resume" in capsys.readouterr().err
+    run("train", "sinusoid", "--out", folder, "--resume", "--steps", 60)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [20, 40, 60]
+    whole = [json.loads(line) for line in (sinusoid_run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["train/loss"] for r in rows] == [r["train/loss"] for r in whole]
+
+
+def test_ctrl_c_saves_and_exits(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "metaprior", "train", "sinusoid", "--out", str(folder), "--set", *SMALL]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    deadline = time.monotonic() + 90
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, out
+    assert "--resume" in out
+    assert list((folder / "checkpoints" / "last").iterdir())
+
+
+def test_list_names_everything(capsys):
+    run("list")
+    out = capsys.readouterr().out
+    for name in ("maml", "llama", "omniglot-5way-1shot", "sleepstudy", "conv4", "implicit"):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "omniglot-5way-1shott"], "did you mean 'omniglot-5way-1shot'"),
+        (["train", "sinusoid", "--learner", "mamll"], "did you mean 'maml'"),
+        (["train", "sinusoid", "--set", "training.stepz=3"], "did you mean 'steps'"),
+        (["train", "sinusoid", "--set", "tasks.shots=3"], "did you mean 'shot'"),
+        (["train", "sinusoid", "--set", "learner.rat=3"], "did you mean 'rate'"),
+        (["train", "sinusoid", "--set", "trainin.steps=3"], "did you mean 'training'"),
+        (["train", "sinusoid", "--set", "steps"], "TABLE.OPTION=VALUE"),
+        (["train", "nowhere.toml"], "no file"),
+        (["evaluate", "nowhere"], "holds no run"),
+    ],
+)
+def test_mistakes_are_answered_in_a_sentence(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*args, code=2)
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_a_diverging_run_says_what_to_do(tmp_path, capsys):
+    run("train", "sinusoid", "--steps", 40, "--out", tmp_path / "run", "--set", *SMALL, "learner.rate=1e12",
+        "training.clip_norm=1e30", code=1)  # fmt: skip
+    err = capsys.readouterr().err.replace("\n", " ")
+    assert "non-finite" in err
+    assert "lower inner rate" in err
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_are_well_formed(name):
+    from metaprior.learners import LEARNERS
+    from metaprior.named import option_names
+    from metaprior.recipe import evaluation_of, training_of
+
+    recipe = load_recipe(name)
+    assert recipe.description
+    evaluation_of(recipe)
+    for learner, options in recipe.learners.items():
+        assert set(options) <= set(option_names(LEARNERS[learner])), learner
+        training_of(with_overrides(recipe, learner))
+
+
+@pytest.mark.data
+def test_omniglot_from_training_to_new_characters(data_dir, tmp_path, capsys):
+    folder = tmp_path / "omniglot"
+    small = [*SMALL, "network.filters=8", "training.chunk=10", "tasks.test_query=3"]
+    run("train", "omniglot-5way-1shot", "--steps", 10, "--out", folder, "--set", *small)
+    run("evaluate", folder, "--tasks", 4)
+    assert "ECE" in capsys.readouterr().out
+    run("evaluate", folder, "--tasks", 2, "--posterior", "laplace", "--draws", 2)
+    # A user's own drawings: dark ink on white paper, one folder a class.
+    shapes = {
+        "cross": [(0, 0, 60, 60), (60, 0, 0, 60)],
+        "line": [(30, 0, 30, 60)],
+        "ell": [(5, 0, 5, 55), (5, 55, 55, 55)],
+    }
+    for name, lines in shapes.items():
+        for kind, shift in (("support", 10), ("query", 14)):
+            picture = Image.new("L", (84, 84), 255)
+            for line in lines:
+                ImageDraw.Draw(picture).line([c + shift for c in line], fill=0, width=4)
+            target = tmp_path / kind / name / "1.png" if kind == "support" else tmp_path / kind / f"{name}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(target)
+    out = tmp_path / "answers.csv"
+    run("adapt", folder, "--support", tmp_path / "support", "--query", tmp_path / "query", "--out", out)
+    rows = list(csv.DictReader(out.open()))
+    assert {row["prediction"] for row in rows} <= set(shapes)
+    for row in rows:
+        assert sum(float(row[f"p({c})"]) for c in shapes) == pytest.approx(1, abs=1e-3)

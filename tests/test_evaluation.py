@@ -1,0 +1,206 @@
+"""Reports: against scikit-learn and scipy, and on predictions whose calibration is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure as Picture
+from sklearn.metrics import brier_score_loss, log_loss
+
+from metaprior.calibration import brier, calibrate, expected_error, maximum_error, reliability
+from metaprior.evaluation import Report, evaluate, figure_of
+from metaprior.inference.posteriors import implicit
+from metaprior.learners import maml
+from metaprior.likelihoods import Categories, Gaussian, Normals
+from metaprior.networks import mlp
+from metaprior.plots import (
+    adaptation_curve,
+    pit_histogram,
+    prior_functions,
+    regression_tasks,
+    reliability_diagram,
+    training_curve,
+)
+from metaprior.tasks import linear_gaussian
+from metaprior.tasks.linear_gaussian import exact_posterior
+from metaprior.training import fit
+from metaprior.types import Batch, Learner, Task
+from scenarios import TINY, tiny_learner, tiny_splits
+
+
+def test_golden_calibration_errors():
+    confidence, correct = jnp.array([0.91, 0.81, 0.61, 0.57]), jnp.array([1.0, 0, 1, 1])
+    table = reliability(confidence, correct, jnp.ones(4), bins=20)
+    assert expected_error(table) == pytest.approx(0.43, abs=1e-6)
+    assert maximum_error(table) == pytest.approx(0.81, abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 200))
+def test_calibration_errors_are_bounded_and_ordered(seed, n):
+    rng = np.random.default_rng(seed)
+    confidence, correct = jnp.asarray(rng.uniform(0.2, 1, n)), jnp.asarray(rng.integers(0, 2, n).astype(float))
+    weight = jnp.asarray(rng.integers(0, 2, n).astype(float))
+    table = reliability(confidence, correct, weight)
+    assert 0 <= expected_error(table) <= maximum_error(table) + 1e-6 <= 1 + 1e-6
+    assert table.count.sum() == pytest.approx(float(weight.sum()))
+    kept = weight > 0
+    without = reliability(confidence[kept], correct[kept], jnp.ones(int(kept.sum())))
+    np.testing.assert_allclose(without.accuracy, table.accuracy, atol=1e-6)
+
+
+def test_scores_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(2), 50)
+    y = rng.integers(0, 2, 50)
+    both_classes = 2 * brier_score_loss(y, p[:, 1])
+    np.testing.assert_allclose(brier(jnp.asarray(p), jnp.asarray(y)).mean(), both_classes, rtol=1e-5)
+    ours = -Categories(jnp.log(jnp.asarray(p))[None]).log_prob(jnp.asarray(y)).mean()
+    np.testing.assert_allclose(ours, log_loss(y, p), rtol=1e-5)
+
+
+def test_intervals_are_those_of_the_mean():
+    values = np.array([0.2, 0.4, 0.9])
+    assert figure_of(values).interval == pytest.approx(1.96 * values.std() / 3**0.5)
+
+
+def exact_learner(theta, widen=1.0) -> Learner:
+    """The exact predictive of the conjugate hierarchy, its sd multiplied by `widen`."""
+
+    def predict(params, posterior, x, key):
+        spread = jnp.einsum("nd,de,ne->n", x, posterior.covariance, x) + theta.noise**2
+        return Normals((x @ posterior.mean)[None, :, None], widen**2 * spread[None, :, None])
+
+    return Learner(lambda k, t: None, lambda p, s, k: exact_posterior(theta, s), predict, lambda p, t, k: (0.0, {}))
+
+
+def test_an_exact_posterior_is_reported_as_calibrated_and_a_wrong_one_is_not():
+    source = linear_gaussian(features=2, shot=3).test
+    report = evaluate(exact_learner(source.theta), None, source, jax.random.key(0), tasks=400)
+    for level in (50, 90, 95):
+        covered = report.figures[f"coverage_{level}"]
+        assert abs(covered.mean - level / 100) < 2 * covered.interval
+    assert max(abs(density - 1) for density in report.pit) < 0.1
+    assert report.curve == []
+    wide = evaluate(exact_learner(source.theta, 2.0), None, source, jax.random.key(0), tasks=400)
+    assert wide.figures["coverage_50"].mean > 0.7
+    assert wide.figures["nll"].mean > report.figures["nll"].mean
+
+
+def test_chunks_do_not_change_the_report():
+    learner, splits = tiny_learner(), tiny_splits()
+    params = learner.init(jax.random.key(0), jax.tree.map(lambda a: a[0], splits.train.sample(jax.random.key(0), 1)))
+    reports = [
+        evaluate(learner, params, splits.test, jax.random.key(1), tasks=11, chunk=chunk) for chunk in (1, 4, 11, 600)
+    ]
+    for report in reports[1:]:
+        for name, figure in reports[0].figures.items():
+            assert report.figures[name].mean == pytest.approx(figure.mean, rel=1e-4, abs=1e-6)
+        assert len(report.curve) == len(reports[0].curve) == 2
+    assert reports[0].tasks == 11
+    with pytest.raises(ValueError, match="tasks: came 0"):
+        evaluate(learner, params, splits.test, jax.random.key(1), tasks=0)
+
+
+class Padded:
+    """Two good queries and, with weight 0, a senseless one."""
+
+    def sample(self, key, n):
+        def one(_):
+            x, y = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[1.0], [2.0], [1e6]])
+            return Task(Batch(x, x), Batch(x, y, jnp.array([1.0, 1.0, 0.0])))
+
+        return jax.vmap(one)(jax.random.split(key, n))
+
+
+jax.tree_util.register_pytree_node(Padded, lambda p: ((), None), lambda _, __: Padded())
+
+
+def test_padded_queries_do_not_count():
+    identity = Learner(
+        lambda k, t: None,
+        lambda p, s, k: None,
+        lambda p, q, x, k: Normals(x[None], jnp.ones_like(x)[None]),
+        lambda p, t, k: (0.0, {}),
+    )
+    report = evaluate(identity, None, Padded(), jax.random.key(0), tasks=3)
+    assert report.figures["mse"].mean == 0
+    assert report.figures["coverage_90"].mean == 1
+    assert sum(report.pit) == pytest.approx(20)
+
+
+def test_reports_survive_json_and_print(tmp_path):
+    learner, splits = tiny_learner(), tiny_splits()
+    params = learner.init(jax.random.key(0), jax.tree.map(lambda a: a[0], splits.train.sample(jax.random.key(0), 1)))
+    report = evaluate(learner, params, splits.test, jax.random.key(1), tasks=5)
+    report.save(tmp_path / "report.json")
+    assert Report.from_json((tmp_path / "report.json").read_text()) == report
+    assert report.table().row_count == len(report.figures) + len(report.pooled)
+    assert report.curve_table().row_count == 2
+
+
+def test_calibration_recovers_the_noise_and_never_ends_worse():
+    source = linear_gaussian(features=2, shot=20, noise=0.5).validation
+    theta = source.theta
+
+    def build(knobs):
+        exact = exact_learner(theta)
+
+        def predict(params, posterior, x, key):
+            spread = jnp.einsum("nd,de,ne->n", x, posterior.covariance, x)
+            return Normals((x @ posterior.mean)[None, :, None], (spread + knobs["noise"] ** 2)[None, :, None])
+
+        return exact._replace(predict=predict)
+
+    found = calibrate(build, None, source, jax.random.key(0), {"noise": 3.0}, tasks=100)
+    assert found.knobs["noise"] == pytest.approx(0.5, rel=0.05)
+    assert found.nll_after < found.nll_before
+    with pytest.raises(ValueError, match="positive"):
+        calibrate(build, None, source, jax.random.key(0), {"noise": 0.0})
+
+
+def test_the_implicit_posterior_lowers_the_nll_of_a_trained_learner():
+    splits = tiny_splits()
+    model = mlp(1, (32, 32))
+
+    def learner(**knobs):
+        return maml(model, Gaussian(), steps=5, posterior=implicit(**knobs))
+
+    trained = fit(learner(), splits, TINY.__class__(steps=1500, meta_batch=10, chunk=500, clip_norm=1.0))
+    key = jax.random.key(3)
+    point = calibrate(
+        lambda k: maml(model, Gaussian(k["noise"]), steps=5), trained.params, splits.validation, key, {"noise": 0.7}
+    )
+    around = calibrate(
+        lambda k: learner(**k), trained.params, splits.validation, key, {"noise": 0.7, "temperature": 1.0}
+    )
+    assert around.nll_after < point.nll_after - 0.02
+
+
+def test_pictures_are_drawn(tmp_path):
+    learner, splits = tiny_learner(), tiny_splits()
+    fitted = fit(learner, splits, TINY)
+    report = evaluate(learner, fitted.params, splits.test, jax.random.key(1), tasks=5)
+    sure = [
+        {"low": b / 20, "high": (b + 1) / 20, "count": float(b), "confidence": b / 20, "accuracy": 0.5}
+        for b in range(20)
+    ]
+    classes = Report("classification", 5, report.figures, {"ece": 0.1, "mce": 0.2}, [], sure)
+    tasks, key = splits.test.sample(jax.random.key(2), 2), jax.random.key(0)
+    pictures = [
+        reliability_diagram(classes),
+        pit_histogram(report),
+        adaptation_curve(report),
+        training_curve(fitted.history),
+        regression_tasks(learner, fitted.params, tasks, key),
+        regression_tasks(learner._replace(path=None), fitted.params, tasks, key),
+        prior_functions(learner, fitted.params, tasks, key),
+    ]
+    for i, picture in enumerate(pictures):
+        assert isinstance(picture, Picture)
+        picture.savefig(tmp_path / f"{i}.png")
+        assert (tmp_path / f"{i}.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="rows"):
+        training_curve([])
