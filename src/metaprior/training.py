@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from metaprior.types import Learner, Splits, Task, TaskSource
 
+BLOCK_BYTES = 2**23  # of tasks drawn ahead: what stays in a processor's cache
+
 
 @dataclass(frozen=True)
 class Training:
@@ -163,17 +165,22 @@ def task_sharding(training: Training) -> NamedSharding | None:
     return NamedSharding(Mesh(np.array(devices), ("tasks",)), PartitionSpec("tasks"))
 
 
-def meta_step(learner: Learner, training: Training) -> Callable[[TrainState, TaskSource], tuple[TrainState, dict]]:
-    """One outer step as a pure function: draw tasks, mean meta-gradient, optimiser update."""
+def draw_tasks(training: Training) -> Callable[[Int[Array, ""], TaskSource], tuple[Task, PRNGKeyArray]]:
+    """(step, source) -> a meta-step's tasks and the keys of their losses, whatever came before."""
+
+    def draw(step: Int[Array, ""], source: TaskSource) -> tuple[Task, PRNGKeyArray]:
+        key_tasks, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(training.seed), step))
+        return source.sample(key_tasks, training.meta_batch), jax.random.split(key_loss, training.meta_batch)
+
+    return draw
+
+
+def meta_step(learner: Learner, training: Training) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """One outer step as a pure function (state, (tasks, keys)): mean meta-gradient, optimiser update."""
     optimizer, sharding = outer_optimizer(training), task_sharding(training)
 
-    def step(state: TrainState, source: TaskSource) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(training.seed), state.step)
-        key_tasks, key_loss = jax.random.split(key)
-        tasks = source.sample(key_tasks, training.meta_batch)
-        keys = jax.random.split(key_loss, training.meta_batch)
-        if sharding is not None:
-            tasks, keys = jax.lax.with_sharding_constraint((tasks, keys), sharding)
+    def step(state: TrainState, drawn: tuple[Task, PRNGKeyArray]) -> tuple[TrainState, dict[str, Array]]:
+        tasks, keys = drawn if sharding is None else jax.lax.with_sharding_constraint(drawn, sharding)
         metrics, gradient = meta_gradient(learner, state.params, tasks, keys, training.task_chunk)
         update, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradient))
@@ -184,13 +191,28 @@ def meta_step(learner: Learner, training: Training) -> Callable[[TrainState, Tas
 
 def run_chunk(learner: Learner, training: Training) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiled (state, source, steps) -> (state after `steps` meta-steps, their metrics, stacked)."""
-    step = meta_step(learner, training)
+    step, draw = meta_step(learner, training), draw_tasks(training)
 
     @partial(jax.jit, static_argnums=2)
     def chunk(state: TrainState, source: TaskSource, steps: int) -> tuple[TrainState, dict[str, Array]]:
-        return jax.lax.scan(lambda s, _: step(s, source), state, length=steps)
+        # Random numbers are cheap by the thousand and dear by the dozen: tasks are drawn for a block of steps at once.
+        block = block_length(jax.eval_shape(draw, state.step, source)[0], steps)
+
+        def run_block(state: TrainState, _: None) -> tuple[TrainState, dict[str, Array]]:
+            drawn = jax.vmap(draw, in_axes=(0, None))(state.step + jnp.arange(block), source)
+            return jax.lax.scan(step, state, drawn)
+
+        state, metrics = jax.lax.scan(run_block, state, length=steps // block)
+        return state, jax.tree.map(lambda leaf: leaf.reshape(steps, *leaf.shape[2:]), metrics)
 
     return chunk
+
+
+def block_length(tasks: Task, steps: int) -> int:
+    """The largest divisor of `steps` for which so many batches of tasks fit into BLOCK_BYTES."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tasks))
+    most = max(BLOCK_BYTES // max(size, 1), 1)
+    return max(d for d in range(1, steps + 1) if steps % d == 0 and d <= most)
 
 
 def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSource], dict[str, Array]]:
