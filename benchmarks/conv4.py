@@ -1,0 +1,23 @@
+"""Conv4-64 on 28x28 images, 5-way 1-shot, 15 queries a class, 8 tasks, second-order MAML: time and memory a step."""
+
+from harness import Worker, against, interleave, options, peer_workers, show, write
+
+PEERS = ["torch.func loop", "torch.func vmap", "torch.compile", "torchopt", "higher", "learn2learn"]
+
+
+def main() -> None:
+    chosen = options(__doc__)
+    rounds, seconds = (1, 0.1) if chosen.quick else (5, 1.0)
+    start = {"metaprior": lambda: Worker("ours.py", "conv4", 1, 1, peer=False)}
+    peers = PEERS[:1] if chosen.quick else PEERS
+    figures = interleave(start | peer_workers(peers, "conv4", 1, (2,)), rounds, seconds)
+    show("Conv4-64, 5-way 1-shot, 8 tasks, 1 inner step, second order", figures)
+    ratios = {"fastest peer": against(figures, "metaprior", PEERS)}
+    ratios |= {peer: against(figures, "metaprior", [peer]) for peer in PEERS}
+    for name, ratio in ratios.items():
+        print(f"  times {name}: " + ("-" if ratio is None else f"{ratio:.2f}"))
+    write(chosen.json, {"workers": figures, "times_faster_than": ratios})
+
+
+if __name__ == "__main__":
+    main()

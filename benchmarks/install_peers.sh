@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The libraries we are measured against, in an environment of their own: metaprior never depends on them.
+# torch goes first and alone, so that no other package's requirement picks another build of it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+VENV="${PEERS_VENV:-.venv-peers}"
+PYTHON="${PYTHON:-python3}"
+
+test -x "$VENV/bin/python" || "$PYTHON" -m venv "$VENV"
+pip() { "$VENV/bin/python" -m pip "$@"; }
+pip install --quiet --upgrade pip setuptools wheel
+pip install --quiet "torch==2.13.0"
+pip install --quiet numpy higher torchopt
+# learn2learn's source build needs Cython and an old setuptools, and fails on Python 3.11: say so and go on.
+if ! pip install --quiet learn2learn >"$VENV/learn2learn.log" 2>&1; then
+  echo "learn2learn: does not build here; its last words (whole log: $VENV/learn2learn.log):"
+  grep -m 1 -iE "error:|Error" "$VENV/learn2learn.log" || tail -n 3 "$VENV/learn2learn.log"
+fi
+"$VENV/bin/python" - <<'PY'
+import importlib
+for name in ("torch", "higher", "torchopt", "learn2learn"):
+    try:
+        module = importlib.import_module(name)
+        print(f"{name}: {getattr(module, '__version__', 'installed')}")
+    except ImportError as error:
+        print(f"{name}: absent ({error})")
+PY

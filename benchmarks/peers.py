@@ -1,0 +1,174 @@
+"""Second-order MAML as the peers' documents write it. Usage: peers.py WHICH PROBLEM INNER_STEPS THREADS (see worker.py)."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch.func import functional_call, grad, grad_and_value, vmap
+
+from problems_torch import Problem, Tasks, make
+from worker import serve
+
+MetaStep = Callable[[Tasks], object]
+
+
+def adapted_loss(problem: Problem, steps: int) -> Callable:
+    """(theta, one task) -> query loss after the inner steps, as functions of torch.func."""
+
+    def fit(phi: dict, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return problem.loss(functional_call(problem.model, phi, (x,)), y)
+
+    def loss(theta: dict, sx: torch.Tensor, sy: torch.Tensor, qx: torch.Tensor, qy: torch.Tensor) -> torch.Tensor:
+        phi = theta
+        for _ in range(steps):
+            g = grad(fit)(phi, sx, sy)
+            phi = {name: phi[name] - problem.rate * g[name] for name in phi}
+        return fit(phi, qx, qy)
+
+    return loss
+
+
+def functional(problem: Problem, steps: int, compiled: bool) -> MetaStep:
+    """torch.func, vmap over tasks; Adam on the module's parameters. Compiled: the whole meta-gradient."""
+    theta = dict(problem.model.named_parameters())
+    batched = vmap(adapted_loss(problem, steps), in_dims=(None, 0, 0, 0, 0))
+    meta_gradient = grad_and_value(lambda theta, *tasks: batched(theta, *tasks).mean())
+    if compiled:
+        meta_gradient = torch.compile(meta_gradient)
+    optimizer = torch.optim.Adam(theta.values(), lr=1e-3, fused=True)
+
+    def step(tasks: Tasks) -> None:
+        g, _ = meta_gradient({n: p.detach() for n, p in theta.items()}, *tasks)
+        for name, p in theta.items():
+            p.grad = g[name]
+        optimizer.step()
+
+    return step
+
+
+def functional_loop(problem: Problem, steps: int) -> MetaStep:
+    """torch.func, a Python loop over tasks."""
+    theta = dict(problem.model.named_parameters())
+    meta_gradient = grad(adapted_loss(problem, steps))
+    optimizer = torch.optim.Adam(theta.values(), lr=1e-3)
+
+    def step(tasks: Tasks) -> None:
+        optimizer.zero_grad()
+        at = {n: p.detach() for n, p in theta.items()}
+        n = len(tasks[0])
+        for task in zip(*tasks, strict=True):
+            for name, g in meta_gradient(at, *task).items():
+                p = theta[name]
+                p.grad = g / n if p.grad is None else p.grad + g / n
+        optimizer.step()
+
+    return step
+
+
+def loop(problem: Problem, task_loss: Callable[..., torch.Tensor]) -> MetaStep:
+    """The outer loop of the peers' examples: one task at a time, gradients accumulate, one optimiser step."""
+    optimizer = torch.optim.Adam(problem.model.parameters(), lr=1e-3)
+
+    def step(tasks: Tasks) -> None:
+        optimizer.zero_grad()
+        for task in zip(*tasks, strict=True):
+            (task_loss(*task) / len(tasks[0])).backward()
+        optimizer.step()
+
+    return step
+
+
+def plain(problem: Problem, steps: int) -> MetaStep:
+    """torch.autograd.grad with create_graph, one task at a time."""
+    theta = dict(problem.model.named_parameters())
+
+    def task_loss(sx: torch.Tensor, sy: torch.Tensor, qx: torch.Tensor, qy: torch.Tensor) -> torch.Tensor:
+        phi = theta
+        for _ in range(steps):
+            inner = problem.loss(functional_call(problem.model, phi, (sx,)), sy)
+            g = torch.autograd.grad(inner, list(phi.values()), create_graph=True)
+            phi = {n: p - problem.rate * d for (n, p), d in zip(phi.items(), g, strict=True)}
+        return problem.loss(functional_call(problem.model, phi, (qx,)), qy)
+
+    return loop(problem, task_loss)
+
+
+def with_higher(problem: Problem, steps: int) -> MetaStep:
+    import higher
+
+    inner = torch.optim.SGD(problem.model.parameters(), lr=problem.rate)
+
+    def task_loss(sx: torch.Tensor, sy: torch.Tensor, qx: torch.Tensor, qy: torch.Tensor) -> torch.Tensor:
+        with higher.innerloop_ctx(problem.model, inner, copy_initial_weights=False) as (network, differentiable):
+            for _ in range(steps):
+                differentiable.step(problem.loss(network(sx), sy))
+            return problem.loss(network(qx), qy)
+
+    return loop(problem, task_loss)
+
+
+def with_torchopt(problem: Problem, steps: int) -> MetaStep:
+    import torchopt
+
+    inner = torchopt.MetaSGD(problem.model, lr=problem.rate)
+    outer = torch.optim.Adam(problem.model.parameters(), lr=1e-3)
+
+    def step(tasks: Tasks) -> None:
+        outer.zero_grad()
+        losses = []
+        network_state = torchopt.extract_state_dict(problem.model, by="reference", detach_buffers=True)
+        optimizer_state = torchopt.extract_state_dict(inner, by="reference")
+        for sx, sy, qx, qy in zip(*tasks, strict=True):
+            for _ in range(steps):
+                inner.step(problem.loss(problem.model(sx), sy))
+            losses.append(problem.loss(problem.model(qx), qy))
+            torchopt.recover_state_dict(problem.model, network_state)
+            torchopt.recover_state_dict(inner, optimizer_state)
+        torch.stack(losses).mean().backward()
+        outer.step()
+
+    return step
+
+
+def with_learn2learn(problem: Problem, steps: int) -> MetaStep:
+    import learn2learn as l2l
+
+    meta = l2l.algorithms.MAML(problem.model, lr=problem.rate, first_order=False)
+
+    def task_loss(sx: torch.Tensor, sy: torch.Tensor, qx: torch.Tensor, qy: torch.Tensor) -> torch.Tensor:
+        network = meta.clone()
+        for _ in range(steps):
+            network.adapt(problem.loss(network(sx), sy))
+        return problem.loss(network(qx), qy)
+
+    return loop(problem, task_loss)
+
+
+PEERS: dict[str, Callable[[Problem, int], MetaStep]] = {
+    "torch.func vmap": lambda problem, steps: functional(problem, steps, compiled=False),
+    "torch.compile": lambda problem, steps: functional(problem, steps, compiled=True),
+    "torch.func loop": functional_loop,
+    "torch loop": plain,
+    "higher": with_higher,
+    "torchopt": with_torchopt,
+    "learn2learn": with_learn2learn,
+}
+
+
+def main(which: str, problem: str, steps: str, threads: str) -> None:
+    def build() -> Callable[[], int]:
+        torch.set_num_threads(int(threads))
+        made = make(problem)
+        step = PEERS[which](made, int(steps))
+
+        def run() -> int:
+            step(made.sample())
+            return 1
+
+        return run
+
+    serve(build)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

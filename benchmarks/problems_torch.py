@@ -1,0 +1,56 @@
+"""The benchmark problems in torch: networks, losses and tasks, shared by all peers."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Tasks = tuple[Tensor, Tensor, Tensor, Tensor]  # support x, y, query x, y; leading axis: tasks
+
+
+class Problem(NamedTuple):
+    model: nn.Module
+    loss: object
+    sample: object  # () -> Tasks
+    rate: float
+
+
+def sample_sinusoids(tasks: int = 25, points: int = 20, support: int = 10) -> Tasks:
+    amplitude = 0.1 + 4.9 * torch.rand(tasks, 1, 1)
+    phase = math.pi * torch.rand(tasks, 1, 1)
+    x = 10 * torch.rand(tasks, points, 1) - 5
+    y = amplitude * torch.sin(x - phase)
+    return x[:, :support], y[:, :support], x[:, support:], y[:, support:]
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+
+
+def conv4(way: int = 5, filters: int = 64) -> nn.Module:
+    def block(inputs: int) -> list[nn.Module]:
+        norm = nn.BatchNorm2d(filters, track_running_stats=False)
+        return [nn.Conv2d(inputs, filters, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2)]
+
+    blocks = [layer for i in range(4) for layer in block(1 if i == 0 else filters)]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(filters, way))
+
+
+def images(tasks: int = 8, way: int = 5, queries: int = 15) -> Tasks:
+    y = torch.arange(way).expand(tasks, way)
+    return (
+        torch.rand(tasks, way, 1, 28, 28),
+        y,
+        torch.rand(tasks, way * queries, 1, 28, 28),
+        y.repeat_interleave(queries, dim=1),
+    )
+
+
+def make(name: str) -> Problem:
+    torch.manual_seed(0)
+    if name == "sinusoid":
+        return Problem(mlp(), F.mse_loss, sample_sinusoids, 0.01)
+    tasks = images()
+    return Problem(conv4(), F.cross_entropy, lambda: tasks, 0.4)

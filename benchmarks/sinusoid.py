@@ -1,0 +1,27 @@
+"""Sinusoid regression, MLP 1-40-40-1, 25 tasks of 10 + 10 points, second-order MAML: meta-steps a second."""
+
+from harness import Worker, against, interleave, options, peer_workers, show, write
+
+LIBRARIES = ["learn2learn", "higher", "torchopt"]
+PEERS = ["torch.compile", "torch.func vmap", "torch loop", *LIBRARIES]
+
+
+def main() -> None:
+    chosen = options(__doc__)
+    rounds, seconds = (1, 0.5) if chosen.quick else (5, 0.7)
+    result = {}
+    for steps in (1, 5):
+        start = {"metaprior": lambda steps=steps: Worker("ours.py", "sinusoid", steps, 200, peer=False)}
+        start |= peer_workers(PEERS, "sinusoid", steps, (1,) if chosen.quick else (1, 2))
+        figures = interleave(start, rounds, seconds)
+        ratios = {"libraries": against(figures, "metaprior", LIBRARIES)}
+        ratios |= {peer: against(figures, "metaprior", [peer]) for peer in PEERS}
+        show(f"sinusoid, {steps} inner step(s)", figures)
+        for name, ratio in ratios.items():
+            print(f"  times {name}: " + ("-" if ratio is None else f"{ratio:.2f}"))
+        result[f"inner_steps_{steps}"] = {"workers": figures, "times_faster_than": ratios}
+    write(chosen.json, result)
+
+
+if __name__ == "__main__":
+    main()
