@@ -84,7 +84,7 @@ class Worker:
 
 
 def peer_workers(names: list[str], problem: str, steps: int, threads: tuple[int, ...]) -> dict[str, Callable]:
-    """Each peer with each number of threads: on tiny work two threads can be far slower than one, so its best counts."""
+    """Each peer with each number of threads: two can be far slower than one on tiny work, so its best counts."""
 
     def make(name: str, count: int) -> Callable[[], Worker]:
         return lambda: Worker("peers.py", name, problem, steps, count, peer=True, threads=count)

@@ -14,7 +14,7 @@ pip install --quiet numpy higher torchopt
 # learn2learn's source build needs Cython and an old setuptools, and fails on Python 3.11: say so and go on.
 if ! pip install --quiet learn2learn >"$VENV/learn2learn.log" 2>&1; then
   echo "learn2learn: does not build here; its last words (whole log: $VENV/learn2learn.log):"
-  grep -m 1 -iE "error:|Error" "$VENV/learn2learn.log" || tail -n 3 "$VENV/learn2learn.log"
+  grep -m 1 -E "fatal error|Error:" "$VENV/learn2learn.log" || tail -n 3 "$VENV/learn2learn.log"
 fi
 "$VENV/bin/python" - <<'PY'
 import importlib

@@ -22,7 +22,8 @@ def torch_names(problem: str) -> dict[str, str]:
              for ours, theirs in (("w", "weight"), ("b", "bias"))}  # fmt: skip
     if problem != "sinusoid":
         for layer, i in blocks.items():
-            names |= {f"{layer}/w": f"{i}.weight", f"{layer}/shift": f"{i + 1}.bias", f"{layer}/gain": f"{i + 1}.weight"}
+            names[f"{layer}/w"] = f"{i}.weight"
+            names |= {f"{layer}/shift": f"{i + 1}.bias", f"{layer}/gain": f"{i + 1}.weight"}
     return names
 
 

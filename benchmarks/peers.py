@@ -1,4 +1,7 @@
-"""Second-order MAML as the peers' documents write it. Usage: peers.py WHICH PROBLEM INNER_STEPS THREADS (see worker.py)."""
+"""Second-order MAML as the peers' documents write it.
+
+Usage: peers.py WHICH PROBLEM INNER_STEPS THREADS (see worker.py).
+"""
 
 import sys
 from collections.abc import Callable
