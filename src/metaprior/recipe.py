@@ -6,12 +6,10 @@ otherwise), [evaluation], [published.NAME] (the paper's figures).
 """
 
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from metaprior.training import Training
 
 from metaprior.inference.posteriors import POSTERIORS
 from metaprior.learners.registry import LEARNERS, make_learner
@@ -19,6 +17,7 @@ from metaprior.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.named import construct, lookup, nearest, option_names
 from metaprior.networks import NETWORKS
 from metaprior.tasks import SOURCES
+from metaprior.training import Training
 from metaprior.types import Learner, Model, Splits
 
 
@@ -105,6 +104,22 @@ def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[s
     return recipe_from_dict(tables)
 
 
+def parse_value(text: str) -> Any:
+    """A TOML value: 3, 0.1, true, [40, 40]; anything else is a word."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """{"training.steps": 100} from ("training.steps=100",)."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"--set {pair}: needs TABLE.OPTION=VALUE, e.g. training.steps=100")
+    return {name: parse_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
 def training_of(recipe: Recipe) -> Training:
     """The outer loop's settings: [training], and over it what [training.LEARNER] says."""
     common = {k: v for k, v in recipe.training.items() if not isinstance(v, dict)}
@@ -175,11 +190,6 @@ def component(kind: str, table: dict[str, Any], registry: dict[str, Any]) -> Any
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain tables, to be written beside a run's results."""
     return asdict(recipe)
-
-
-def short(recipe: Recipe, steps: int) -> Recipe:
-    """The same experiment with at most `steps` meta-steps."""
-    return replace(recipe, training=recipe.training | {"steps": steps})
 
 
 def _check(kind: str, table: dict[str, Any], known: list[str]) -> None:

@@ -13,16 +13,28 @@ from metaprior.evaluation import Report
 from metaprior.evaluation import evaluate as evaluate_learner
 from metaprior.likelihoods import Gaussian, Likelihood
 from metaprior.plots import adaptation_curve, pit_histogram, reliability_diagram
-from metaprior.recipe import Experiment, Recipe, build, evaluation_of, recipe_from_dict, recipe_learner, training_of
+from metaprior.recipe import (
+    Experiment,
+    Recipe,
+    build,
+    evaluation_of,
+    parse_overrides,
+    recipe_from_dict,
+    recipe_learner,
+    training_of,
+    with_overrides,
+)
 from metaprior.runs import Run, write_atomically
 from metaprior.runtime import configure
 from metaprior.training import init_state
 
 
-def open_run(folder: Path, steps: int | None = None, **posterior: Any) -> tuple[Run, Recipe, Experiment, Any]:
-    """A run, its recipe, what that builds, and the parameters that validated best."""
+def open_run(
+    folder: Path, steps: int | None = None, overrides: tuple[str, ...] = (), **posterior: Any
+) -> tuple[Run, Recipe, Experiment, Any]:
+    """A run, its recipe (with options set anew), what that builds, and the parameters that validated best."""
     run = Run.open(folder)
-    recipe = recipe_from_dict(run.recipe)
+    recipe = with_overrides(recipe_from_dict(run.recipe), None, parse_overrides(overrides))
     configure(float64=training_of(recipe).float64)
     steps = evaluation_of(recipe).steps if steps is None else steps
     experiment = build(recipe, steps=steps, **posterior)
@@ -48,6 +60,7 @@ def evaluate(
     tasks: int | None = None,
     split: Literal["validation", "test"] = "test",
     seed: int | None = None,
+    set: tuple[str, ...] = (),
 ) -> int:
     """Judge a run on new tasks: a table, a JSON file and pictures in its folder.
 
@@ -60,6 +73,7 @@ def evaluate(
         tasks: how many (default: the recipe's, usually 600).
         split: the tasks' split.
         seed: of the tasks.
+        set: options of the tasks or the learner by name, e.g. --set tasks.shot=5
     """
     options: dict[str, Any] = {}
     if posterior is not None:
@@ -68,7 +82,7 @@ def evaluate(
             recipe = recipe_from_dict(Run.open(run).recipe)
             regression = recipe.likelihood.get("name") == "gaussian"
             options["draws"] = (0 if regression else 20) if draws is None else draws
-    opened, recipe, experiment, params = open_run(run, steps, **options)
+    opened, recipe, experiment, params = open_run(run, steps, set, **options)
     settings = experiment.evaluation
     console = Console()
     learner, fitted = experiment.learner, None

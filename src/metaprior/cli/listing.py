@@ -32,4 +32,4 @@ def listing() -> int:
 
 
 def _first_line(factory: object) -> str:
-    return (inspect.getdoc(factory) or "").split("\n")[0]
+    return (inspect.getdoc(getattr(factory, "func", factory)) or "").split("\n")[0]

@@ -1,35 +1,26 @@
 """metaprior train: meta-train a recipe into a run folder."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from metaprior.cli.progress import Progress
 from metaprior.named import lookup
-from metaprior.recipe import as_dict, build, load_recipe, recipe_from_dict, recipe_names, training_of, with_overrides
+from metaprior.recipe import (
+    as_dict,
+    build,
+    load_recipe,
+    parse_overrides,
+    recipe_from_dict,
+    recipe_names,
+    training_of,
+    with_overrides,
+)
 from metaprior.runs import Run
 from metaprior.runtime import configure
 from metaprior.training import fit
-
-
-def parse_value(text: str) -> Any:
-    """A TOML value: 3, 0.1, true, [40, 40]; anything else is a word."""
-    import tomllib
-
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """{"training.steps": 100} from ("training.steps=100",)."""
-    for pair in pairs:
-        if "=" not in pair:
-            raise ValueError(f"--set {pair}: needs TABLE.OPTION=VALUE, e.g. training.steps=100")
-    return {name: parse_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def train(

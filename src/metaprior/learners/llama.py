@@ -54,6 +54,7 @@ def llama(
     learn_precision: bool = False,
     test_steps: int | None = None,
     remat: bool = False,
+    draws: int = 0,
     transductive: bool = True,
     posterior: PosteriorRule | None = None,
 ) -> Learner:
@@ -64,7 +65,7 @@ def llama(
     prior: "isotropic", or "implicit", the one that k steps of gradient descent imply (sec. 3.2; "dual" only).
     objective: "query" as published, or "evidence": phi is fitted to support and query under the prior, and the loss is
     -log marginal per example, from which `learn_precision` learns the precision too. posterior: default laplace at that
-    precision, linearised; draws=n samples networks from N(phi, H^-1) as in the paper's Figure 5.
+    precision, linearised, or with `draws` networks from N(phi, H^-1) as in the paper's Figure 5.
     """
     if objective not in ("query", "evidence"):
         raise ValueError(f"objective: came {objective!r}, needs 'query' or 'evidence'")
@@ -130,7 +131,7 @@ def llama(
         likelihood,
         evidence_objective if explicit else query_objective,
         steps=steps if test_steps is None else test_steps,
-        posterior=laplace(precision=None if explicit else precision) if posterior is None else posterior,
+        posterior=laplace(None if explicit else precision, draws=draws) if posterior is None else posterior,
         transductive=transductive,
         implied_precision=(lambda params, support: tau(params)) if explicit else None,
     )
