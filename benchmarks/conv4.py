@@ -6,11 +6,11 @@ PEERS = ["torch.func loop", "torch.func vmap", "torch.compile", "torchopt", "hig
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    chosen = options(__doc__, threads={"type": int, "nargs": "+", "default": [2], "help": "of the peers"})
     rounds, seconds = (1, 0.1) if chosen.quick else (5, 1.0)
     start = {"metaprior": lambda: Worker("ours.py", "conv4", 1, 1, peer=False)}
     peers = PEERS[:1] if chosen.quick else PEERS
-    figures = interleave(start | peer_workers(peers, "conv4", 1, (2,)), rounds, seconds)
+    figures = interleave(start | peer_workers(peers, "conv4", 1, chosen.threads), rounds, seconds)
     show("Conv4-64, 5-way 1-shot, 8 tasks, 1 inner step, second order", figures)
     ratios = {"fastest peer": against(figures, "metaprior", PEERS)}
     ratios |= {peer: against(figures, "metaprior", [peer]) for peer in PEERS}

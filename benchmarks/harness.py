@@ -16,7 +16,7 @@ PEERS = Path(os.environ.get("PEERS_VENV", HERE.parent / ".venv-peers")) / "bin" 
 THREADS = 2
 
 
-def options(description: str, **extra: dict) -> argparse.Namespace:
+def options(description: str | None, **extra: dict) -> argparse.Namespace:
     """--json PATH and --quick, which every benchmark has, and its own flags."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -83,7 +83,7 @@ class Worker:
         }
 
 
-def peer_workers(names: list[str], problem: str, steps: int, threads: tuple[int, ...]) -> dict[str, Callable]:
+def peer_workers(names: list[str], problem: str, steps: int, threads: list[int]) -> dict[str, Callable]:
     """Each peer with each number of threads: two can be far slower than one on tiny work, so its best counts."""
 
     def make(name: str, count: int) -> Callable[[], Worker]:

@@ -7,12 +7,12 @@ PEERS = ["torch.compile", "torch.func vmap", "torch loop", *LIBRARIES]
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    chosen = options(__doc__, threads={"type": int, "nargs": "+", "default": [1, 2], "help": "of the peers"})
     rounds, seconds = (1, 0.5) if chosen.quick else (5, 0.7)
     result = {}
     for steps in (1, 5):
         start = {"metaprior": lambda steps=steps: Worker("ours.py", "sinusoid", steps, 200, peer=False)}
-        start |= peer_workers(PEERS, "sinusoid", steps, (1,) if chosen.quick else (1, 2))
+        start |= peer_workers(PEERS, "sinusoid", steps, chosen.threads)
         figures = interleave(start, rounds, seconds)
         ratios = {"libraries": against(figures, "metaprior", LIBRARIES)}
         ratios |= {peer: against(figures, "metaprior", [peer]) for peer in PEERS}
