@@ -45,7 +45,7 @@ def test_calibration_errors_are_bounded_and_ordered(seed, n):
     weight = jnp.asarray(rng.integers(0, 2, n).astype(float))
     table = reliability(confidence, correct, weight)
     assert 0 <= expected_error(table) <= maximum_error(table) + 1e-6 <= 1 + 1e-6
-    assert table.count.sum() == pytest.approx(float(weight.sum()))
+    assert table.number.sum() == pytest.approx(float(weight.sum()))
     kept = weight > 0
     without = reliability(confidence[kept], correct[kept], jnp.ones(int(kept.sum())))
     np.testing.assert_allclose(without.accuracy, table.accuracy, atol=1e-6)

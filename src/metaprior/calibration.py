@@ -15,9 +15,9 @@ BINS = 20
 
 
 class Reliability(NamedTuple):
-    """Predictions by confidence, in bins of equal width over (0, 1]: count, mean confidence and accuracy of each."""
+    """Predictions by confidence, in bins of equal width over (0, 1]: number, mean confidence and accuracy of each."""
 
-    count: Float[Array, " bins"]
+    number: Float[Array, " bins"]
     confidence: Float[Array, " bins"]
     accuracy: Float[Array, " bins"]
 
@@ -38,13 +38,13 @@ def reliability(
 
 def expected_error(table: Reliability) -> Scalar:
     """ECE: the mean of |accuracy - confidence| over bins, by their counts (Naeini et al. 2015; Guo et al. 2017)."""
-    share = table.count / jnp.maximum(table.count.sum(), 1e-12)
+    share = table.number / jnp.maximum(table.number.sum(), 1e-12)
     return (share * jnp.abs(table.accuracy - table.confidence)).sum()
 
 
 def maximum_error(table: Reliability) -> Scalar:
     """MCE: the largest |accuracy - confidence| of a bin that holds any prediction."""
-    return jnp.where(table.count > 0, jnp.abs(table.accuracy - table.confidence), 0).max()
+    return jnp.where(table.number > 0, jnp.abs(table.accuracy - table.confidence), 0).max()
 
 
 def brier(probabilities: Float[Array, "n c"], y: Int[Array, " n"]) -> Float[Array, " n"]:

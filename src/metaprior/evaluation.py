@@ -168,7 +168,7 @@ def figure_of(per_task: np.ndarray) -> Figure:
 
 def summarise(scores: dict[str, np.ndarray], steps: dict[str, np.ndarray], weight: np.ndarray) -> Report:
     """A report from scores [tasks, n], per-step means [tasks, k + 1] and weights [tasks, n]."""
-    means = {name: np.asarray(task_mean(values, weight)) for name, values in scores.items()}
+    means = {name: np.asarray(task_mean(jnp.asarray(values), jnp.asarray(weight))) for name, values in scores.items()}
     names = [n for n in ("accuracy", "mse", "nll", "brier") if n in scores]
     names += [n for n in scores if n.startswith(("coverage_", "width_"))]
     figures = {name: figure_of(means[name]) for name in names}
@@ -178,7 +178,8 @@ def summarise(scores: dict[str, np.ndarray], steps: dict[str, np.ndarray], weigh
     flat = {name: values.reshape(-1) for name, values in scores.items()}
     counted = weight.reshape(-1) > 0
     if "accuracy" in scores:
-        table = reliability(flat["confidence"], flat["accuracy"], weight.reshape(-1))
+        confidence, correct = jnp.asarray(flat["confidence"]), jnp.asarray(flat["accuracy"])
+        table = reliability(confidence, correct, jnp.asarray(weight.reshape(-1)))
         pooled = {"ece": float(expected_error(table)), "mce": float(maximum_error(table))}
         rows = [
             {"low": b / BINS, "high": (b + 1) / BINS, "count": float(n), "confidence": float(c), "accuracy": float(a)}

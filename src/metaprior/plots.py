@@ -122,9 +122,10 @@ def regression_tasks(learner: Learner, params: PyTree, tasks: Task, key: PRNGKey
         else:
             course = learner.path(params, task.support, key)
             last = jax.tree.leaves(course)[0].shape[0] - 1
-            stages = {
-                _stage(k): jax.tree.map(lambda leaf, k=k: leaf[k], course) for k in sorted({0, min(1, last), last})
-            }
+            stages = {_stage(k): jax.tree.map(lambda leaf, k=k: leaf[k], course) for k in sorted({min(1, last), last})}
+            # Before it saw anything the posterior is the prior: all weights 0, not 0 steps, which imply no spread.
+            unseen = task.support._replace(weight=jnp.zeros(task.support.x.shape[0]))
+            stages = {_stage(0): learner.adapt(params, unseen, key)} | stages
         for ax, (title, posterior) in zip(axes[j], stages.items(), strict=False):
             _bands(ax, np.asarray(x)[:, 0], learner.predict(params, posterior, x, key), BLUE)
             _points(ax, task)

@@ -89,7 +89,7 @@ def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[s
     """
     learner = learner or recipe.learner
     lookup("learner", learner, LEARNERS)
-    tables = asdict(recipe) | {"learner": learner}
+    tables: dict[str, Any] = asdict(recipe) | {"learner": learner}
     for name, value in (overrides or {}).items():
         table, _, option = name.partition(".")
         if table == "learner" and option:
@@ -152,8 +152,8 @@ def build(
         network.setdefault("outputs", recipe.tasks["way"])
     model = component("network", network, NETWORKS)
     learner = recipe_learner(recipe, model, likelihood, posterior=posterior, steps=steps, **posterior_options)
-    splits = component("tasks", recipe.tasks, SOURCES) if splits is None else splits
-    return Experiment(learner, model, likelihood, splits, training_of(recipe), evaluation_of(recipe))
+    sources: Splits = component("tasks", recipe.tasks, SOURCES) if splits is None else splits
+    return Experiment(learner, model, likelihood, sources, training_of(recipe), evaluation_of(recipe))
 
 
 def recipe_learner(

@@ -53,6 +53,8 @@ def adapt(
     # Omniglot's tasks show ink as 1 on 0; people's scans are dark ink on light paper.
     image |= {"invert": True} if recipe.tasks["name"] == "omniglot" else {}
     x, labels, _ = read_examples(support, labelled=True, **image)
+    if labels is None:
+        raise ValueError(f"--support: {support} has no labels; give class-named folders, or a last column of labels")
     x_query, _, names = read_examples(query, labelled=False, **image)
     for argument, given in (("--support", x), ("--query", x_query)):
         if given.shape[1:] != shape:

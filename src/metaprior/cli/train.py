@@ -51,15 +51,14 @@ def train(
     overrides |= {} if seed is None else {"training.seed": seed}
     chosen = with_overrides(load_recipe(recipe), learner, overrides)
     folder = out or Path("runs") / f"{chosen.name}-{chosen.learner}"
-    if resume:
-        run = Run.open(folder)
+    kept = Run.open(folder) if resume else None
+    if kept is not None:
         # What the run was started with holds; only how long it goes on may be said anew.
-        chosen = with_overrides(recipe_from_dict(run.recipe), None, overrides)
+        chosen = with_overrides(recipe_from_dict(kept.recipe), None, overrides)
     training = training_of(chosen)
     configure(float64=training.float64)
     experiment = build(chosen)
-    if not resume:
-        run = Run.create(folder, as_dict(chosen))
+    run = Run.create(folder, as_dict(chosen)) if kept is None else kept
     console = Console()
     console.print(f"[bold]{chosen.name}[/] with [bold]{chosen.learner}[/]: {chosen.description}")
     with Progress(training.steps, console) as progress:

@@ -39,7 +39,7 @@ def gradient_learner(
     steps: int,
     posterior: PosteriorRule,
     transductive: bool = True,
-    implied_precision: Callable[[PyTree, Batch], Scalar] | None = None,
+    implied_precision: Callable[[PyTree, Batch], Scalar | float] | None = None,
 ) -> Learner:
     """The four functions (and the path) of a learner that infers phi by `steps` optimiser steps.
 

@@ -51,4 +51,5 @@ def maml(
 @passes_options_to(maml)
 def fomaml(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
     """First-order MAML: `maml` with the gradient stopped at each inner gradient; same options."""
-    return maml(model, likelihood, **(options | {"first_order": True}))
+    options["first_order"] = True
+    return maml(model, likelihood, **options)

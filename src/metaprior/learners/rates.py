@@ -54,10 +54,10 @@ def _learner(
         return model.apply(phi, x) if tap is None else model.apply(phi, x, tap)
 
     def optimizer(params: Stepped) -> optax.GradientTransformation:
-        def step(gradient: PyTree, t: Array, phi: PyTree = None) -> tuple[PyTree, Array]:
+        def step(gradient: PyTree, t: Any, _: PyTree = None) -> tuple[PyTree, Any]:
             return update(params.rule, t, gradient), t + 1
 
-        return optax.GradientTransformation(lambda phi: jnp.zeros((), int), step)
+        return optax.GradientTransformation(lambda _: jnp.zeros((), int), step)  # pyright: ignore[reportArgumentType]
 
     adaptation = Adaptation(init, lambda params: params.theta, outputs, optimizer)
     return gradient_learner(
