@@ -94,9 +94,17 @@ def evaluate(
             every = {"posterior": "point"} | options | knobs
             return recipe_learner(recipe, experiment.model, experiment.likelihood, steps=steps, **every)
 
-        validation = min(number, 200)
+        # Drawn networks are dear: one or two scalars are told well enough by fewer tasks.
+        validation = min(number, 50 if options.get("draws") else 200)
         result = calibrate(
-            with_knobs, params, experiment.splits.validation, jax.random.key(settings.seed + 1), knobs, tasks=validation
+            with_knobs,
+            params,
+            experiment.splits.validation,
+            jax.random.key(settings.seed + 1),
+            knobs,
+            tasks=validation,
+            evaluations=25 if options.get("draws") else 40,
+            chunk=experiment.training.task_chunk or 10,
         )
         fitted = result.knobs
         learner = with_knobs(fitted)

@@ -112,7 +112,8 @@ def descend(
     start = Descent(phi, optimizer.init(phi))
     if remat and steps > 1 and not first_order:
         return _rematerialised(step, start, steps, data)
-    if steps <= UNROLLED:
+    # Where no gradient flows through the steps there is nothing to fuse for, and a loop reuses its buffers.
+    if steps <= UNROLLED and not first_order:
         for t in range(steps):
             start = step(start, jax.tree.map(lambda leaf, t=t: leaf[t], data))
         return start

@@ -57,8 +57,8 @@ def reptile(
         size = examples(data) if minibatch is None else min(minibatch, examples(data))
         batches = minibatches(key, data, size, steps)
         start = jax.lax.stop_gradient(params)
-        phi = descend(fit, start, adaptation.optimizer(params), steps, data=batches).phi
-        phi = jax.lax.stop_gradient(phi)
+        at = descend(fit, start, adaptation.optimizer(params), steps, first_order=True, data=batches)
+        phi = jax.lax.stop_gradient(at.phi)
         outputs: Array = adaptation.outputs(params, phi, data.x)
         return half_square(params, phi), jax.lax.stop_gradient(fit_metrics(likelihood, outputs, data))
 
