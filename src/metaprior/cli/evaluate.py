@@ -55,6 +55,7 @@ def evaluate(
     /,
     posterior: Literal["point", "implicit", "laplace"] | None = None,
     draws: int | None = None,
+    linear: bool = True,
     calibrated: bool = False,
     steps: int | None = None,
     tasks: int | None = None,
@@ -67,7 +68,9 @@ def evaluate(
     Args:
         run: the folder that `train` wrote.
         posterior: what is put around phi_k (default: the learner's own).
-        draws: networks drawn from the posterior; 0 is the linearised predictive (default: 0 for regression, else 20).
+        draws: networks drawn from the posterior; 0 is the linearised predictive in closed form (default: 0 for
+            regression, else 16).
+        linear: draw linearised networks, which broad posteriors do not throw off course; --no-linear draws networks.
         calibrated: fit the posterior's temperature (or precision) and the noise on validation tasks first.
         steps: inner steps on a new task.
         tasks: how many (default: the recipe's, usually 600).
@@ -81,7 +84,8 @@ def evaluate(
         if posterior != "point":
             recipe = recipe_from_dict(Run.open(run).recipe)
             regression = recipe.likelihood.get("name") == "gaussian"
-            options["draws"] = (0 if regression else 20) if draws is None else draws
+            options["draws"] = (0 if regression else 16) if draws is None else draws
+            options["linear"] = linear
     opened, recipe, experiment, params = open_run(run, steps, set, **options)
     settings = experiment.evaluation
     console = Console()

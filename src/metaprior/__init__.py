@@ -1,0 +1,50 @@
+"""metaprior: learn a prior from many small tasks; get an honest posterior on the next one."""
+
+from importlib.metadata import version
+
+from metaprior import learners, networks, tasks
+from metaprior.calibration import calibrate
+from metaprior.evaluation import Report, evaluate
+from metaprior.inference.posteriors import implicit, laplace, point
+from metaprior.learners import LEARNERS, make_learner
+from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from metaprior.networks import conv4, from_equinox, from_flax, mlp
+from metaprior.training import Fitted, NonFiniteLoss, Training, TrainState, fit
+from metaprior.types import Batch, Learner, Model, Predictive, Splits, Task, TaskSource
+
+__version__ = version("metaprior")
+
+__all__ = [
+    "LEARNERS",
+    "Batch",
+    "Bernoulli",
+    "Categorical",
+    "Fitted",
+    "Gaussian",
+    "Learner",
+    "Likelihood",
+    "Model",
+    "NonFiniteLoss",
+    "Poisson",
+    "Predictive",
+    "Report",
+    "Splits",
+    "Task",
+    "TaskSource",
+    "TrainState",
+    "Training",
+    "calibrate",
+    "conv4",
+    "evaluate",
+    "fit",
+    "from_equinox",
+    "from_flax",
+    "implicit",
+    "laplace",
+    "learners",
+    "make_learner",
+    "mlp",
+    "networks",
+    "point",
+    "tasks",
+]

@@ -1,0 +1,44 @@
+"""The README's Python blocks run as they stand."""
+
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import metaprior as mp
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_readme_runs(capsys):
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+    assert "±" in capsys.readouterr().out
+    mean, truth = names["predictive"].mean(), names["task"].query.y
+    assert ((mean - truth) ** 2).mean() < 0.25 * truth.var()
+
+
+def test_flax_modules_with_running_state_are_refused():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False)(nn.Dense(2)(x))
+
+    with pytest.raises(ValueError, match="batch_stats"):
+        mp.from_flax(Normed()).init(jax.random.key(0), jnp.ones((3, 1)))
+
+
+def test_public_names_exist_and_import_is_light():
+    import subprocess
+    import sys
+
+    assert all(hasattr(mp, name) for name in mp.__all__)
+    heavy = "import sys, metaprior; print([m for m in ('matplotlib', 'tensorboardX', 'torch') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
