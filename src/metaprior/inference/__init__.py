@@ -1,0 +1,1 @@
+"""How phi is inferred: everything that two learners share."""
