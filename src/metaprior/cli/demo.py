@@ -63,6 +63,7 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
     prior_functions(learner(), params, splits[10].test.sample(jax.random.key(8), 12), key).savefig(out / "prior.png")
     training_curve(fitted.history).savefig(out / "training.png")
     console.print(table)
-    console.print("'point' is MAML with a constant error bar; 'implicit' is the posterior that its own steps imply.")
+    said = "'point' is MAML with a constant error bar; 'implicit' is the posterior that its own steps imply."
+    console.print(said, soft_wrap=True)
     console.print("pictures: " + ", ".join(str(p) for p in sorted(out.glob("*.png"))), highlight=False, soft_wrap=True)
     return 0

@@ -116,6 +116,7 @@ def evaluate(
         console.print(
             f"fitted on {validation} validation tasks: {shown} (NLL {result.nll_before:.4f} -> {result.nll_after:.4f})",
             highlight=False,
+            soft_wrap=True,
         )
     course = learner
     if posterior not in (None, "point") and learner.path is not None:
@@ -136,7 +137,7 @@ def evaluate(
         console.print(curve)
     if (published := recipe.published.get(recipe.learner)) is not None:
         console.print(f"published: {published}", highlight=False)
-    console.print(f"written: {opened.folder / name}.json and pictures in {opened.folder / 'plots'}")
+    console.print(f"written: {opened.folder / name}.json and pictures in {opened.folder / 'plots'}", soft_wrap=True)
     return 0
 
 

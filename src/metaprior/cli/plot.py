@@ -27,5 +27,5 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
     if recipe.likelihood["name"] == "gaussian" and getattr(x, "shape", (0,))[-1] == 1 and x.ndim == 3:
         written.append(plots / "tasks.png")
         regression_tasks(experiment.learner, params, task, jax.random.key(0)).savefig(written[-1])
-    Console().print("\n".join(f"written: {path}" for path in written))
+    Console().print("\n".join(f"written: {path}" for path in written), soft_wrap=True)
     return 0

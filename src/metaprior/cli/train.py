@@ -60,7 +60,7 @@ def train(
     experiment = build(chosen)
     run = Run.create(folder, as_dict(chosen)) if kept is None else kept
     console = Console()
-    console.print(f"[bold]{chosen.name}[/] with [bold]{chosen.learner}[/]: {chosen.description}")
+    console.print(f"[bold]{chosen.name}[/] with [bold]{chosen.learner}[/]: {chosen.description}", soft_wrap=True)
     with Progress(training.steps, console) as progress:
         fitted = fit(
             experiment.learner,
@@ -72,7 +72,8 @@ def train(
             name=chosen.learner,
         )
     if fitted.interrupted:
-        console.print(f"stopped at meta-step {int(fitted.state.step)}, saved; go on with --resume --out {folder}")
+        at = int(fitted.state.step)
+        console.print(f"stopped at meta-step {at}, saved; go on with --resume --out {folder}", soft_wrap=True)
         return 130
-    console.print(f"done: {folder}; next: metaprior evaluate {folder}")
+    console.print(f"done: {folder}; next: metaprior evaluate {folder}", soft_wrap=True)
     return 0

@@ -93,6 +93,28 @@ def gradient_learner(
     return Learner(adaptation.init, adapt, predict, loss, path)
 
 
+def query_learner(
+    adaptation: Adaptation,
+    likelihood: Likelihood,
+    *,
+    steps: int,
+    test_steps: int | None,
+    first_order: bool,
+    remat: bool,
+    transductive: bool,
+    posterior: PosteriorRule,
+) -> Learner:
+    """MAML with any adaptation: `query_loss` after `steps` in training, `test_steps` (or as many) on a new task."""
+    return gradient_learner(
+        adaptation,
+        likelihood,
+        query_loss(adaptation, likelihood, steps, first_order=first_order, remat=remat),
+        steps=steps if test_steps is None else test_steps,
+        posterior=posterior,
+        transductive=transductive,
+    )
+
+
 def query_loss(
     adaptation: Adaptation, likelihood: Likelihood, steps: int, *, first_order: bool = False, remat: bool = False
 ) -> Loss:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from metaprior.inference.assemble import gradient_learner, query_loss
+from metaprior.inference.assemble import query_learner
 from metaprior.inference.gradient import Adaptation, make_optimizer
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Categories, Likelihood
@@ -60,14 +60,15 @@ def anil(
         return params
 
     inner = make_optimizer(optimizer, rate)
-    adaptation = Adaptation(init, start, outputs, lambda params: inner)
-    return gradient_learner(
-        adaptation,
+    return query_learner(
+        Adaptation(init, start, outputs, lambda params: inner),
         likelihood,
-        query_loss(adaptation, likelihood, steps, first_order=first_order),
-        steps=steps if test_steps is None else test_steps,
-        posterior=posterior,
+        steps=steps,
+        test_steps=test_steps,
+        first_order=first_order,
+        remat=False,
         transductive=transductive,
+        posterior=posterior,
     )
 
 

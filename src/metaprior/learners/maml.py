@@ -9,7 +9,7 @@ from typing import Any
 
 import optax
 
-from metaprior.inference.assemble import gradient_learner, query_loss
+from metaprior.inference.assemble import query_learner
 from metaprior.inference.gradient import adapt_all, make_optimizer
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
@@ -37,14 +37,15 @@ def maml(
     grows with sqrt(k). posterior: what is put around phi_k.
     """
     inner = make_optimizer(optimizer, rate) if isinstance(optimizer, str) else optimizer
-    adaptation = adapt_all(model, inner)
-    return gradient_learner(
-        adaptation,
+    return query_learner(
+        adapt_all(model, inner),
         likelihood,
-        query_loss(adaptation, likelihood, steps, first_order=first_order, remat=remat),
-        steps=steps if test_steps is None else test_steps,
-        posterior=posterior,
+        steps=steps,
+        test_steps=test_steps,
+        first_order=first_order,
+        remat=remat,
         transductive=transductive,
+        posterior=posterior,
     )
 
 

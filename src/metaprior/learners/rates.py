@@ -15,7 +15,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from metaprior.inference.assemble import gradient_learner, query_loss
+from metaprior.inference.assemble import query_learner
 from metaprior.inference.gradient import Adaptation
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
@@ -59,14 +59,15 @@ def _learner(
 
         return optax.GradientTransformation(lambda _: jnp.zeros((), int), step)  # pyright: ignore[reportArgumentType]
 
-    adaptation = Adaptation(init, lambda params: params.theta, outputs, optimizer)
-    return gradient_learner(
-        adaptation,
+    return query_learner(
+        Adaptation(init, lambda params: params.theta, outputs, optimizer),
         likelihood,
-        query_loss(adaptation, likelihood, steps, first_order=first_order, remat=remat),
-        steps=steps if test_steps is None else test_steps,
-        posterior=posterior,
+        steps=steps,
+        test_steps=test_steps,
+        first_order=first_order,
+        remat=remat,
         transductive=transductive,
+        posterior=posterior,
     )
 
 
