@@ -8,12 +8,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PEERS = Path(os.environ.get("PEERS_VENV", HERE.parent / ".venv-peers")) / "bin" / "python"
 THREADS = 2
+SETTLE = 0.4  # seconds: OpenMP's threads go on spinning for 0.2 after their work, in the next contender's time
 
 
 def options(description: str | None, **extra: dict) -> argparse.Namespace:
@@ -101,6 +103,7 @@ def interleave(start: dict[str, Callable[[], Worker]], rounds: int, seconds: flo
             workers[name] = make()
         for _ in range(rounds):
             for worker in workers.values():
+                time.sleep(SETTLE)
                 worker.run(seconds)
     finally:
         for worker in workers.values():

@@ -56,6 +56,11 @@ def count(batch: Batch) -> Scalar | int:
     return max(examples(batch), 1) if batch.weight is None else jnp.maximum(batch.weight.sum(), 1)
 
 
+def joined(task: Task) -> Batch:
+    """Support and query as one batch."""
+    return jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support, task.query)
+
+
 def mean_nll(likelihood: Likelihood, outputs: Array, batch: Batch) -> Scalar:
     """The weighted mean of the examples' nll; 0 for an empty batch, so that nothing is learned from nothing."""
     nll = likelihood.nll(outputs, batch.y)
@@ -137,17 +142,24 @@ def _rematerialised(step: Callable, start: Descent, steps: int, data: PyTree) ->
 
 
 def trajectory(
-    loss: Callable[[PyTree], Scalar], phi: PyTree, optimizer: optax.GradientTransformation, steps: int
+    loss: Callable[..., Scalar],
+    phi: PyTree,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    *,
+    data: PyTree = None,
 ) -> Descent:
-    """The descents after 0, 1, ..., k steps, stacked along a new leading axis."""
+    """The descents after 0, 1, ..., k steps, stacked along a new leading axis; `data` as in `descend`."""
+    grad = jax.grad(loss)
 
-    def step(at: Descent, _: None) -> tuple[Descent, Descent]:
-        update, state = optimizer.update(jax.grad(loss)(at.phi), at.state, at.phi)
+    def step(at: Descent, batch: PyTree) -> tuple[Descent, Descent]:
+        g = grad(at.phi) if data is None else grad(at.phi, batch)
+        update, state = optimizer.update(g, at.state, at.phi)
         after = Descent(jax.tree.map(jnp.add, at.phi, update), state)
         return after, after
 
     start = Descent(phi, optimizer.init(phi))
-    later = jax.lax.scan(step, start, length=steps)[1]
+    later = jax.lax.scan(step, start, data, length=steps)[1]
     return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, later)
 
 

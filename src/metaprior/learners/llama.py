@@ -21,6 +21,7 @@ from metaprior.inference.gradient import (
     descend,
     half_square,
     inner_rates,
+    joined,
     make_optimizer,
     mean_nll,
     support_loss,
@@ -118,7 +119,7 @@ def llama(
         return mean_nll(likelihood, predicted, task.query) + eta * volume, metrics
 
     def evidence_objective(params: Prior, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
-        data = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support, task.query)
+        data = joined(task)
         fit = support_loss(adaptation, likelihood, params, data)
         phi = descend(fit, params.theta, adaptation.optimizer(params), steps, remat=remat).phi
         surprise = negative_log_evidence(

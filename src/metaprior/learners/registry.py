@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil, nil
+from metaprior.learners.bmaml import bmaml
+from metaprior.learners.gem_bml import gem_bml, gem_bml_plus, kl_chaser
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
+from metaprior.learners.platipus import maml_noise, platipus
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
 from metaprior.likelihoods import Likelihood
@@ -24,6 +28,13 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "reptile": reptile,
     "imaml": imaml,
     "llama": llama,
+    "amortized_bml": amortized_bml,
+    "gem_bml": gem_bml,
+    "gem_bml_plus": gem_bml_plus,
+    "kl_chaser": kl_chaser,
+    "bmaml": bmaml,
+    "platipus": platipus,
+    "maml_noise": maml_noise,
 }
 
 

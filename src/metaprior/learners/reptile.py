@@ -6,11 +6,10 @@ SGD of rate e, annealed linearly to 0, is the paper's update. The task's support
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics, gradient_learner
-from metaprior.inference.gradient import adapt_all, descend, half_square, make_optimizer, mean_nll
+from metaprior.inference.gradient import adapt_all, descend, half_square, joined, make_optimizer, mean_nll
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
 from metaprior.types import Batch, Learner, Model, Task, examples
@@ -49,7 +48,7 @@ def reptile(
     adaptation = adapt_all(model, make_optimizer(optimizer, rate, **options))
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
-        data = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support, task.query)
+        data = joined(task)
 
         def fit(phi: PyTree, batch: Batch) -> Scalar:
             return mean_nll(likelihood, adaptation.outputs(params, phi, batch.x), batch)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.networks.conv import conv2d, max_pool, patches
-from metaprior.networks.layers import Tap, batch_norm, dense, dense_init
+from metaprior.networks.layers import Tap, batch_norm, dense, dense_init, flat
 from metaprior.types import Model
 
 
@@ -43,7 +43,7 @@ def conv4(
             raise ValueError(f"x: came shape {x.shape}, needs images [n, height, width, channels]")
         for name in names:
             x = block(name, params[name], x, tap)
-        return x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
+        return x.mean((1, 2)) if readout == "mean" else flat(x)
 
     def apply(params: dict, x: Array, tap: Tap | None = None) -> Array:
         f = features(params, x, tap)

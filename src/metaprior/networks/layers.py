@@ -1,12 +1,18 @@
 """The layers our networks are made of. A `tap` sees each linear map: K-FAC records and probes through it."""
 
 from collections.abc import Callable
+from math import prod
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 Tap = Callable[[str, Array, Array], Array]
+
+
+def flat(x: Float[Array, "n *rest"]) -> Float[Array, "n d"]:
+    """One row an example, also where there are none."""
+    return x.reshape(x.shape[0], prod(x.shape[1:]))
 
 
 def dense_init(key: PRNGKeyArray, inputs: int, outputs: int, scale: float | None = None) -> dict[str, Array]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from metaprior.networks.layers import Tap, batch_norm, dense, dense_init
+from metaprior.networks.layers import Tap, batch_norm, dense, dense_init, flat
 from metaprior.types import Model
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -32,7 +32,7 @@ def mlp(
     names = [*(f"layer{i + 1}" for i in range(len(hidden))), "head"]
 
     def init(key: PRNGKeyArray, x: Array) -> dict:
-        width = [x.reshape(x.shape[0], -1).shape[1], *hidden, outputs]
+        width = [flat(x).shape[1], *hidden, outputs]
         keys = jax.random.split(key, len(names))
         params = {n: dense_init(k, i, o, init_scale) for n, k, (i, o) in zip(names, keys, pairwise(width), strict=True)}
         if norm:
@@ -42,7 +42,7 @@ def mlp(
         return params
 
     def features(params: dict, x: Array, tap: Tap | None = None) -> Array:
-        x = x.reshape(x.shape[0], -1)
+        x = flat(x)
         for name in names[:-1]:
             layer = params[name]
             if norm:

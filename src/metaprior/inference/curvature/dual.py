@@ -63,5 +63,5 @@ def dual(
 
 def gram_of(rows: PyTree) -> Float[Array, "r r"]:
     """Inner products of all pairs of rows."""
-    flat = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(rows)]
-    return jnp.asarray(sum(leaf @ leaf.T for leaf in flat))
+    leaves = jax.tree.leaves(rows)
+    return jnp.asarray(sum(jnp.tensordot(leaf, leaf, (tuple(range(1, leaf.ndim)),) * 2) for leaf in leaves))

@@ -1,0 +1,78 @@
+"""phi as a set of particles: draws, or points moved together by Stein variational gradient descent.
+
+SVGD (Liu & Wang 2016, eq. 8) is written as an optax transformation of the particles' gradients, so that any optimiser
+may follow it and the inner loops of `gradient` run it.
+"""
+
+from collections.abc import Callable
+from math import log
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.gradient import count
+from metaprior.likelihoods import Likelihood
+from metaprior.types import Batch, examples
+
+
+class Particles(NamedTuple):
+    """Equally weighted values of phi, stacked along a leading axis."""
+
+    phi: PyTree
+
+    def sample(self, key: PRNGKeyArray) -> PyTree:
+        """One of them."""
+        m = jax.tree.leaves(self.phi)[0].shape[0]
+        which = jax.random.randint(key, (), 0, m)
+        return jax.tree.map(lambda leaf: leaf[which], self.phi)
+
+
+def predict_with(apply: Callable[..., Array], likelihood: Likelihood, particles: Particles, x: PyTree) -> Any:
+    """The equally weighted mixture of the particles' predictions at x."""
+    return likelihood.predictive(jax.vmap(lambda phi: apply(phi, x))(particles.phi))
+
+
+def bandwidth(squared: Float[Array, "m m"]) -> Scalar:
+    """h of the kernel exp(-d^2 / h): the median of the pairs' d^2 over log m; held still by the gradient."""
+    m = squared.shape[0]
+    pairs = squared[jnp.triu_indices(m, 1)]
+    return jax.lax.stop_gradient(jnp.maximum(jnp.median(pairs) / log(m), 1e-12))
+
+
+def stein_direction(
+    particles: Float[Array, "m p"], gradients: Float[Array, "m p"], repulsion: float | Array = 1.0
+) -> Float[Array, "m p"]:
+    """The ascent (1/m) sum_j k(j, i) grad_j log p + grad_j k(j, i), with k the RBF kernel of median bandwidth.
+
+    gradients: of log p at each particle. repulsion: the weight of the second term; 1/n where log p is a mean over n
+    examples. One particle follows its own gradient.
+    """
+    m = particles.shape[0]
+    if m == 1:
+        return gradients
+    norms = (particles**2).sum(-1)
+    squared = jnp.maximum(norms[:, None] + norms[None] - 2 * particles @ particles.T, 0)
+    h = bandwidth(squared)
+    kernel = jnp.exp(-squared / h)
+    apart = 2 / h * (kernel.sum(1, keepdims=True) * particles - kernel @ particles)
+    return (kernel @ gradients + repulsion * apart) / m
+
+
+def stein(data: Batch) -> optax.GradientTransformation:
+    """Gradients of the particles' mean nlls of `data` -> their Stein direction per example, as something to descend.
+
+    Without data nothing moves: the particles are the prior, and so the posterior.
+    """
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], params))[1]
+        flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])
+        along = -stein_direction(flat(params), -flat(updates), 1 / count(data))
+        some = examples(data) > 0 if data.weight is None else data.weight.sum() > 0
+        return jax.vmap(unravel)(jnp.where(some, along, 0)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,162 @@
+"""phi by variational inference: a diagonal Gaussian fitted to a task's data under a Gaussian prior, step by step.
+
+The fit starts at its prior, and descends E_q[mean nll] + weight KL(q || prior) / n with any optax optimiser (Ravi &
+Beatson 2019; Zou & Lu 2020). Whether the meta-gradient flows through its steps is the learner's choice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from itertools import count as count_from
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.gaussian import DiagonalGaussian, around, kl
+from metaprior.inference.gradient import Descent, count, descend, make_optimizer, mean_nll, trajectory
+from metaprior.inference.posteriors import predict
+from metaprior.likelihoods import Likelihood
+from metaprior.types import Batch, Learner, Model, Task
+
+Objective = Callable[[DiagonalGaussian, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variational:
+    """How a task's Gaussian is fitted.
+
+    steps, test_steps (None: as many): optimiser steps in training and on a new task. rate, optimizer: any of optax.
+    samples: reparametrised draws a step. kl_weight: 1 is Bayes' rule, less trusts the data more. local: draw each
+    linear map's outputs in place of its weights (Kingma, Salimans & Welling 2015), for networks with a `tap`: less
+    noise, but noise that depends on the order of the examples. remat: backward memory grows with sqrt(steps).
+    """
+
+    steps: int = 5
+    test_steps: int | None = None
+    rate: float = 0.01
+    optimizer: str = "adam"
+    samples: int = 1
+    kl_weight: float = 1.0
+    local: bool = False
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("samples", 1), ("kl_weight", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: came {getattr(self, name)}, needs at least {least}")
+
+    def transformation(self) -> Any:
+        """The inner optimiser."""
+        return make_optimizer(self.optimizer, self.rate)
+
+
+def expected_nll(
+    model: Model, likelihood: Likelihood, q: DiagonalGaussian, batch: Batch, key: PRNGKeyArray, how: Variational
+) -> Scalar:
+    """E_q of the batch's mean nll, by `how.samples` reparametrised draws."""
+
+    def one(key: PRNGKeyArray) -> Scalar:
+        outputs = local_outputs(model, q, batch.x, key) if how.local else model.apply(q.sample(key), batch.x)
+        return mean_nll(likelihood, outputs, batch)
+
+    return jax.vmap(one)(jax.random.split(key, how.samples)).mean()
+
+
+def local_outputs(model: Model, q: DiagonalGaussian, x: PyTree, key: PRNGKeyArray) -> Array:
+    """The outputs of a network whose dense layers' outputs are drawn, each example's its own (Kingma et al. 2015).
+
+    All other weights, of convolutions and norms, are drawn once for all examples: their draws are shared between
+    pixels, which outputs drawn one by one would not be. Raises ValueError for a network without a `tap`.
+    """
+    if "tap" not in signature(model.apply).parameters:
+        raise ValueError("local: needs a network whose apply takes a `tap`, as mlp and conv4 do")
+    drawn, seen = q.sample(key), count_from(1)
+
+    def dense(name: str) -> bool:
+        return "w" in q.mean[name] and q.mean[name]["w"].ndim == 2
+
+    def tap(name: str, x: Array, s: Array) -> Array:
+        if not dense(name):
+            return s
+        sd = jax.tree.map(jnp.exp, q.log_sd[name])
+        variance = x**2 @ sd["w"] ** 2 + (sd["b"] ** 2 if "b" in sd else 0.0)
+        noise = jax.random.normal(jax.random.fold_in(key, next(seen)), s.shape, s.dtype)
+        # The layer's own weights are at their means; + tiny, as a square root has no derivative at 0.
+        return s + jnp.sqrt(variance + 1e-20) * noise
+
+    layers = {
+        name: {k: q.mean[name][k] if dense(name) and k in ("w", "b") else v for k, v in layer.items()}
+        for name, layer in drawn.items()
+    }
+    return model.apply(layers, x, tap)
+
+
+def free_energy(
+    model: Model, likelihood: Likelihood, prior: DiagonalGaussian, batch: Batch, how: Variational
+) -> Callable[[DiagonalGaussian, PRNGKeyArray], Scalar]:
+    """(q, key) -> E_q[mean nll] + weight KL(q || prior) / n: minus the ELBO, per example."""
+
+    def energy(q: DiagonalGaussian, key: PRNGKeyArray) -> Scalar:
+        fit = expected_nll(model, likelihood, q, batch, key, how)
+        return fit + how.kl_weight * kl(q, prior) / count(batch)
+
+    return energy
+
+
+def infer(
+    model: Model,
+    likelihood: Likelihood,
+    prior: DiagonalGaussian,
+    batch: Batch,
+    key: PRNGKeyArray,
+    how: Variational,
+    *,
+    steps: int | None = None,
+    first_order: bool = False,
+) -> DiagonalGaussian:
+    """q(phi) ~ p(phi | batch) under the prior, from the prior; without data the prior itself."""
+    steps = how.steps if steps is None else steps
+    energy = free_energy(model, likelihood, prior, batch, how)
+    keys = jax.random.split(key, steps)
+    at = descend(energy, prior, how.transformation(), steps, first_order=first_order, remat=how.remat, data=keys)
+    return at.phi
+
+
+def variational_learner(
+    model: Model,
+    likelihood: Likelihood,
+    how: Variational,
+    objective: Objective,
+    *,
+    log_sd: float,
+    draws: int,
+) -> Learner:
+    """A learner whose theta is the prior N(mean, sd^2) and whose posterior is a fitted Gaussian.
+
+    log_sd: of the prior before training. draws: networks averaged in a prediction; 0 is the linearised predictive in
+    closed form.
+    """
+    if not -30 < log_sd < 10:
+        raise ValueError(f"log_sd: came {log_sd}, needs a number between -30 (a variance that underflows) and 10")
+    if draws < 0:
+        raise ValueError(f"draws: came {draws}, needs 0 (the linearised predictive in closed form) or more")
+    on_new_task = how.steps if how.test_steps is None else how.test_steps
+
+    def init(key: PRNGKeyArray, task: Task) -> DiagonalGaussian:
+        return around(model.init(key, task.support.x), log_sd)
+
+    def adapt(params: DiagonalGaussian, support: Batch, key: PRNGKeyArray) -> DiagonalGaussian:
+        return infer(model, likelihood, params, support, key, how, steps=on_new_task)
+
+    def path(params: DiagonalGaussian, support: Batch, key: PRNGKeyArray) -> DiagonalGaussian:
+        energy = free_energy(model, likelihood, params, support, how)
+        keys = jax.random.split(key, on_new_task)
+        course: Descent = trajectory(energy, params, how.transformation(), on_new_task, data=keys)
+        return course.phi
+
+    def predictive(params: DiagonalGaussian, posterior: DiagonalGaussian, x: PyTree, key: PRNGKeyArray) -> Any:
+        return predict(model.apply, likelihood, posterior, x, key, draws=draws)
+
+    return Learner(init, adapt, predictive, objective, path)

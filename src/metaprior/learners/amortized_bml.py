@@ -1,0 +1,60 @@
+"""Amortised Bayesian meta-learning (Ravi & Beatson 2019): a prior over weights, learned through its own inference.
+
+Sec. 3: theta = (mu, sigma) is the prior N(mu, sigma^2) *and* where every task's variational inference starts. A task's
+lambda is k gradient steps on the support's negative ELBO; theta descends the negative ELBO of *all* the task's data
+under q(phi; lambda), through those steps, plus a hyper-prior: mu ~ N(0, I), 1 / sigma^2 ~ Gamma(a0, b0).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, Scalar
+
+from metaprior.inference.assemble import fit_metrics
+from metaprior.inference.gaussian import DiagonalGaussian, kl
+from metaprior.inference.gradient import joined
+from metaprior.inference.variational import Variational, free_energy, infer, variational_learner
+from metaprior.likelihoods import Likelihood
+from metaprior.named import passes_options_to
+from metaprior.types import Learner, Model, Task
+
+
+def hyper_nll(theta: DiagonalGaussian, a0: float, b0: float) -> Scalar:
+    """-log p(theta) up to a constant: 1/2 |mu|^2 - sum (a0 - 1) log tau - b0 tau, tau = 1 / sigma^2."""
+
+    def leaf(mean: Any, log_sd: Any) -> Any:
+        return (0.5 * mean**2 + 2 * (a0 - 1) * log_sd + b0 * jnp.exp(-2 * log_sd)).sum()
+
+    return jnp.asarray(sum(jax.tree.leaves(jax.tree.map(leaf, *theta))))
+
+
+@passes_options_to(Variational)
+def amortized_bml(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    optimizer: str = "sgd",
+    log_sd: float = -3.0,
+    hyperprior: float = 0.0,
+    a0: float = 2.0,
+    b0: float = 0.2,
+    draws: int = 16,
+    **inference: Any,
+) -> Learner:
+    """Meta-learn mu and sigma by the ELBO of all data, back-propagated through the inner steps.
+
+    hyperprior: the weight of -log p(theta), 1 / (number of tasks x examples a task) in the paper; 0 leaves it out. a0,
+    b0: of its Gamma. log_sd: of the prior before training. draws: networks a prediction averages (0: linearised, in
+    closed form). Other options: see `Variational`. Metrics are those of the query at the posterior's mean.
+    """
+    how = Variational(optimizer=optimizer, **inference)
+
+    def loss(theta: DiagonalGaussian, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        key_inner, key_outer = jax.random.split(key)
+        q = infer(model, likelihood, theta, task.support, key_inner, how)
+        energy = free_energy(model, likelihood, theta, joined(task), how)(q, key_outer)
+        metrics = fit_metrics(likelihood, model.apply(q.mean, task.query.x), task.query) | {"kl": kl(q, theta)}
+        return energy + hyperprior * hyper_nll(theta, a0, b0), metrics
+
+    return variational_learner(model, likelihood, how, loss, log_sd=log_sd, draws=draws)

@@ -1,0 +1,145 @@
+"""PLATIPUS, probabilistic MAML (Finn, Xu & Levine 2018): a Gaussian over the initialisation, a point after adaptation.
+
+Algorithm 1 (training), line by line: q = N(mu - gamma_q grad L_Q(mu), v_q) from the query, theta ~ q, phi = k gradient
+steps on the support from theta, p = N(mu - gamma_p grad L_S(mu), sigma^2) from the support, loss L_Q(phi) + KL(q || p).
+Algorithm 2 (test): theta ~ p, phi = k steps from it; each draw is one explanation of the support.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.assemble import Loss, query_loss
+from metaprior.inference.gaussian import DiagonalGaussian, around, kl
+from metaprior.inference.gradient import (
+    Adaptation,
+    Descent,
+    adapt_all,
+    count,
+    descend,
+    make_optimizer,
+    support_loss,
+    trajectory,
+)
+from metaprior.inference.particles import Particles, predict_with
+from metaprior.likelihoods import Likelihood
+from metaprior.types import Batch, Learner, Model, Task
+
+
+class Initialisation(NamedTuple):
+    """prior: N(mu, sigma^2). log_sd_q: of q, one a weight. log_rate_p, log_rate_q: of the step each takes from mu."""
+
+    prior: DiagonalGaussian
+    log_sd_q: PyTree
+    log_rate_p: Scalar
+    log_rate_q: Scalar
+
+
+def _one_step(adaptation: Adaptation, likelihood: Likelihood, mu: PyTree, log_rate: Scalar, data: Batch) -> PyTree:
+    """mu - gamma grad L(mu)."""
+    gradient = jax.grad(support_loss(adaptation, likelihood, None, data))(mu)
+    return jax.tree.map(lambda m, g: m - jnp.exp(log_rate) * g, mu, gradient)
+
+
+def platipus(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    steps: int = 5,
+    rate: float = 0.01,
+    kl_weight: float = 0.1,
+    log_sd: float = -3.0,
+    inference_rate: float = 0.01,
+    test_steps: int | None = None,
+    draws: int = 16,
+    remat: bool = False,
+) -> Learner:
+    """Meta-learn mu, sigma, v_q and both inference rates; a posterior is `draws` adapted networks.
+
+    steps, rate: inner SGD on the mean support nll. kl_weight: of the KL, summed over weights and divided by the query's
+    number of examples; 1 is the bound, the paper uses 0.1. log_sd: of p and q before training. inference_rate: gamma_p
+    and gamma_q before training.
+    """
+    if kl_weight < 0:
+        raise ValueError(f"kl_weight: came {kl_weight}, needs at least 0")
+    adaptation = adapt_all(model, make_optimizer("sgd", rate))
+
+    def init(key: PRNGKeyArray, task: Task) -> Initialisation:
+        prior = around(model.init(key, task.support.x), log_sd)
+        step = jnp.log(jnp.asarray(inference_rate, float))
+        return Initialisation(prior, prior.log_sd, step, step)
+
+    def initial(params: Initialisation, support: Batch) -> DiagonalGaussian:
+        mean = _one_step(adaptation, likelihood, params.prior.mean, params.log_rate_p, support)
+        return DiagonalGaussian(mean, params.prior.log_sd)
+
+    def loss(params: Initialisation, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        p = initial(params, task.support)
+        mean = _one_step(adaptation, likelihood, params.prior.mean, params.log_rate_q, task.query)
+        q = DiagonalGaussian(mean, params.log_sd_q)
+        objective = query_loss(adaptation._replace(start=lambda _: q.sample(key)), likelihood, steps, remat=remat)
+        nll, metrics = objective(None, task, key)
+        gap = kl(q, p)
+        return nll + kl_weight * gap / count(task.query), metrics | {"kl": gap}
+
+    at_test = steps if test_steps is None else test_steps
+    return _drawing(adaptation, model, likelihood, init, initial, loss, at_test, draws)
+
+
+def maml_noise(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    steps: int = 5,
+    rate: float = 0.01,
+    noise: float = 0.05,
+    test_steps: int | None = None,
+    draws: int = 16,
+    remat: bool = False,
+) -> Learner:
+    """MAML whose initialisation gets noise of sd `noise` at test: PLATIPUS' ablation. Other options as there."""
+    if noise <= 0:
+        raise ValueError(f"noise: came {noise}, needs a number above 0")
+    adaptation = adapt_all(model, make_optimizer("sgd", rate))
+
+    def initial(params: PyTree, support: Batch) -> DiagonalGaussian:
+        return around(params, jnp.log(noise))
+
+    loss = query_loss(adaptation, likelihood, steps, remat=remat)
+    at_test = steps if test_steps is None else test_steps
+    return _drawing(adaptation, model, likelihood, adaptation.init, initial, loss, at_test, draws)
+
+
+def _drawing(
+    adaptation: Adaptation,
+    model: Model,
+    likelihood: Likelihood,
+    init: Callable[[PRNGKeyArray, Task], PyTree],
+    initial: Callable[[PyTree, Batch], DiagonalGaussian],
+    loss: Loss,
+    steps: int,
+    draws: int,
+) -> Learner:
+    """A learner whose posterior is `draws` networks, each `steps` from a start drawn from initial(params, support)."""
+    if draws < 1:
+        raise ValueError(f"draws: came {draws}, needs at least 1")
+
+    def run(walk: Callable[..., Descent], params: PyTree, support: Batch, key: PRNGKeyArray) -> PyTree:
+        start, fit = initial(params, support), support_loss(adaptation, likelihood, None, support)
+        thetas = jax.vmap(start.sample)(jax.random.split(key, draws))
+        return jax.vmap(lambda theta: walk(fit, theta, adaptation.optimizer(None), steps).phi)(thetas)
+
+    def path(params: PyTree, support: Batch, key: PRNGKeyArray) -> Particles:
+        course = run(trajectory, params, support, key)
+        return Particles(jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), course))
+
+    return Learner(
+        init=init,
+        adapt=lambda params, support, key: Particles(run(descend, params, support, key)),
+        predict=lambda params, posterior, x, key: predict_with(model.apply, likelihood, posterior, x),
+        loss=loss,
+        path=path,
+    )
