@@ -50,14 +50,16 @@ OPTIONS = {
     "amortized_bml": {"steps": 3, "rate": 0.02, "draws": 4},
     "gem_bml": {"steps": 10, "rate": 0.02, "draws": 4},
     "gem_bml_plus": {"steps": 10, "rate": 0.02, "draws": 4},
+    "gem_mixture": {"components": 2, "steps": 10, "rate": 0.02, "draws": 8},
     "kl_chaser": {"steps": 3, "rate": 0.02, "optimizer": "sgd", "draws": 4},
     "bmaml": {"particles": 3, "steps": 2, "rate": 0.05},
     "platipus": {"steps": 2, "rate": 0.02, "draws": 4},
     "maml_noise": {"steps": 2, "rate": 0.02, "draws": 4},
 }
+SAMPLING = ("amortized_bml", "gem_bml", "gem_bml_plus", "gem_mixture", "kl_chaser")
 # What makes a sampling learner's answers the same to the bit under another order of the classes: no noise.
 SILENT = {
-    **{n: {"kl_weight": 0.0, "log_sd": -15.0} for n in ("amortized_bml", "gem_bml", "gem_bml_plus", "kl_chaser")},
+    **{n: {"kl_weight": 0.0, "log_sd": -15.0} for n in SAMPLING},
     "platipus": {"log_sd": -15.0},
     "maml_noise": {"noise": 1e-6},
     "preconditioned": {"rank": 0},
@@ -68,7 +70,7 @@ OUTER = {"reptile": optax.sgd(0.7)}
 # The factor by which 1,500 meta-steps of 8 tasks must lower the excess test nll; 0.75 where nothing is said.
 FACTOR = {"nil": 0.8, "imaml": 0.85}
 # Learners whose `jax.grad` is the derivative of their loss; the others' estimators are tested by their own identities.
-ESTIMATORS = ("fomaml", "reptile", "imaml", "gem_bml", "gem_bml_plus", "kl_chaser", "bmaml")
+ESTIMATORS = ("fomaml", "reptile", "imaml", "gem_bml", "gem_bml_plus", "gem_mixture", "kl_chaser", "bmaml")
 TRUE_GRADIENT = [name for name in LEARNERS if name not in ESTIMATORS]
 
 

@@ -191,7 +191,7 @@ def test_pictures_are_drawn(tmp_path):
     tasks, key = splits.test.sample(jax.random.key(2), 2), jax.random.key(0)
     pictures = [
         reliability_diagram(classes),
-        pit_histogram(report),
+        pit_histogram(report.pit),
         adaptation_curve(report),
         training_curve(fitted.history),
         regression_tasks(learner, fitted.params, tasks, key),

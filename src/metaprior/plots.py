@@ -44,11 +44,11 @@ def reliability_diagram(report: Report) -> Figure:
     return figure
 
 
-def pit_histogram(report: Report) -> Figure:
+def pit_histogram(pit: Sequence[float]) -> Figure:
     """Density of the probability integral transform: flat where the predictive is calibrated."""
     figure, (ax,) = _figure(4.6, 3.0)
-    bins = len(report.pit)
-    ax.bar((np.arange(bins) + 0.5) / bins, report.pit, width=0.9 / bins, color=BLUE)
+    bins = len(pit)
+    ax.bar((np.arange(bins) + 0.5) / bins, pit, width=0.9 / bins, color=BLUE)
     ax.axhline(1.0, color=GREY, linestyle="--", linewidth=1, label="calibrated")
     ax.set(xlabel="predictive distribution function at the truth", ylabel="density", xlim=(0, 1))
     ax.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""The command line: `metaprior train | evaluate | adapt | plot | list | demo`."""
+"""The command line: `metaprior train | evaluate | adapt | plot | list | demo | truth`."""
 
 import sys
 
@@ -11,9 +11,12 @@ from metaprior.cli.evaluate import evaluate
 from metaprior.cli.listing import listing
 from metaprior.cli.plot import plot
 from metaprior.cli.train import train
+from metaprior.cli.truth import truth
 from metaprior.training import NonFiniteLoss
 
-COMMANDS = {"train": train, "evaluate": evaluate, "adapt": adapt, "plot": plot, "list": listing, "demo": demo}
+COMMANDS = {
+    "train": train, "evaluate": evaluate, "adapt": adapt, "plot": plot, "list": listing, "demo": demo, "truth": truth
+}  # fmt: skip
 
 
 def main(args: list[str] | None = None) -> None:

@@ -149,6 +149,6 @@ def _keep(run: Run, name: str, report: Report, settings: dict[str, Any]) -> None
     if report.reliability:
         reliability_diagram(report).savefig(plots / f"{name}-reliability.png")
     if report.pit:
-        pit_histogram(report).savefig(plots / f"{name}-pit.png")
+        pit_histogram(report.pit).savefig(plots / f"{name}-pit.png")
     if report.curve:
         adaptation_curve(report).savefig(plots / f"{name}-adaptation.png")

@@ -10,6 +10,7 @@ from metaprior.learners.gem_bml import gem_bml, gem_bml_plus, kl_chaser
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
+from metaprior.learners.mixture import gem_mixture
 from metaprior.learners.platipus import maml_noise, platipus
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
@@ -31,6 +32,7 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "amortized_bml": amortized_bml,
     "gem_bml": gem_bml,
     "gem_bml_plus": gem_bml_plus,
+    "gem_mixture": gem_mixture,
     "kl_chaser": kl_chaser,
     "bmaml": bmaml,
     "platipus": platipus,

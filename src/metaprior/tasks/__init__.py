@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from metaprior.tasks.ambiguous import ambiguous, linear
+from metaprior.tasks.ambiguous import ambiguous, linear, three_families
 from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.fixed import FixedTasks
@@ -23,6 +23,7 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "linear": linear,
     "ambiguous": ambiguous,
     "linear_gaussian": linear_gaussian,
+    "three_families": three_families,
     "omniglot": omniglot,
     "miniimagenet": miniimagenet,
     "images": images,
@@ -59,4 +60,5 @@ __all__ = [
     "sinusoid_hard",
     "sleepstudy",
     "table",
+    "three_families",
 ]

@@ -1,16 +1,16 @@
-"""Lines, and the ambiguous mixture of sinusoids and lines of PLATIPUS (Finn, Xu & Levine 2018, sec. 6)."""
+"""Lines, parabolas and mixtures of families, such as the sinusoids and lines of PLATIPUS (Finn, Xu & Levine 2018)."""
 
 from dataclasses import dataclass
 from math import pi
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metaprior.tasks.checks import Interval, check_interval, check_scale
-from metaprior.tasks.functions import function_splits, uniform
-from metaprior.tasks.sinusoid import Sinusoids, Wave
+from metaprior.tasks.functions import Family, function_splits, uniform
+from metaprior.tasks.sinusoid import Sinusoids
 from metaprior.types import Splits
 
 
@@ -40,32 +40,60 @@ class Lines:
         return self.noise_sd
 
 
-class WaveOrLine(NamedTuple):
-    """Both candidates of each of n functions, and which of them it is."""
+class Parabola(NamedTuple):
+    """The parameters of n parabolas."""
 
-    wave: Wave
-    line: Line
-    is_wave: Bool[Array, "n 1"]
+    curvature: Float[Array, "n 1"]
+    vertex: Float[Array, "n 1"]
+    height: Float[Array, "n 1"]
 
 
 @dataclass(frozen=True)
-class WavesAndLines:
-    """Each function is a sinusoid or a line with equal probability: few points do not say which."""
+class Parabolas:
+    """y = curvature (x - vertex)^2 + height, each uniform on its interval."""
 
-    waves: Sinusoids
-    lines: Lines
+    curvature: Interval
+    vertex: Interval
+    height: Interval
+    noise_sd: float
 
-    def draw(self, key: PRNGKeyArray, n: int) -> WaveOrLine:
-        key_wave, key_line, key_which = jax.random.split(key, 3)
-        which = jax.random.bernoulli(key_which, 0.5, (n, 1))
-        return WaveOrLine(self.waves.draw(key_wave, n), self.lines.draw(key_line, n), which)
+    def draw(self, key: PRNGKeyArray, n: int) -> Parabola:
+        intervals = (self.curvature, self.vertex, self.height)
+        keys = jax.random.split(key, 3)
+        return Parabola(*(uniform(k, (n, 1), interval) for k, interval in zip(keys, intervals, strict=True)))
 
-    def evaluate(self, parameters: WaveOrLine, x: Float[Array, "n m"]) -> Float[Array, "n m"]:
-        wave = self.waves.evaluate(parameters.wave, x)
-        return jnp.where(parameters.is_wave, wave, self.lines.evaluate(parameters.line, x))
+    def evaluate(self, parameters: Parabola, x: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        return parameters.curvature * (x - parameters.vertex) ** 2 + parameters.height
 
-    def noise(self, parameters: WaveOrLine) -> float:
-        return self.lines.noise_sd
+    def noise(self, parameters: Parabola) -> float:
+        return self.noise_sd
+
+
+class Choice(NamedTuple):
+    """What each family would have drawn for each of n functions, and which family each function is of."""
+
+    candidates: tuple[Any, ...]
+    which: Int[Array, "n 1"]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Each function is of one of the families, with equal probability: few points do not say which."""
+
+    families: tuple[Family, ...]
+
+    def draw(self, key: PRNGKeyArray, n: int) -> Choice:
+        *keys, key_which = jax.random.split(key, len(self.families) + 1)
+        candidates = tuple(family.draw(k, n) for family, k in zip(self.families, keys, strict=True))
+        return Choice(candidates, jax.random.randint(key_which, (n, 1), 0, len(self.families)))
+
+    def evaluate(self, parameters: Choice, x: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        values = [f.evaluate(p, x) for f, p in zip(self.families, parameters.candidates, strict=True)]
+        return jnp.select([parameters.which == i for i in range(len(values))], values)
+
+    def noise(self, parameters: Choice) -> Float[Array, "n 1"]:
+        sds = [jnp.asarray(f.noise(p)) for f, p in zip(self.families, parameters.candidates, strict=True)]
+        return jnp.select([parameters.which == i for i in range(len(sds))], sds)
 
 
 def linear(
@@ -108,8 +136,31 @@ def ambiguous(
     Source: Finn, Xu & Levine 2018 (PLATIPUS), one-dimensional regression; amplitudes start at 1.
     """
     noise = check_scale("noise", noise)
-    family = WavesAndLines(
-        Sinusoids(check_interval("amplitude", amplitude), check_interval("phase", phase), (1.0, 1.0), noise, 0.0),
-        Lines(check_interval("slope", slope), check_interval("intercept", intercept), noise),
-    )
+    waves = Sinusoids(check_interval("amplitude", amplitude), check_interval("phase", phase), (1.0, 1.0), noise, 0.0)
+    lines = Lines(check_interval("slope", slope), check_interval("intercept", intercept), noise)
+    family = OneOf((waves, lines))
     return function_splits(family, shot, query, test_query, domain, support_domain, test_noise)
+
+
+def three_families(
+    *,
+    shot: int = 5,
+    query: int = 10,
+    test_query: int = 50,
+    noise: float = 0.1,
+    test_noise: bool = True,
+    domain: Interval = (-5.0, 5.0),
+    support_domain: Interval | None = None,
+) -> Splits:
+    """Sinusoids, lines and parabolas in equal parts: a family of tasks with three modes; x and y are [n, 1].
+
+    Amplitudes 0.1-5 and phases 0-pi, slopes and intercepts -3..3, parabolas c (x - v)^2 + h with c in -0.15..0.15,
+    v in -2..2 and h in -3..3. Options and errors as for `sinusoid`.
+    """
+    noise = check_scale("noise", noise)
+    families = (
+        Sinusoids((0.1, 5.0), (0.0, pi), (1.0, 1.0), noise, 0.0),
+        Lines((-3.0, 3.0), (-3.0, 3.0), noise),
+        Parabolas((-0.15, 0.15), (-2.0, 2.0), (-3.0, 3.0), noise),
+    )
+    return function_splits(OneOf(families), shot, query, test_query, domain, support_domain, test_noise)

@@ -1,0 +1,102 @@
+"""A mixture of Gaussians as prior, for families of tasks with several modes: gradient-EM with responsibilities.
+
+p(phi | Theta) = sum_k w_k N(phi; mu_k, sigma_k^2). Each component infers its own q_k; a task's responsibilities are
+r_k ~ w_k exp(ELBO_k) (Dempster, Laird & Rubin 1977, for the E step; Zou & Lu 2020 for the rest): the gradient of
+log p(D | Theta) is r_k g(q_k) in component k and r_k - w_k in log w_k.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.assemble import fit_metrics
+from metaprior.inference.gaussian import DiagonalGaussian, around
+from metaprior.inference.gradient import count
+from metaprior.inference.variational import Variational, free_energy, infer
+from metaprior.learners.gem_bml import ascends, gem_gradient, natural
+from metaprior.likelihoods import Likelihood
+from metaprior.named import passes_options_to
+from metaprior.types import Batch, Learner, Model, Task
+
+
+class Mixture(NamedTuple):
+    """K Gaussians, stacked along a leading axis, and the logarithms of their weights: the prior, and a posterior."""
+
+    components: DiagonalGaussian
+    logits: Float[Array, " k"]
+
+    def sample(self, key: PRNGKeyArray) -> PyTree:
+        """One draw of phi."""
+        key_which, key_phi = jax.random.split(key)
+        which = jax.random.categorical(key_which, self.logits)
+        return jax.tree.map(lambda leaf: leaf[which], self.components).sample(key_phi)
+
+
+@passes_options_to(Variational)
+def gem_mixture(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    components: int = 3,
+    log_sd: float = -3.0,
+    draws: int = 32,
+    **inference: Any,
+) -> Learner:
+    """GEM-BML with a mixture of `components` Gaussians as prior; the posterior is a mixture of as many.
+
+    log_sd: of each component before training. draws: networks a prediction averages. Other options: see `Variational`.
+    """
+    if components < 1 or draws < 1:
+        raise ValueError(f"components, draws: came {components}, {draws}, need at least 1")
+    how = Variational(**inference)
+    at_test = how.steps if how.test_steps is None else how.test_steps
+
+    def init(key: PRNGKeyArray, task: Task) -> Mixture:
+        keys = jax.random.split(key, components)
+        return Mixture(
+            jax.vmap(lambda k: around(model.init(k, task.support.x), log_sd))(keys), jnp.zeros(components)
+        )
+
+    def posterior(prior: Mixture, batch: Batch, key: PRNGKeyArray, steps: int) -> Mixture:
+        """Each component's own posterior, and the responsibilities as weights."""
+        key_fit, key_judge = jax.random.split(key)
+
+        def one(component: DiagonalGaussian) -> tuple[DiagonalGaussian, Scalar]:
+            q = infer(model, likelihood, component, batch, key_fit, how, steps=steps, first_order=True)
+            evidence = -count(batch) * free_energy(model, likelihood, component, batch, how)(q, key_judge)
+            return q, evidence
+
+        q, evidence = jax.vmap(one)(prior.components)
+        return Mixture(q, jax.nn.log_softmax(prior.logits + evidence))
+
+    def adapt(params: Mixture, support: Batch, key: PRNGKeyArray) -> Mixture:
+        return posterior(params, support, key, at_test)
+
+    def predict(params: Mixture, adapted: Mixture, x: PyTree, key: PRNGKeyArray) -> Any:
+        outputs = jax.vmap(lambda k: model.apply(adapted.sample(k), x))(jax.random.split(key, draws))
+        return likelihood.predictive(outputs)
+
+    def loss(params: Mixture, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        key_support, key_query, key_show = jax.random.split(key, 3)
+        theta = jax.lax.stop_gradient(params)
+        after_support = posterior(theta, task.support, key_support, how.steps)
+        found = jax.lax.stop_gradient(posterior(after_support, task.query, key_query, how.steps))
+        share = jnp.exp(found.logits)
+
+        def component(prior: DiagonalGaussian, q: DiagonalGaussian, r: Scalar) -> Scalar:
+            gradient = natural(gem_gradient(prior, q), prior)
+            return ascends(prior, jax.tree.map(lambda g: r * g, gradient))
+
+        pull = jax.vmap(component)(params.components, found.components, share).sum()
+        weights = -(share * jax.nn.log_softmax(params.logits)).sum()
+        shown = predict(theta, after_support, task.query.x, key_show).log_prob(task.query.y)
+        best = jax.tree.map(lambda leaf: leaf[share.argmax()], after_support.components.mean)
+        metrics = fit_metrics(likelihood, model.apply(best, task.query.x), task.query)
+        weight = jnp.ones_like(shown) if task.query.weight is None else task.query.weight
+        nll = -(weight * shown).sum() / count(task.query)
+        held = jax.lax.stop_gradient(nll - weights)
+        return pull + weights + held, jax.lax.stop_gradient(metrics | {"nll": nll, "largest_share": share.max()})
+
+    return Learner(init, adapt, predict, loss)

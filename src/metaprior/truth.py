@@ -1,0 +1,155 @@
+"""The referee: is a learner's posterior true? Every learner on the conjugate hierarchy, where all answers are exact.
+
+A learner is asked only what any learner answers, its predictive: at unit inputs that is the posterior of phi, with no
+support it is the prior, and one observation after another it is the marginal likelihood (Dawid 1984).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from metaprior.inference.posteriors import implicit
+from metaprior.learners.registry import make_learner
+from metaprior.likelihoods import Gaussian
+from metaprior.named import lookup
+from metaprior.tasks.linear_gaussian import (
+    Hierarchy,
+    LinearGaussianTasks,
+    empirical_bayes_mean,
+    exact_log_marginal,
+    exact_posterior,
+    exact_predictive,
+    linear_gaussian,
+)
+from metaprior.training import Training, fit
+from metaprior.types import Batch, Learner, Model
+
+# Enough inner steps for each method to come to its own answer; what is left is what the method itself gets wrong.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "maml": {"steps": 5, "rate": 0.05, "posterior": implicit()},
+    "reptile": {"steps": 5, "rate": 0.05, "optimizer": "sgd", "minibatch": None, "test_steps": 5}
+    | {"posterior": implicit()},
+    "imaml": {"strength": 0.2, "steps": 100, "rate": 0.05, "posterior": implicit()},
+    "llama": {"objective": "evidence", "learn_precision": True, "steps": 60, "rate": 0.05},
+    "amortized_bml": {"steps": 30, "rate": 0.05, "samples": 8, "optimizer": "adam", "log_sd": -1.0, "draws": 0},
+    "gem_bml": {"steps": 60, "rate": 0.05, "samples": 8, "log_sd": -1.0, "draws": 0},
+    "gem_bml_plus": {"steps": 60, "rate": 0.05, "samples": 8, "log_sd": -1.0, "draws": 0},
+    "kl_chaser": {"steps": 30, "rate": 0.05, "samples": 8, "log_sd": -1.0, "draws": 0},
+    "bmaml": {"particles": 10, "steps": 30, "rate": 0.1},
+    "platipus": {"steps": 5, "rate": 0.05, "kl_weight": 1.0, "log_sd": -1.0, "draws": 100},
+    "maml_noise": {"steps": 5, "rate": 0.05, "noise": 0.3, "draws": 100},
+}
+TRAINING = {"reptile": {"optimizer": "sgd", "rate": 1.0, "schedule": "linear"}}
+
+
+class Verdict(NamedTuple):
+    """How far a learner is from the exact answer; everything in it is 0 (sd_ratio: 1) for the truth.
+
+    prior_mean: its learned prior mean against the exact empirical-Bayes optimum, rms over weights. posterior_mean: rms
+    gap to the exact posterior mean, in exact posterior sds. sd_ratio: its posterior sds over the exact ones, geometric
+    mean. log_marginal: its log p(support) less the exact one, nats a task. nll: of the queries, over that of the exact
+    predictive, nats a point. ks: greatest gap of the queries' PIT distribution from uniform (simulation-based
+    calibration). pit: that distribution's histogram, mean 1.
+    """
+
+    prior_mean: float
+    posterior_mean: float
+    sd_ratio: float
+    log_marginal: float
+    nll: float
+    ks: float
+    pit: list[float]
+
+
+def linear_model(features: int) -> Model:
+    """y = x phi, the hierarchy's own model; starts at 0."""
+    return Model(lambda key, x: {"head": jnp.zeros((features, 1))}, lambda phi, x, tap=None: x @ phi["head"])
+
+
+def judge(
+    learner: Learner, params: PyTree, source: LinearGaussianTasks, seen: Batch, key: PRNGKeyArray, tasks: int
+) -> Verdict:
+    """The learner with meta-learned `params` against the exact answers on new tasks; seen: what it was fitted to."""
+    theta, units = source.theta, jnp.eye(source.theta.mean.shape[0])
+    new = source.sample(key, tasks)
+    keys = jax.random.split(key, tasks)
+
+    def answer(support: Batch, x: Array, key: PRNGKeyArray) -> Any:
+        return learner.predict(params, learner.adapt(params, support, key), x, key)
+
+    def one(task: Any, key: PRNGKeyArray) -> dict[str, Array]:
+        support, query = task
+        posterior, exact = answer(support, units, key), exact_posterior(theta, support)
+        sd = jnp.sqrt(jnp.diagonal(exact.covariance))
+        variance = jnp.maximum(posterior.variance()[:, 0] - theta.noise**2, 1e-12)
+        predictive, truth = answer(support, query.x, key), exact_predictive(theta, support, query.x)
+        spread = jnp.sqrt(jnp.diagonal(truth.covariance))
+        exact_log = jax.scipy.stats.norm.logpdf(query.y[:, 0], truth.mean, spread)
+
+        def next_one(i: Array) -> Array:
+            before = support._replace(weight=(jnp.arange(support.x.shape[0]) < i).astype(support.y.dtype))
+            at = answer(before, support.x[i][None], key)
+            return at.log_prob(support.y[i][None])[0]
+
+        marginal = jax.vmap(next_one)(jnp.arange(support.x.shape[0])).sum()
+        return {
+            "posterior_mean": (((posterior.mean()[:, 0] - exact.mean) / sd) ** 2).mean(),
+            "log_sd_ratio": (0.5 * jnp.log(variance) - jnp.log(sd)).mean(),
+            "log_marginal": marginal - exact_log_marginal(theta, support),
+            "nll": (exact_log - predictive.log_prob(query.y)).mean(),
+            "pit": predictive.cdf(query.y)[:, 0],
+        }
+
+    found = jax.device_get(jax.jit(lambda t, k: jax.lax.map(lambda a: one(*a), (t, k), batch_size=20))(new, keys))
+    nothing = jax.tree.map(lambda leaf: leaf[0][:0], new.support)
+    prior_gap = answer(nothing, units, key).mean()[:, 0] - empirical_bayes_mean(theta, seen)
+    pit = np.sort(found["pit"].reshape(-1))
+    ks = float(np.abs(pit - (np.arange(pit.size) + 0.5) / pit.size).max())
+    return Verdict(
+        prior_mean=float(jnp.sqrt((prior_gap**2).mean())),
+        posterior_mean=float(np.sqrt(found["posterior_mean"].mean())),
+        sd_ratio=float(np.exp(found["log_sd_ratio"].mean())),
+        log_marginal=float(found["log_marginal"].mean()),
+        nll=float(found["nll"].mean()),
+        ks=ks,
+        pit=(np.histogram(pit, 20, (0, 1))[0] / pit.size * 20).tolist(),
+    )
+
+
+def referee(
+    names: tuple[str, ...] = tuple(SETTINGS),
+    *,
+    steps: int = 2000,
+    tasks: int = 200,
+    seed: int = 0,
+    report: Callable[[str, Verdict], None] = lambda name, verdict: None,
+    **hierarchy: Any,
+) -> dict[str, Verdict]:
+    """Train each learner on tasks of one hierarchy and judge it; `hierarchy`: options of `linear_gaussian`.
+
+    report is told each verdict as it falls. Raises ValueError for a learner that there are no settings for.
+    """
+    splits = linear_gaussian(**({"features": 2, "shot": 5, "query": 5, "test_query": 20} | hierarchy))
+    source: Any = splits.train
+    theta: Hierarchy = source.theta
+    model, likelihood = linear_model(theta.mean.shape[0]), Gaussian(float(theta.noise))
+    # The learners see fresh tasks without end; the exact optimum of very many stands for theirs.
+    many = source.sample(jax.random.key(seed + 7), 20_000).support
+    verdicts = {}
+    for name in names:
+        lookup("learner", name, SETTINGS)
+        learner = make_learner(name, model, likelihood, **SETTINGS[name])
+        training = Training(
+            **({"steps": steps, "rate": 1e-2, "schedule": "cosine", "chunk": min(500, steps), "seed": seed}
+               | {"validate_every": steps} | TRAINING.get(name, {}))
+        )  # fmt: skip
+        fitted = fit(learner, splits, training, name=name)
+        verdicts[name] = judge(learner, fitted.params, splits.test, many, jax.random.key(seed + 8), tasks)  # pyright: ignore[reportArgumentType]
+        report(name, verdicts[name])
+    return verdicts
+
+
