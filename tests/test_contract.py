@@ -48,7 +48,7 @@ OPTIONS = {
     "lslr": {"steps": 2, "rate": 0.02},
     "preconditioned": {"rank": 2, "rate": 0.02},
 }
-CLASSIFIERS = ("nil",)
+CLASSIFIERS = ("nil", "protonet")
 # The outer rate of Reptile multiplies phi - theta, not a gradient.
 OUTER = {"reptile": optax.sgd(0.7)}
 # The factor by which 1,500 meta-steps of 8 tasks must lower the excess test nll; 0.75 where nothing is said.
@@ -63,7 +63,8 @@ def regression(name, **options):
 
 
 def classification(name, **options):
-    options = {"rate": 0.3} | OPTIONS.get(name, {}) | options
+    rate = {"rate": 0.3} if "rate" in option_names(LEARNERS[name]) else {}
+    options = rate | OPTIONS.get(name, {}) | options
     return make_learner(name, mlp(WAY, (16,), "tanh"), Categorical(), **options), BLOBS
 
 
@@ -249,8 +250,9 @@ def test_every_gradient_learner_owns_a_posterior(name, rule):
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_bad_input_is_named(name):
-    with pytest.raises(ValueError, match="did you mean 'rate'"):
-        make_learner(name, mlp(), Gaussian(), rat=0.1)
+    option = max(option_names(LEARNERS[name])[2:], key=len)
+    with pytest.raises(ValueError, match=f"did you mean '{option}'"):
+        make_learner(name, mlp(), Gaussian(), **{option[:-1]: 0.1})
     learner, source = regression(name) if name not in CLASSIFIERS else classification(name)
     if name not in CLASSIFIERS:
         tasks, params = tasks_and_params(learner, source)

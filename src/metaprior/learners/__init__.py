@@ -4,11 +4,12 @@ from metaprior.learners.anil import anil, nil
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
+from metaprior.learners.protonet import protonet
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.registry import LEARNERS, make_learner
 from metaprior.learners.reptile import reptile
 
 __all__ = [
     "LEARNERS", "anil", "fomaml", "imaml", "llama", "lslr", "make_learner", "maml", "meta_sgd", "nil",
-    "preconditioned", "reptile",
+    "preconditioned", "protonet", "reptile",
 ]  # fmt: skip

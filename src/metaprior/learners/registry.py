@@ -7,6 +7,7 @@ from metaprior.learners.anil import anil, nil
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
+from metaprior.learners.protonet import protonet
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
 from metaprior.likelihoods import Likelihood
@@ -24,6 +25,7 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "reptile": reptile,
     "imaml": imaml,
     "llama": llama,
+    "protonet": protonet,
 }
 
 
