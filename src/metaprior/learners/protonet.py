@@ -46,14 +46,14 @@ class Gaussians(NamedTuple):
 
 
 class Prototypes(NamedTuple):
-    """Each class's mean is N(mean, diag variance) given the support; count 0 marks a class without examples.
+    """Each class's mean is N(mean, diag variance) given the support; shots 0 marks a class without examples.
 
     beside: the support inputs, where queries are judged one at a time.
     """
 
     mean: Float[Array, "way d"]
     variance: Float[Array, "way d"]
-    count: Float[Array, " way"]
+    shots: Float[Array, " way"]
     beside: PyTree
 
 
@@ -123,8 +123,8 @@ def protonet(
     def logits(params: Metric | Gaussians, classes: Prototypes, x: PyTree) -> Float[Array, "n way"]:
         f = embed_query(embed, params.embedding, x, classes.beside)
         if isinstance(params, Gaussians):
-            return present(class_densities(params, classes, f), classes.count > 0)
+            return present(class_densities(params, classes, f), classes.shots > 0)
         scale = temperature if params.log_temperature is None else jnp.exp(params.log_temperature)
-        return present(-measure(f, classes.mean) / scale, classes.count > 0)
+        return present(-measure(f, classes.mean) / scale, classes.shots > 0)
 
     return scored_by_query(init, adapt, logits)

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from metaprior.learners.anil import anil, nil
+from metaprior.learners.fine_tune import fine_tune
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
+from metaprior.learners.matching import matching
+from metaprior.learners.nearest_neighbour import nearest_neighbour
 from metaprior.learners.protonet import protonet
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
@@ -26,6 +29,9 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "imaml": imaml,
     "llama": llama,
     "protonet": protonet,
+    "matching": matching,
+    "nearest_neighbour": nearest_neighbour,
+    "fine_tune": fine_tune,
 }
 
 
