@@ -332,6 +332,20 @@ def test_bad_options_are_named(make, options, words):
         make(PLAIN, **({"likelihood": Categorical()} | options))
 
 
+def test_a_label_beyond_the_ways_is_no_small_loss():
+    """Labels of the classes' own (plain classification) given to a learner of tasks: NaN, which training reports."""
+    learner = protonet(PLAIN, Categorical(), way=WAY)
+    params = learner.init(KEY, TASK)
+    beyond = TASK._replace(query=TASK.query._replace(y=TASK.query.y.at[0].set(WAY)))
+    assert jnp.isnan(learner.loss(params, beyond, KEY)[0])
+    padding = beyond.query._replace(weight=jnp.array([0.0, 1, 1, 1, 1]))
+    rest = jax.tree.map(lambda leaf: leaf[1:], TASK.query)
+    np.testing.assert_allclose(
+        learner.loss(params, beyond._replace(query=padding), KEY)[0],
+        learner.loss(params, TASK._replace(query=rest), KEY)[0], rtol=1e-5,
+    )  # fmt: skip
+
+
 def test_an_embedding_without_a_head_needs_the_number_of_classes():
     learner = protonet(PLAIN, Categorical())
     with pytest.raises(ValueError, match="way: came None"):

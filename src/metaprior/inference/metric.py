@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics
-from metaprior.inference.gradient import mean_nll
+from metaprior.inference.gradient import count
 from metaprior.likelihoods import Categorical, Categories, Likelihood
 from metaprior.types import Batch, Learner, Model, Task, examples
 
@@ -113,14 +113,18 @@ def scored_by_query(
 ) -> Learner:
     """A learner of classes whose loss is the query's mean nll under its own predictive, as it is judged later.
 
-    logits: (params, posterior, x) -> log class probabilities of the queries, up to a constant each.
+    logits: (params, posterior, x) -> log class probabilities of the queries, up to a constant each. A query whose label
+    is no class at all (way or above) makes the loss NaN, which training reports.
     """
 
     def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Categories:
         return Categories(jax.nn.log_softmax(logits(params, posterior, x))[None])
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
-        outputs = logits(params, adapt(params, task.support, key), task.query.x)
-        return mean_nll(Categorical(), outputs, task.query), fit_metrics(Categorical(), outputs, task.query)
+        predictive = predict(params, adapt(params, task.support, key), task.query.x, key)
+        w = weights(task.query)
+        nll = jnp.where(w > 0, -predictive.log_prob(task.query.y), 0)
+        score = (w * nll).sum() / count(task.query)
+        return score, fit_metrics(Categorical(), predictive.log_probs[0], task.query) | {"nll": score}
 
     return Learner(init, adapt, predict, loss)
