@@ -1,4 +1,7 @@
-"""Second-order MAML as metaprior trains it. Usage: ours.py PROBLEM INNER_STEPS STEPS_A_CALL (see worker.py)."""
+"""Second-order MAML, and ProtoNet, as metaprior trains them.
+
+Usage: ours.py PROBLEM INNER_STEPS STEPS_A_CALL (see worker.py).
+"""
 
 import sys
 from collections.abc import Callable
@@ -8,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from metaprior.learners.maml import maml
+from metaprior.learners.protonet import protonet
 from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks.conv4 import conv4
 from metaprior.networks.mlp import mlp
@@ -42,6 +46,9 @@ def problem(name: str, steps: int) -> tuple[Learner, TaskSource, Training]:
     if name == "sinusoid":
         training = Training(meta_batch=25, rate=1e-3)
         return maml(mlp(), Gaussian(), steps=steps, rate=0.01), sinusoid().train, training
+    if name == "protonet":
+        learner = protonet(conv4(gain=True, head=False), Categorical(), way=60)
+        return learner, images(1, 60, 5), Training(meta_batch=1, rate=1e-3)
     learner = maml(conv4(gain=True), Categorical(), steps=steps, rate=0.4)
     return learner, images(), Training(meta_batch=8, rate=1e-3, task_chunk=1)
 

@@ -1,4 +1,4 @@
-"""Second-order MAML as the peers' documents write it.
+"""Second-order MAML as the peers' documents write it, and ProtoNet in plain torch.
 
 Usage: peers.py WHICH PROBLEM INNER_STEPS THREADS (see worker.py).
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.func import functional_call, grad, grad_and_value, vmap
 
-from problems_torch import Problem, Tasks, make
+from problems_torch import EPISODE_WAY, Problem, Tasks, make
 from worker import serve
 
 MetaStep = Callable[[Tasks], object]
@@ -147,6 +147,27 @@ def with_learn2learn(problem: Problem, steps: int) -> MetaStep:
     return loop(problem, task_loss)
 
 
+def prototypes(problem: Problem, compiled: bool) -> MetaStep:
+    """ProtoNet as its authors write it: support and queries through the network in one batch, then class means."""
+    optimizer = torch.optim.Adam(problem.model.parameters(), lr=1e-3)
+
+    def episode_loss(sx: torch.Tensor, sy: torch.Tensor, qx: torch.Tensor, qy: torch.Tensor) -> torch.Tensor:
+        z = problem.model(torch.cat([sx, qx]))
+        support, query = z[: len(sx)], z[len(sx) :]
+        means = support.view(EPISODE_WAY, -1, z.shape[1]).mean(1)
+        return problem.loss(-(query[:, None] - means).pow(2).sum(-1), qy)
+
+    run = torch.compile(episode_loss) if compiled else episode_loss
+
+    def step(tasks: Tasks) -> None:
+        optimizer.zero_grad()
+        for task in zip(*tasks, strict=True):
+            (run(*task) / len(tasks[0])).backward()
+        optimizer.step()
+
+    return step
+
+
 PEERS: dict[str, Callable[[Problem, int], MetaStep]] = {
     "torch.func vmap": lambda problem, steps: functional(problem, steps, compiled=False),
     "torch.compile": lambda problem, steps: functional(problem, steps, compiled=True),
@@ -155,6 +176,8 @@ PEERS: dict[str, Callable[[Problem, int], MetaStep]] = {
     "higher": with_higher,
     "torchopt": with_torchopt,
     "learn2learn": with_learn2learn,
+    "torch": lambda problem, steps: prototypes(problem, compiled=False),
+    "torch compiled": lambda problem, steps: prototypes(problem, compiled=True),
 }
 
 

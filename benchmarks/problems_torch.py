@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+EPISODE_WAY = 60  # of ProtoNet's episodes, whose support lies class by class
 Tasks = tuple[Tensor, Tensor, Tensor, Tensor]  # support x, y, query x, y; leading axis: tasks
 
 
@@ -30,12 +31,14 @@ def mlp() -> nn.Module:
 
 
 def conv4(way: int = 5, filters: int = 64) -> nn.Module:
+    """way = 0 ends at the embedding."""
+
     def block(inputs: int) -> list[nn.Module]:
         norm = nn.BatchNorm2d(filters, track_running_stats=False)
         return [nn.Conv2d(inputs, filters, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2)]
 
     blocks = [layer for i in range(4) for layer in block(1 if i == 0 else filters)]
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(filters, way))
+    return nn.Sequential(*blocks, nn.Flatten(), *([nn.Linear(filters, way)] if way else []))
 
 
 def images(tasks: int = 8, way: int = 5, queries: int = 15) -> Tasks:
@@ -52,5 +55,8 @@ def make(name: str) -> Problem:
     torch.manual_seed(0)
     if name == "sinusoid":
         return Problem(mlp(), F.mse_loss, sample_sinusoids, 0.01)
+    if name == "protonet":
+        episode = images(1, EPISODE_WAY, 5)
+        return Problem(conv4(0), F.cross_entropy, lambda: episode, 0.0)
     tasks = images()
     return Problem(conv4(), F.cross_entropy, lambda: tasks, 0.4)

@@ -17,24 +17,47 @@ from metaprior.tasks import sinusoid
 from metaprior.types import Batch, Task
 
 WAY = 3
+PRETRAINING_CLASSES = 12
+
+
+def blobs(key, centres, labels):
+    """A task of 2 + 3 examples around each centre, blurred most off the plane of the centres."""
+    place = jnp.tile(jnp.arange(WAY), 5)
+    noise = jax.random.normal(key, (place.size, 7))
+    x = centres[place] + 0.3 * noise[:, :6] + 3 * noise[:, 6:] * jnp.array([1.0, -1, 1, -1, 1, -1])
+    y, cut = labels[place], 2 * WAY
+    return Task(Batch(x[:cut], y[:cut]), Batch(x[cut:], y[cut:]))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Blobs:
-    """Classification: classes are blobs around centres on a fixed 2-plane in 6-d, blurred most off that plane."""
+    """Classification: classes are blobs around centres on a fixed 2-plane in 6-d."""
 
     plane: jax.Array
 
     def sample(self, key, n):
         def one(key):
             k1, k2 = jax.random.split(key)
-            centres = 3 * jax.random.normal(k1, (WAY, 2)) @ self.plane
-            y = jnp.tile(jnp.arange(WAY), 5)
-            noise = jax.random.normal(k2, (y.size, 7))
-            x = centres[y] + 0.3 * noise[:, :6] + 3 * noise[:, 6:] * jnp.array([1.0, -1, 1, -1, 1, -1])
-            cut = 2 * WAY
-            return Task(Batch(x[:cut], y[:cut]), Batch(x[cut:], y[cut:]))
+            return blobs(k2, 3 * jax.random.normal(k1, (WAY, 2)) @ self.plane, jnp.arange(WAY))
+
+        return jax.vmap(one)(jax.random.split(key, n))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NamedBlobs:
+    """The same plane, but always the same classes under labels of their own: plain classification, to pretrain by."""
+
+    plane: jax.Array
+
+    def sample(self, key, n):
+        centres = 3 * jax.random.normal(jax.random.key(10), (PRETRAINING_CLASSES, 2)) @ self.plane
+
+        def one(key):
+            k1, k2 = jax.random.split(key)
+            labels = jax.random.permutation(k1, PRETRAINING_CLASSES)[:WAY]
+            return blobs(k2, centres[labels], labels)
 
         return jax.vmap(one)(jax.random.split(key, n))
 
@@ -55,6 +78,7 @@ OPTIONS = {
     "bmaml": {"particles": 3, "steps": 2, "rate": 0.05},
     "platipus": {"steps": 2, "rate": 0.02, "draws": 4},
     "maml_noise": {"steps": 2, "rate": 0.02, "draws": 4},
+    "matching": {"temperature": 0.1},
 }
 SAMPLING = ("amortized_bml", "gem_bml", "gem_bml_plus", "gem_mixture", "kl_chaser")
 # What makes a sampling learner's answers the same to the bit under another order of the classes: no noise.
@@ -64,7 +88,9 @@ SILENT = {
     "maml_noise": {"noise": 1e-6},
     "preconditioned": {"rank": 0},
 }
-CLASSIFIERS = ("nil",)
+CLASSIFIERS = ("nil", "protonet", "matching", "nearest_neighbour", "fine_tune")
+# Learners that are trained by plain classification, with labels of the classes' own.
+PRETRAINED = ("nearest_neighbour", "fine_tune")
 # The outer rate of Reptile multiplies phi - theta, not a gradient.
 OUTER = {"reptile": optax.sgd(0.7)}
 # The factor by which 1,500 meta-steps of 8 tasks must lower the excess test nll; 0.75 where nothing is said.
@@ -80,8 +106,11 @@ def regression(name, **options):
 
 
 def classification(name, **options):
-    options = {"rate": 0.3} | OPTIONS.get(name, {}) | options
-    return make_learner(name, mlp(WAY, (16,), "tanh"), Categorical(), **options), BLOBS
+    rate = {"rate": 0.3} if "rate" in option_names(LEARNERS[name]) else {}
+    way = {"way": WAY} if name in PRETRAINED else {}
+    options = rate | way | OPTIONS.get(name, {}) | options
+    outputs = PRETRAINING_CLASSES if name in PRETRAINED else WAY
+    return make_learner(name, mlp(outputs, (16,), "tanh"), Categorical(), **options), BLOBS
 
 
 def problem(name, **options):
@@ -140,10 +169,11 @@ def test_a_small_budget_of_training_lowers_the_test_loss(name):
     learner, source = problem(name)
     _, params = tasks_and_params(learner, source)
     optimizer = OUTER.get(name, optax.adam(5e-3))
+    training = NamedBlobs(BLOBS.plane) if name in PRETRAINED else source
 
     def step(carry, key):
         params, state = carry
-        batch = source.sample(key, 8)
+        batch = training.sample(key, 8)
 
         def mean_loss(p):
             return jax.vmap(lambda t, k: learner.loss(p, t, k)[0])(batch, jax.random.split(key, 8)).mean()
@@ -266,8 +296,9 @@ def test_every_gradient_learner_owns_a_posterior(name, rule):
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_bad_input_is_named(name):
-    with pytest.raises(ValueError, match="did you mean 'rate'"):
-        make_learner(name, mlp(), Gaussian(), rat=0.1)
+    option = max(option_names(LEARNERS[name])[2:], key=len)
+    with pytest.raises(ValueError, match=f"did you mean '{option}'"):
+        make_learner(name, mlp(), Gaussian(), **{option[:-1]: 0.1})
     learner, source = regression(name) if name not in CLASSIFIERS else classification(name)
     if name not in CLASSIFIERS:
         tasks, params = tasks_and_params(learner, source)

@@ -151,3 +151,27 @@ def test_fixed_tasks():
     assert len(set(some)) == 4
     with pytest.raises(ValueError, match="n: came 7"):
         source.sample(jax.random.key(0), 7)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_training_may_have_more_ways_and_labels_of_its_own(turned):
+    parts = ([0, 1, 3, 5], [2], [4])
+    splits = pool_splits(
+        marked_images(), COUNTS, parts, way=2, shot=1, query=2, test_query=2, rotations=turned, test_rotations=True,
+        train_way=4, train_labels="class",
+    )  # fmt: skip
+    task = sample(splits.train, jax.random.key(0), 30)
+    assert task.query.y.shape == (30, 8)
+    assert task.query.y.dtype == jnp.int32
+    meaning = {}
+    for batch in task:
+        for label, (c, _, turns) in zip(np.asarray(batch.y).ravel(), decode(batch.x), strict=True):
+            assert meaning.setdefault(label, (c, turns)) == (c, turns)
+    assert sorted(meaning) == list(range(16 if turned else 4))
+    assert len(set(meaning.values())) == len(meaning)
+    # Tests are of `way` classes, labelled by their places in the task.
+    assert set(np.asarray(sample(splits.test, jax.random.key(0), 9).query.y).ravel()) == {0, 1}
+    with pytest.raises(ValueError, match="train_labels: came 'clas'"):
+        pool_splits(
+            marked_images(), COUNTS, parts, way=2, shot=1, query=2, test_query=2, train_labels="clas"
+        )

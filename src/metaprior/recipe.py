@@ -148,12 +148,19 @@ def build(
     """
     likelihood = component("likelihood", recipe.likelihood, LIKELIHOODS)
     network = dict(recipe.network)
-    if "way" in recipe.tasks and "outputs" in option_names(lookup("network", network["name"], NETWORKS)):
-        network.setdefault("outputs", recipe.tasks["way"])
+    way = most_ways(recipe)
+    if way is not None and "outputs" in option_names(lookup("network", network["name"], NETWORKS)):
+        network.setdefault("outputs", way)
     model = component("network", network, NETWORKS)
     learner = recipe_learner(recipe, model, likelihood, posterior=posterior, steps=steps, **posterior_options)
     sources: Splits = component("tasks", recipe.tasks, SOURCES) if splits is None else splits
     return Experiment(learner, model, likelihood, sources, training_of(recipe), evaluation_of(recipe))
+
+
+def most_ways(recipe: Recipe) -> int | None:
+    """The largest number of classes in a task of the recipe, in training or later; None where tasks have no classes."""
+    ways = [recipe.tasks[name] for name in ("way", "train_way") if name in recipe.tasks]
+    return max(ways, default=None)
 
 
 def recipe_learner(
@@ -168,6 +175,8 @@ def recipe_learner(
     """The recipe's learner over a given model and likelihood."""
     options = dict(recipe.learners.get(recipe.learner, {}))
     known = option_names(LEARNERS[recipe.learner])
+    if "way" in known and (way := most_ways(recipe)) is not None:
+        options.setdefault("way", way)
     if steps is not None:
         if "test_steps" not in known:
             raise ValueError(f"--steps: {recipe.learner} takes no inner steps, so there is no number of them to set")

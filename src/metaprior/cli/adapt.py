@@ -13,6 +13,7 @@ from rich.table import Table
 
 from metaprior.cli.evaluate import open_run
 from metaprior.likelihoods import Categories
+from metaprior.recipe import most_ways
 from metaprior.tasks import encode_labels, read_examples
 from metaprior.types import Batch
 
@@ -66,7 +67,7 @@ def adapt(
     classify = jnp.issubdtype(like.y.dtype, jnp.integer)
     if classify:
         codes, classes = encode_labels(labels)
-        way = recipe.tasks.get("way", len(classes))
+        way = most_ways(recipe) or len(classes)
         if len(classes) > way:
             raise ValueError(
                 f"--support: has {len(classes)} classes, but {run} was trained to tell {way} apart; give at most "

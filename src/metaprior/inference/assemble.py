@@ -19,7 +19,7 @@ from metaprior.inference.gradient import (
 )
 from metaprior.inference.posteriors import Implied, PosteriorRule
 from metaprior.likelihoods import Categorical, Gaussian, Likelihood
-from metaprior.types import Batch, Learner, Task, examples
+from metaprior.types import Batch, Learner, Model, Task, examples
 
 Loss = Callable[[PyTree, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
 
@@ -132,6 +132,17 @@ def query_loss(
         )
         outputs = adaptation.outputs(params, at.phi, task.query.x)
         return mean_nll(likelihood, outputs, task.query), fit_metrics(likelihood, outputs, task.query)
+
+    return loss
+
+
+def pretraining_loss(model: Model, likelihood: Likelihood) -> Loss:
+    """The mean nll of support and query together under the model itself: no task, no adaptation."""
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        data = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support, task.query)
+        outputs = model.apply(params, data.x)
+        return mean_nll(likelihood, outputs, data), fit_metrics(likelihood, outputs, data)
 
     return loss
 

@@ -6,12 +6,16 @@ from typing import Any
 from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.bmaml import bmaml
+from metaprior.learners.fine_tune import fine_tune
 from metaprior.learners.gem_bml import gem_bml, gem_bml_plus, kl_chaser
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
+from metaprior.learners.matching import matching
 from metaprior.learners.mixture import gem_mixture
+from metaprior.learners.nearest_neighbour import nearest_neighbour
 from metaprior.learners.platipus import maml_noise, platipus
+from metaprior.learners.protonet import protonet
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
 from metaprior.likelihoods import Likelihood
@@ -37,6 +41,10 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "bmaml": bmaml,
     "platipus": platipus,
     "maml_noise": maml_noise,
+    "protonet": protonet,
+    "matching": matching,
+    "nearest_neighbour": nearest_neighbour,
+    "fine_tune": fine_tune,
 }
 
 

@@ -23,6 +23,8 @@ def images(
     shot: int = 1,
     query: int = 15,
     test_query: int = 15,
+    train_way: int | None = None,
+    train_labels: str = "task",
     size: int | tuple[int, int] = 84,
     channels: int = 3,
     split: Split | None = None,
@@ -41,6 +43,9 @@ def images(
             `train.npz`, `val.npz` and `test.npz`.
         way, shot, query, test_query: classes a task; examples a class of the support, of the query in training, and
             in validation and test.
+        train_way: classes a task in training, if not `way` (Snell et al. 2017 train with more than they test with).
+        train_labels: 'task' (places in the task, random) or 'class' (the class's own number among the training
+            classes, for learners that are pretrained by plain classification).
         size: side in pixels, or (height, width); pictures of another size are resized, antialiased.
         split: how classes are shared out: three fractions, three lists of class names, or a table of 'train',
             'validation' and 'test'. By default as the folders train, val and test say, else (0.64, 0.16, 0.2).
@@ -75,7 +80,8 @@ def images(
     mean, deviation = _moments(arrays["images"], counts, parts[0]) if normalise else (0.0, 1.0)
     return pool_splits(
         arrays["images"], counts, parts, way=way, shot=shot, query=query, test_query=test_query, rotations=rotations,
-        test_rotations=test_rotations, names=names, mean=mean, deviation=deviation,
+        test_rotations=test_rotations, train_way=train_way, train_labels=train_labels, names=names, mean=mean,
+        deviation=deviation,
     )  # fmt: skip
 
 
@@ -85,6 +91,8 @@ def miniimagenet(
     shot: int = 1,
     query: int = 15,
     test_query: int = 15,
+    train_way: int | None = None,
+    train_labels: str = "task",
     path: str | Path | None = None,
     size: int = 84,
     normalise: bool = False,
@@ -103,8 +111,9 @@ def miniimagenet(
             "downloaded from here; give path=, a folder with train, val and test of class folders"
         )
     return images(
-        path=folder, way=way, shot=shot, query=query, test_query=test_query, size=size, normalise=normalise
-    )
+        path=folder, way=way, shot=shot, query=query, test_query=test_query, train_way=train_way,
+        train_labels=train_labels, size=size, normalise=normalise,
+    )  # fmt: skip
 
 
 def _shared_out(names: Sequence[str], split: Split | None, seed: int) -> tuple[np.ndarray, ...]:

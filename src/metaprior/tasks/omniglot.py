@@ -40,6 +40,8 @@ def omniglot(
     shot: int = 1,
     query: int = 15,
     test_query: int = 15,
+    train_way: int | None = None,
+    train_labels: str = "task",
     split: str = "vinyals",
     rotations: bool = True,
     test_rotations: bool = True,
@@ -51,6 +53,9 @@ def omniglot(
     Args:
         way, shot: classes a task and support examples a class.
         query, test_query: query examples a class in training, and in validation and test.
+        train_way: classes a task in training, if not `way` (Snell et al. 2017 train with more than they test with).
+        train_labels: 'task' (places in the task, random) or 'class' (the class's own number among the training
+            classes, for learners that are pretrained by plain classification).
         split: 'vinyals' (1028 / 172 / 423 characters), 'maml' (1100 / 100 / 423 at random by `seed`), or 'lake' (the
             background set less Vinyals' validation alphabets, those, and the evaluation set: use it before
             `one_shot_runs`, whose characters the other two train on).
@@ -68,7 +73,8 @@ def omniglot(
     counts = np.full(len(images) // DRAWERS, DRAWERS)
     return pool_splits(
         images, counts, parts, way=way, shot=shot, query=query, test_query=test_query, rotations=rotations,
-        test_rotations=test_rotations, names=[f"{code:04d}" for code in range(1, len(counts) + 1)],
+        test_rotations=test_rotations, train_way=train_way, train_labels=train_labels,
+        names=[f"{code:04d}" for code in range(1, len(counts) + 1)],
     )  # fmt: skip
 
 

@@ -61,33 +61,35 @@ class ClassPool:
     shot: int = field(metadata={"static": True})
     query: int = field(metadata={"static": True})
     rotations: int = field(metadata={"static": True})
+    own_labels: bool = field(default=False, metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
         """n tasks; support x float32 [n, way * shot, h, w, c] and y int32 [n, way * shot], class by class.
 
-        A class's place in the task (its label) is random; the query follows the same order.
+        A class's place in the task (its label) is random; the query follows the same order. With own_labels a label
+        is the class's own number in 0..size * rotations - 1, the same in every task (turned classes come after all
+        unturned ones): for plain classification, which baselines are pretrained by.
         """
-        rows, turns = jax.vmap(self._draw)(jax.random.split(key, n))
-        return jax.vmap(self._gather)(rows, turns)
+        return jax.vmap(self._gather)(*jax.vmap(self._draw)(jax.random.split(key, n)))
 
-    def _draw(self, key: PRNGKeyArray) -> tuple[Int[Array, "way m"], Int[Array, " way"]]:
+    def _draw(self, key: PRNGKeyArray) -> tuple[Int[Array, "way m"], Int[Array, " way"], Int[Array, " way"]]:
         key_class, key_image = jax.random.split(key)
         size = self.starts.shape[0]
         chosen = distinct(key_class, size * self.rotations, self.way)
+        labels = chosen if self.own_labels else jnp.arange(self.way, dtype=jnp.int32)
         turns, chosen = chosen // size, chosen % size
         keys = jax.random.split(key_image, self.way)
         draw = jax.vmap(lambda k, count: distinct(k, count, self.shot + self.query))
-        return self.starts[chosen, None] + draw(keys, self.counts[chosen]), turns
+        return self.starts[chosen, None] + draw(keys, self.counts[chosen]), turns, labels.astype(jnp.int32)
 
-    def _gather(self, rows: Int[Array, "way m"], turns: Int[Array, " way"]) -> Task:
+    def _gather(self, rows: Int[Array, "way m"], turns: Int[Array, " way"], labels: Int[Array, " way"]) -> Task:
         images = self.images[rows]
         if self.rotations > 1:
             images = rotate(images, turns)
         x = (images.astype(jnp.float32) / 255 - self.mean) / self.deviation
 
         def batch(x: Array) -> Batch:
-            labels = jnp.repeat(jnp.arange(self.way, dtype=jnp.int32), x.shape[1])
-            return Batch(x.reshape(-1, *x.shape[2:]), labels)
+            return Batch(x.reshape(-1, *x.shape[2:]), jnp.repeat(labels, x.shape[1]))
 
         return Task(batch(x[:, : self.shot]), batch(x[:, self.shot :]))
 
@@ -102,6 +104,7 @@ def class_pool(
     shot: int = 1,
     query: int = 15,
     rotations: bool = False,
+    own_labels: bool = False,
     mean: float | Sequence[float] = 0.0,
     deviation: float | Sequence[float] = 1.0,
 ) -> ClassPool:
@@ -112,6 +115,7 @@ def class_pool(
         counts: how many images each class has; their sum is `total`.
         classes: the classes this source draws from (positions in `counts`); all by default.
         names: of all classes, for errors.
+        own_labels: a label is the class's own number, not its place in the task.
         mean, deviation: subtracted from and divided into the images scaled to 0..1, one number or one a channel.
 
     Raises:
@@ -144,7 +148,7 @@ def class_pool(
     starts = np.cumsum(counts) - counts
     return ClassPool(
         jnp.asarray(images), jnp.asarray(classes), jnp.asarray(starts[classes], jnp.int32),
-        jnp.asarray(counts[classes]), jnp.asarray(scale[0]), jnp.asarray(scale[1]), way, shot, query, turns,
+        jnp.asarray(counts[classes]), jnp.asarray(scale[0]), jnp.asarray(scale[1]), way, shot, query, turns, own_labels,
     )  # fmt: skip
 
 
@@ -159,21 +163,33 @@ def pool_splits(
     test_query: int,
     rotations: bool = False,
     test_rotations: bool = False,
+    train_way: int | None = None,
+    train_labels: str = "task",
     names: Sequence[str] | None = None,
     mean: float | Sequence[float] = 0.0,
     deviation: float | Sequence[float] = 1.0,
 ) -> Splits:
-    """Training, validation and test pools over one shared array; `split` lists each one's classes. As `class_pool`."""
+    """Training, validation and test pools over one shared array; `split` lists each one's classes. As `class_pool`.
+
+    train_way: classes a task in training (default: way). train_labels: "task", or "class" (`own_labels` in training).
+    """
+    if train_labels not in ("task", "class"):
+        raise ValueError(f"train_labels: came {train_labels!r}, needs 'task' or 'class'")
     seen: set[int] = set()
     for part in split:
         if seen & set(np.asarray(part).tolist()):
             raise DataError("split: came lists with classes in common, needs disjoint ones")
         seen |= set(np.asarray(part).tolist())
     images = jnp.asarray(images)
-    shared: dict[str, Any] = {"names": names, "way": way, "shot": shot, "mean": mean, "deviation": deviation}
-    sizes = (query, test_query, test_query)
-    turns = (rotations, test_rotations, test_rotations)
+    shared: dict[str, Any] = {"names": names, "shot": shot, "mean": mean, "deviation": deviation}
+    training = {
+        "way": way if train_way is None else train_way,
+        "query": query,
+        "rotations": rotations,
+        "own_labels": train_labels == "class",
+    }
+    judging = {"way": way, "query": test_query, "rotations": test_rotations}
     return Splits(*(
-        class_pool(images, counts, classes=part, query=size, rotations=turned, **shared)
-        for part, size, turned in zip(split, sizes, turns, strict=True)
+        class_pool(images, counts, classes=part, **options, **shared)
+        for part, options in zip(split, (training, judging, judging), strict=True)
     ))  # fmt: skip

@@ -1,0 +1,130 @@
+"""What learners that compare embeddings share: the embedding, its distances, and classes the support does not show.
+
+Classes are labels 0..way-1 with `way` fixed when the code is compiled; one without support examples has probability 0.
+So a learner trained on 60 ways is judged on 5 as it is, and tasks of one batch may have different numbers of classes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.assemble import fit_metrics
+from metaprior.inference.gradient import count
+from metaprior.likelihoods import Categorical, Categories, Likelihood
+from metaprior.types import Batch, Learner, Model, Task, examples
+
+ABSENT = -1e9  # the logit of a class that is not there: its probability is 0 to the bit, and gradients stay finite
+
+Embed = Callable[[PyTree, PyTree], Float[Array, "n d"]]
+
+
+def embedding(model: Model) -> Embed:
+    """(params, x) -> [n, d]: the model's features, or its outputs where it has no head to leave out."""
+    embed = model.apply if model.features is None else model.features
+
+    def flat(params: PyTree, x: PyTree) -> Float[Array, "n d"]:
+        f = embed(params, x)
+        return f.reshape(f.shape[0], -1)
+
+    return flat
+
+
+def embed_query(embed: Embed, params: PyTree, x: PyTree, beside: PyTree | None) -> Float[Array, "n d"]:
+    """The queries' embeddings: in one batch, or each in a batch of its own beside the support inputs.
+
+    The second keeps batch norm from seeing two queries together (Nichol et al. 2018, sec. 6.1).
+    """
+    if beside is None:
+        return embed(params, x)
+
+    def one(xi: PyTree) -> Float[Array, " d"]:
+        return embed(params, jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), beside, xi))[-1]
+
+    return jax.lax.map(one, x)
+
+
+def number_of_classes(model: Model, way: int | None, params: PyTree, x: PyTree) -> int:
+    """`way`, or by default the number of the model's outputs.
+
+    Raises:
+        ValueError: a model without features, whose outputs are the embedding, and no `way`.
+    """
+    if way is not None:
+        return way
+    if model.features is None:
+        raise ValueError(
+            "way: came None, and this model's outputs are its embedding; needs the largest number of classes in a task"
+        )
+    return jax.eval_shape(model.apply, params, x).shape[-1]
+
+
+def check_classification(name: str, likelihood: Likelihood, way: int | None) -> None:
+    """A ValueError where a learner of classes is given another likelihood, or fewer than two classes."""
+    if not isinstance(likelihood, Categorical):
+        raise ValueError(
+            f"likelihood: came {type(likelihood).__name__}, but {name} tells classes apart; give Categorical()"
+        )
+    if way is not None and way < 2:
+        raise ValueError(f"way: came {way}, needs at least 2 classes")
+
+
+def weights(batch: Batch) -> Float[Array, " n"]:
+    """The examples' weights; ones where none came."""
+    return jnp.ones(examples(batch)) if batch.weight is None else batch.weight
+
+
+def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
+    """Each example's weight in the column of its class; the columns sum to the classes' numbers of examples."""
+    return jax.nn.one_hot(support.y, way, dtype=weights(support).dtype) * weights(support)[:, None]
+
+
+def present(logits: Float[Array, "n way"], there: Bool[Array, " way"]) -> Float[Array, "n way"]:
+    """The logits, with classes that are not there ruled out."""
+    return jnp.where(there, logits, ABSENT)
+
+
+def unit(f: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Rows of length one; a row of zeros stays one, and its derivative stays finite."""
+    return f * jax.lax.rsqrt((f**2).sum(-1, keepdims=True) + 1e-12)
+
+
+def squared_distance(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """|a_i - b_j|^2 by one matrix product, about the mean of b lest digits cancel."""
+    centre = b.mean(0)
+    a, b = a - centre, b - centre
+    cross = jnp.matmul(a, b.T, precision="highest")
+    return jnp.maximum((a**2).sum(-1)[:, None] + (b**2).sum(-1) - 2 * cross, 0)
+
+
+def cosine_distance(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """1 - cos(a_i, b_j)."""
+    return 1 - jnp.matmul(unit(a), unit(b).T, precision="highest")
+
+
+DISTANCES = {"euclidean": squared_distance, "cosine": cosine_distance}
+
+
+def scored_by_query(
+    init: Callable[[PRNGKeyArray, Task], PyTree],
+    adapt: Callable[[PyTree, Batch, PRNGKeyArray], PyTree],
+    logits: Callable[[PyTree, PyTree, PyTree], Float[Array, "n way"]],
+) -> Learner:
+    """A learner of classes whose loss is the query's mean nll under its own predictive, as it is judged later.
+
+    logits: (params, posterior, x) -> log class probabilities of the queries, up to a constant each. A query whose label
+    is no class at all (way or above) makes the loss NaN, which training reports.
+    """
+
+    def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Categories:
+        return Categories(jax.nn.log_softmax(logits(params, posterior, x))[None])
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        predictive = predict(params, adapt(params, task.support, key), task.query.x, key)
+        w = weights(task.query)
+        nll = jnp.where(w > 0, -predictive.log_prob(task.query.y), 0)
+        score = (w * nll).sum() / count(task.query)
+        return score, fit_metrics(Categorical(), predictive.log_probs[0], task.query) | {"nll": score}
+
+    return Learner(init, adapt, predict, loss)

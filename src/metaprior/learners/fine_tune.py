@@ -1,0 +1,102 @@
+"""Fine-tuning: pretraining that knows no tasks, then a new head fitted to the support.
+
+The baseline of Vinyals et al. (2016) and of Ravi & Larochelle (2017, sec. 5.1). All training examples are fitted
+together, so labels must mean the same in every task (`train_labels = "class"` of the image sources) and the model needs
+an output for each training class. With Gaussian targets it is the joint training that Finn et al. (2017, sec. 5.1)
+compare with.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.assemble import Adapted, gradient_learner, pretraining_loss
+from metaprior.inference.gradient import Adaptation, half_square, make_optimizer
+from metaprior.inference.metric import embed_query, embedding, number_of_classes
+from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.likelihoods import Likelihood
+from metaprior.networks.layers import dense
+from metaprior.types import Batch, Learner, Model, Task
+
+
+class Tuned(NamedTuple):
+    """phi: the new head, and the features' parameters where those are tuned too."""
+
+    head: dict[str, Array]
+    features: PyTree | None
+
+
+def fine_tune(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    way: int | None = None,
+    steps: int = 100,
+    rate: float = 0.1,
+    optimizer: str = "sgd",
+    frozen: bool = True,
+    l2: float = 0.0,
+    test_steps: int | None = None,
+    transductive: bool = True,
+    posterior: PosteriorRule = point(),
+) -> Learner:
+    """Pretrain the model, then fit a new linear head to the support; params are the model's own.
+
+    The head starts at zero. frozen: the features stay as they are (with `l2`, of the mean nll plus l2/2 |head|^2, and
+    many steps this is logistic regression); False tunes all. way: outputs of the new head (default: the model's own
+    number). steps, rate, optimizer, test_steps, transductive, posterior: as in `maml`.
+    """
+    if l2 < 0:
+        raise ValueError(f"l2: came {l2}, needs at least 0")
+    embed, inner, loss = embedding(model), make_optimizer(optimizer, rate), pretraining_loss(model, likelihood)
+
+    def init(key: PRNGKeyArray, task: Task) -> PyTree:
+        return model.init(key, task.support.x)
+
+    def outputs(params: PyTree, phi: Tuned, x: PyTree, tap: Any = None) -> Array:
+        return dense("head", phi.head, x if frozen else embed(phi.features, x), tap)
+
+    def penalty(params: PyTree, phi: Tuned, support: Batch) -> Scalar:
+        return l2 * half_square(phi.head, jax.tree.map(jnp.zeros_like, phi.head))
+
+    def tuner(params: PyTree, x: PyTree) -> Learner:
+        """MAML's inner loop on a head for inputs such as x; on frozen features it works on embeddings."""
+        width = jax.eval_shape(embed, params, x).shape[-1]
+        classes = number_of_classes(model, way, params, x)
+
+        def start(params: PyTree) -> Tuned:
+            return Tuned({"w": jnp.zeros((width, classes)), "b": jnp.zeros(classes)}, None if frozen else params)
+
+        return gradient_learner(
+            Adaptation(init, start, outputs, lambda params: inner, penalty if l2 else None),
+            likelihood,
+            loss,
+            steps=steps if test_steps is None else test_steps,
+            posterior=posterior,
+            transductive=transductive or frozen,
+        )
+
+    def seen(params: PyTree, support: Batch) -> Batch:
+        # Frozen features are computed once, not at every step.
+        return support._replace(x=embed(params, support.x)) if frozen else support
+
+    def beside(adapted: Adapted, support: Batch) -> Adapted:
+        return adapted._replace(context=support.x) if frozen and not transductive else adapted
+
+    def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Adapted:
+        return beside(tuner(params, support.x).adapt(params, seen(params, support), key), support)
+
+    def path(params: PyTree, support: Batch, key: PRNGKeyArray) -> Adapted:
+        course = tuner(params, support.x).path
+        assert course is not None
+        return jax.vmap(lambda adapted: beside(adapted, support))(course(params, seen(params, support), key))
+
+    def predict(params: PyTree, adapted: Adapted, x: PyTree, key: PRNGKeyArray) -> Any:
+        tuned = tuner(params, x)
+        if frozen:
+            adapted, x = adapted._replace(context=None), embed_query(embed, params, x, adapted.context)
+        return tuned.predict(params, adapted, x, key)
+
+    return Learner(init, adapt, predict, loss, path)

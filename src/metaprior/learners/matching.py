@@ -1,0 +1,127 @@
+"""Matching networks (Vinyals, Blundell, Lillicrap, Kavukcuoglu & Wierstra 2016): attention over the support.
+
+p(y | x, S) = sum_i a(x, x_i) y_i (eq. 1) with a a softmax of cos(f(x), g(x_i)) (sec. 2.1.1). Full context embeddings
+(sec. 2.1.2 and appendix A): a bidirectional LSTM reads the support in the order it comes in,
+    g(x_i, S) = forward_i + backward_i + g'(x_i),
+and a query reads that K times, f(x, S) = h_K from a state of zeros, so that its first reading is the plain average:
+    h_k = LSTM(f'(x), [h_k-1, r_k-1]) + f'(x),   r_k-1 = sum_i softmax_i(h_k-1' g(x_i, S)) g(x_i, S).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.metric import (
+    ABSENT,
+    check_classification,
+    embed_query,
+    embedding,
+    memberships,
+    number_of_classes,
+    present,
+    scored_by_query,
+    unit,
+    weights,
+)
+from metaprior.likelihoods import Likelihood
+from metaprior.networks.lstm import State, lstm, lstm_init, lstm_start, run_lstm
+from metaprior.types import Batch, Learner, Model, Task
+
+
+class Context(NamedTuple):
+    """The LSTMs of the full context embeddings: over the support in both directions, and the query's reader."""
+
+    forward: dict[str, Array]
+    backward: dict[str, Array]
+    reader: dict[str, Array]
+
+
+class Matching(NamedTuple):
+    """theta: the embedding f' = g', the context's LSTMs or None, and the log of a learned temperature or None."""
+
+    embedding: PyTree
+    context: Context | None
+    log_temperature: Scalar | None
+
+
+class Memory(NamedTuple):
+    """The support as the queries see it: embeddings g, log weights, and weights in the columns of the classes.
+
+    beside: the support inputs, where queries are judged one at a time.
+    """
+
+    keys: Float[Array, "n d"]
+    log_weight: Float[Array, " n"]
+    shares: Float[Array, "n way"]
+    beside: PyTree
+
+
+def support_in_context(context: Context, g: Float[Array, "n d"], weight: Float[Array, " n"]) -> Float[Array, "n d"]:
+    """g(x_i, S): each embedding and what was read up to it, from either end."""
+    there = weight > 0
+    return g + run_lstm(context.forward, g, there) + run_lstm(context.backward, g, there, reverse=True)
+
+
+def query_in_context(context: Context, f: Float[Array, "m d"], memory: Memory, reads: int) -> Float[Array, "m d"]:
+    """f(x, S) after `reads` looks at the support."""
+
+    def read(state: State, _: None) -> tuple[State, None]:
+        attention = jax.nn.softmax(state.h @ memory.keys.T + memory.log_weight)
+        after = lstm(context.reader, state, jnp.concatenate([f, attention @ memory.keys], -1))
+        return State(after.h + f, after.c), None
+
+    return jax.lax.scan(read, lstm_start(context.reader, f.shape[0]), length=reads)[0].h
+
+
+def matching(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    context: bool = False,
+    reads: int = 5,
+    temperature: float = 1.0,
+    learn_temperature: bool = False,
+    way: int | None = None,
+    transductive: bool = True,
+) -> Learner:
+    """Meta-learn an embedding by whose cosines a query attends to the support's labels; classification only.
+
+    context: full context embeddings, with `reads` K of the query; the order of the support then matters. temperature:
+    divides the cosines (the paper's is 1, and keeps probabilities near each other), and is where a learned one starts.
+    way, transductive: as in `protonet`.
+    """
+    check_classification("matching", likelihood, way)
+    if temperature <= 0:
+        raise ValueError(f"temperature: came {temperature}, needs a positive number")
+    if reads < 1:
+        raise ValueError(f"reads: came {reads}, needs at least 1")
+    embed = embedding(model)
+
+    def init(key: PRNGKeyArray, task: Task) -> Matching:
+        key_model, *keys = jax.random.split(key, 4)
+        start = model.init(key_model, task.support.x)
+        d = jax.eval_shape(embed, start, task.support.x).shape[-1]
+        sizes = (d, d, 2 * d)
+        lstms = Context(*(lstm_init(k, size, d) for k, size in zip(keys, sizes, strict=True))) if context else None
+        return Matching(start, lstms, jnp.log(jnp.asarray(temperature, float)) if learn_temperature else None)
+
+    def adapt(params: Matching, support: Batch, key: PRNGKeyArray) -> Memory:
+        shares = memberships(support, number_of_classes(model, way, params.embedding, support.x))
+        keys, weight = embed(params.embedding, support.x), weights(support)
+        if params.context is not None:
+            keys = support_in_context(params.context, keys, weight)
+        log_weight = jnp.where(weight > 0, jnp.log(jnp.where(weight > 0, weight, 1)), ABSENT)
+        return Memory(keys, log_weight, shares, None if transductive else support.x)
+
+    def logits(params: Matching, memory: Memory, x: PyTree) -> Float[Array, "m way"]:
+        f = embed_query(embed, params.embedding, x, memory.beside)
+        if params.context is not None:
+            f = query_in_context(params.context, f, memory, reads)
+        scale = temperature if params.log_temperature is None else jnp.exp(params.log_temperature)
+        attention = jax.nn.softmax(unit(f) @ unit(memory.keys).T / scale + memory.log_weight)
+        hot = memory.shares > 0
+        return present(jnp.log(attention @ hot + jnp.finfo(f.dtype).tiny), hot.any(0))
+
+    return scored_by_query(init, adapt, logits)

@@ -1,0 +1,92 @@
+"""Nearest neighbours, by the features of a network that was pretrained without tasks, or by the raw inputs.
+
+The baseline of Vinyals et al. (2016) and of Ravi & Larochelle (2017, sec. 5.1); pretraining as in `fine_tune`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.assemble import pretraining_loss
+from metaprior.inference.metric import (
+    ABSENT,
+    DISTANCES,
+    check_classification,
+    embed_query,
+    embedding,
+    memberships,
+    number_of_classes,
+    present,
+    scored_by_query,
+)
+from metaprior.likelihoods import Likelihood
+from metaprior.named import lookup
+from metaprior.types import Batch, Learner, Model, Task
+
+
+class Comparison(NamedTuple):
+    """theta of nearest neighbours: the pretrained network and no temperature, or for pixels a log temperature alone."""
+
+    network: PyTree | None
+    log_temperature: Scalar | None
+
+
+class Neighbours(NamedTuple):
+    """The support's embeddings and their weights in the columns of the classes; `beside` as in `protonet`."""
+
+    embeddings: Float[Array, "n d"]
+    shares: Float[Array, "n way"]
+    beside: PyTree
+
+
+def nearest_neighbour(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    on: str = "features",
+    distance: str = "cosine",
+    temperature: float = 0.1,
+    way: int | None = None,
+    transductive: bool = True,
+) -> Learner:
+    """Give a query the class of its nearest support example, by pretrained features or by the raw inputs.
+
+    on: "features", or "pixels" (nothing but the temperature is learned). distance: "cosine" or "euclidean" (squared).
+    A class's logit is minus the distance of its nearest example over `temperature`; the choice does not depend on it,
+    calibration does. way, transductive: as in `protonet`.
+    """
+    check_classification("nearest_neighbour", likelihood, way)
+    if on not in ("features", "pixels"):
+        raise ValueError(f"on: came {on!r}, needs 'features' or 'pixels'")
+    if temperature <= 0:
+        raise ValueError(f"temperature: came {temperature}, needs a positive number")
+    measure: Callable = lookup("distance", distance, DISTANCES)
+    pretrain, features = pretraining_loss(model, likelihood), embedding(model)
+
+    def embed(network: PyTree, x: PyTree) -> Float[Array, "n d"]:
+        return x.reshape(x.shape[0], -1) if on == "pixels" else features(network, x)
+
+    def init(key: PRNGKeyArray, task: Task) -> Comparison:
+        if on == "pixels":
+            return Comparison(None, jnp.log(jnp.asarray(temperature, float)))
+        return Comparison(model.init(key, task.support.x), None)
+
+    def adapt(params: Comparison, support: Batch, key: PRNGKeyArray) -> Neighbours:
+        network = jax.eval_shape(model.init, key, support.x) if params.network is None else params.network
+        shares = memberships(support, number_of_classes(model, way, network, support.x))
+        return Neighbours(embed(params.network, support.x), shares, None if transductive else support.x)
+
+    def logits(params: Comparison, support: Neighbours, x: PyTree) -> Float[Array, "m way"]:
+        apart = measure(embed_query(embed, params.network, x, support.beside), support.embeddings)
+        scale = temperature if params.log_temperature is None else jnp.exp(params.log_temperature)
+        nearest = jnp.where(support.shares > 0, -apart[:, :, None] / scale, ABSENT).max(1)
+        return present(nearest, (support.shares > 0).any(0))
+
+    def loss(params: Comparison, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        return pretrain(params.network, task, key)
+
+    learner = scored_by_query(init, adapt, logits)
+    return learner if on == "pixels" else learner._replace(loss=loss)

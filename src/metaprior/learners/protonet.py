@@ -1,0 +1,130 @@
+"""Prototypical networks (Snell, Swersky & Zemel 2017): a class is the mean of its support examples' embeddings.
+
+Algorithm 1: c_k = mean of f(x) over the support of class k (eq. 1, divided by the class's own number of examples);
+p(y = k | x) is a softmax of -d(f(x), c_k) (eq. 2). The Bayesian reading says what the mean stands for: embeddings of
+class k are N(mu_k, diag v) with a learned shared variance v, and mu_k ~ N(m, diag u). The prototype is then the mean of
+p(mu_k | support) = N(c_k, s_k), 1/s_k = 1/u + n_k/v and c_k = s_k (m/u + sum f(x)/v), and a query of class k is
+N(c_k, v + s_k): a class known by fewer examples is wider. A flat prior, equal n_k and an isotropic v give eq. 2 back.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.metric import (
+    DISTANCES,
+    check_classification,
+    embed_query,
+    embedding,
+    memberships,
+    number_of_classes,
+    present,
+    scored_by_query,
+)
+from metaprior.likelihoods import Likelihood
+from metaprior.named import lookup
+from metaprior.types import Batch, Learner, Model, Task
+
+
+class Metric(NamedTuple):
+    """theta of the published learner: the embedding and the log of a learned temperature (None: a fixed one)."""
+
+    embedding: PyTree
+    log_temperature: Scalar | None
+
+
+class Gaussians(NamedTuple):
+    """theta of the Bayesian reading: the embedding, log v, m and log u."""
+
+    embedding: PyTree
+    log_variance: Float[Array, " d"]
+    prior_mean: Float[Array, " d"]
+    log_prior_variance: Float[Array, " d"]
+
+
+class Prototypes(NamedTuple):
+    """Each class's mean is N(mean, diag variance) given the support; shots 0 marks a class without examples.
+
+    beside: the support inputs, where queries are judged one at a time.
+    """
+
+    mean: Float[Array, "way d"]
+    variance: Float[Array, "way d"]
+    shots: Float[Array, " way"]
+    beside: PyTree
+
+
+def class_means(shares: Float[Array, "n way"], f: Float[Array, "n d"]) -> tuple[Array, Array]:
+    """Prototypes as points (eq. 1): the classes' weighted means [way, d] and variances of 0."""
+    count = shares.sum(0)
+    mean = shares.T @ f / jnp.where(count > 0, count, 1)[:, None]
+    return mean, jnp.zeros_like(mean)
+
+
+def class_posteriors(params: Gaussians, shares: Float[Array, "n way"], f: Float[Array, "n d"]) -> tuple[Array, Array]:
+    """Means and variances [way, d] of p(mu_k | support), conjugate in each coordinate."""
+    v, u = jnp.exp(params.log_variance), jnp.exp(params.log_prior_variance)
+    variance = 1 / (1 / u + shares.sum(0)[:, None] / v)
+    return variance * (params.prior_mean / u + shares.T @ f / v), variance
+
+
+def class_densities(params: Gaussians, classes: Prototypes, f: Float[Array, "n d"]) -> Float[Array, "n way"]:
+    """log N(f; c_k, v + s_k) up to a constant, by matrix products about the mean prototype lest digits cancel."""
+    centre = classes.mean.mean(0)
+    f, c = f - centre, classes.mean - centre
+    spread = jnp.exp(params.log_variance) + classes.variance
+    cross = jnp.matmul(f, (c / spread).T, precision="highest")
+    square = jnp.matmul(f**2, (1 / spread).T, precision="highest") - 2 * cross + (c**2 / spread).sum(-1)
+    return -0.5 * (square + jnp.log(spread).sum(-1))
+
+
+def protonet(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    distance: str = "euclidean",
+    temperature: float = 1.0,
+    learn_temperature: bool = False,
+    bayes: bool = False,
+    way: int | None = None,
+    transductive: bool = True,
+) -> Learner:
+    """Meta-learn an embedding in which a new task's classes lie around their prototypes; classification only.
+
+    distance: "euclidean" (squared) or "cosine", divided by `temperature`, which is where a learned one starts.
+    bayes: prototypes with their uncertainty (v starts at 1/2, where a flat prior is the squared distance; m at 0, u at
+    1). way: the largest number of classes in a task, in training or later (default: the model's outputs).
+    transductive: False embeds each query beside the support alone, which matters under batch norm.
+    """
+    check_classification("protonet", likelihood, way)
+    if bayes and (distance != "euclidean" or learn_temperature or temperature != 1):
+        raise ValueError("bayes: its learned variances take the place of distance and temperature; leave those out")
+    if temperature <= 0:
+        raise ValueError(f"temperature: came {temperature}, needs a positive number")
+    measure: Callable = lookup("distance", distance, DISTANCES)
+    embed = embedding(model)
+
+    def init(key: PRNGKeyArray, task: Task) -> Metric | Gaussians:
+        start = model.init(key, task.support.x)
+        if bayes:
+            d = jax.eval_shape(embed, start, task.support.x).shape[-1]
+            return Gaussians(start, jnp.full(d, jnp.log(0.5)), jnp.zeros(d), jnp.zeros(d))
+        return Metric(start, jnp.log(jnp.asarray(temperature, float)) if learn_temperature else None)
+
+    def adapt(params: Metric | Gaussians, support: Batch, key: PRNGKeyArray) -> Prototypes:
+        shares = memberships(support, number_of_classes(model, way, params.embedding, support.x))
+        f = embed(params.embedding, support.x)
+        around = class_posteriors(params, shares, f) if isinstance(params, Gaussians) else class_means(shares, f)
+        return Prototypes(*around, shares.sum(0), None if transductive else support.x)
+
+    def logits(params: Metric | Gaussians, classes: Prototypes, x: PyTree) -> Float[Array, "n way"]:
+        f = embed_query(embed, params.embedding, x, classes.beside)
+        if isinstance(params, Gaussians):
+            return present(class_densities(params, classes, f), classes.shots > 0)
+        scale = temperature if params.log_temperature is None else jnp.exp(params.log_temperature)
+        return present(-measure(f, classes.mean) / scale, classes.shots > 0)
+
+    return scored_by_query(init, adapt, logits)

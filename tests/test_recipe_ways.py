@@ -1,0 +1,25 @@
+"""Recipes with more ways in training than at test."""
+
+import jax
+import jax.numpy as jnp
+
+from metaprior.recipe import build, most_ways, recipe_from_dict, with_overrides
+from metaprior.tasks import FixedTasks
+from metaprior.types import Batch, Splits, Task
+
+
+def test_the_largest_way_reaches_the_network_and_the_learner():
+    recipe = recipe_from_dict({
+        "name": "ways", "learner": "protonet", "tasks": {"name": "omniglot", "way": 5, "train_way": 9},
+        "network": {"name": "mlp", "hidden": [4]}, "likelihood": {"name": "categorical"},
+    })  # fmt: skip
+    assert most_ways(recipe) == 9
+    batch = Batch(jnp.ones((5, 3)), jnp.arange(5))
+    tasks = FixedTasks(jax.tree.map(lambda leaf: leaf[None], Task(batch, batch)))
+    for learner in ("protonet", "nearest_neighbour", "maml"):
+        made = build(with_overrides(recipe, learner), splits=Splits(tasks, tasks, tasks))
+        params = made.learner.init(jax.random.key(0), Task(batch, batch))
+        posterior = made.learner.adapt(params, batch, jax.random.key(0))
+        assert made.learner.predict(params, posterior, batch.x, jax.random.key(0)).mean().shape == (5, 9)
+    assert most_ways(with_overrides(recipe, None, {"tasks.way": 20})) == 20
+    assert most_ways(recipe_from_dict({"name": "sines", "tasks": {"name": "sinusoid"}})) is None
