@@ -1,6 +1,7 @@
 """The algorithms, a file a family."""
 
 from metaprior.learners.anil import anil, nil
+from metaprior.learners.cnp import anp, cnp
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
@@ -9,6 +10,6 @@ from metaprior.learners.registry import LEARNERS, make_learner
 from metaprior.learners.reptile import reptile
 
 __all__ = [
-    "LEARNERS", "anil", "fomaml", "imaml", "llama", "lslr", "make_learner", "maml", "meta_sgd", "nil",
+    "LEARNERS", "anil", "anp", "cnp", "fomaml", "imaml", "llama", "lslr", "make_learner", "maml", "meta_sgd", "nil",
     "preconditioned", "reptile",
 ]  # fmt: skip

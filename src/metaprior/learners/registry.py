@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from metaprior.learners.anil import anil, nil
+from metaprior.learners.cnp import anp, cnp
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
@@ -24,6 +25,8 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "reptile": reptile,
     "imaml": imaml,
     "llama": llama,
+    "cnp": cnp,
+    "anp": anp,
 }
 
 

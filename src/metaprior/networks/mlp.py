@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def mlp(
     names = [*(f"layer{i + 1}" for i in range(len(hidden))), "head"]
 
     def init(key: PRNGKeyArray, x: Array) -> dict:
-        width = [x.reshape(x.shape[0], -1).shape[1], *hidden, outputs]
+        width = [prod(x.shape[1:]), *hidden, outputs]
         keys = jax.random.split(key, len(names))
         params = {n: dense_init(k, i, o, init_scale) for n, k, (i, o) in zip(names, keys, pairwise(width), strict=True)}
         if norm:
@@ -42,7 +43,7 @@ def mlp(
         return params
 
     def features(params: dict, x: Array, tap: Tap | None = None) -> Array:
-        x = x.reshape(x.shape[0], -1)
+        x = x.reshape(x.shape[0], prod(x.shape[1:]))  # not -1, which an empty batch does not tell
         for name in names[:-1]:
             layer = params[name]
             if norm:
