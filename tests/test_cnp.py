@@ -25,11 +25,11 @@ def batch(n, seed=1):
 
 
 def answer(learner, params, support, x):
-    return learner.predict(params, learner.adapt(params, support, KEY), x, KEY).mean()
+    return jax.jit(lambda p, s, x: learner.predict(p, learner.adapt(p, s, KEY), x, KEY).mean())(params, support, x)
 
 
 def start(learner, support):
-    return learner.init(KEY, Task(support, support))
+    return jax.jit(learner.init)(KEY, Task(support, support))
 
 
 def by_hand(layers, x):

@@ -8,8 +8,9 @@ from metaprior.learners.maml import fomaml, maml
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.registry import LEARNERS, make_learner
 from metaprior.learners.reptile import reptile
+from metaprior.learners.snail import snail
 
 __all__ = [
     "LEARNERS", "anil", "anp", "cnp", "fomaml", "imaml", "llama", "lslr", "make_learner", "maml", "meta_sgd", "nil",
-    "preconditioned", "reptile",
+    "preconditioned", "reptile", "snail",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
+from metaprior.learners.snail import snail
 from metaprior.likelihoods import Likelihood
 from metaprior.named import construct
 from metaprior.types import Learner, Model
@@ -27,6 +28,7 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "llama": llama,
     "cnp": cnp,
     "anp": anp,
+    "snail": snail,
 }
 
 
