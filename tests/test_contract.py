@@ -50,12 +50,14 @@ OPTIONS = {
     "cnp": {"width": 32, "encoder": (32,), "decoder": (32,)},
     "anp": {"width": 32, "encoder": (32,), "decoder": (32,), "heads": 4},
     "snail": {"filters": 8, "attention": ((8, 8), (8, 8), (8, 8))},
+    "mann": {"hidden": 16, "slots": 16, "width": 8, "heads": 2},
+    "lstm": {"hidden": 16},
 }
 CLASSIFIERS = ("nil",)
 # Learners whose network reads labels as inputs: that names mean nothing is taught by tasks, not built in.
-READS_NAMES = ("cnp", "anp", "snail")
+READS_NAMES = ("cnp", "anp", "snail", "mann", "lstm")
 # Learners to which the support is a sequence.
-ORDERED = ("snail",)
+ORDERED = ("snail", "mann", "lstm")
 # The outer rate of Reptile multiplies phi - theta, not a gradient.
 OUTER = {"reptile": optax.sgd(0.7)}
 # The factor by which 1,500 meta-steps of 8 tasks must lower the excess test nll; 0.75 where nothing is said.

@@ -8,6 +8,7 @@ from metaprior.learners.cnp import anp, cnp
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
+from metaprior.learners.mann import lstm, mann
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
 from metaprior.learners.snail import snail
@@ -29,6 +30,8 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "cnp": cnp,
     "anp": anp,
     "snail": snail,
+    "mann": mann,
+    "lstm": lstm,
 }
 
 
