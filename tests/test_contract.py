@@ -52,10 +52,11 @@ OPTIONS = {
     "snail": {"filters": 8, "attention": ((8, 8), (8, 8), (8, 8))},
     "mann": {"hidden": 16, "slots": 16, "width": 8, "heads": 2},
     "lstm": {"hidden": 16},
+    "gnn": {"layers": 2, "filters": 8},
 }
-CLASSIFIERS = ("nil",)
+CLASSIFIERS = ("nil", "gnn")
 # Learners whose network reads labels as inputs: that names mean nothing is taught by tasks, not built in.
-READS_NAMES = ("cnp", "anp", "snail", "mann", "lstm")
+READS_NAMES = ("cnp", "anp", "snail", "mann", "lstm", "gnn")
 # Learners to which the support is a sequence.
 ORDERED = ("snail", "mann", "lstm")
 # The outer rate of Reptile multiplies phi - theta, not a gradient.

@@ -2,6 +2,7 @@
 
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.cnp import anp, cnp
+from metaprior.learners.gnn import gnn
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
@@ -12,6 +13,6 @@ from metaprior.learners.reptile import reptile
 from metaprior.learners.snail import snail
 
 __all__ = [
-    "LEARNERS", "anil", "anp", "cnp", "fomaml", "imaml", "llama", "lslr", "lstm", "make_learner", "maml", "mann",
+    "LEARNERS", "anil", "anp", "cnp", "fomaml", "gnn", "imaml", "llama", "lslr", "lstm", "make_learner", "maml", "mann",
     "meta_sgd", "nil", "preconditioned", "reptile", "snail",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 At time t of an episode the network sees (x_t, y_{t-1}), the label one step late, and must say y_t: it has to store what
 it saw until the label comes, and find it again (sec. 2). An LSTM controller writes to and reads from an external memory
 (sec. 3); its state and what was read give the outputs. The loss is the nll at every time step of the episode, support
-and query in random order, here its mean. The posterior is the state after the support; each query goes on from it alone.
+and query in random order, here its mean. The posterior is the state after the support; each query goes on from it.
 """
 
 from typing import Any, NamedTuple
@@ -124,8 +124,8 @@ def mann(
         return likelihood.predictive(jax.vmap(lambda drive: step(params, state, drive)[1])(project(params, x))[None])
 
     def loss(params: Mann, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
-        n = examples(task.support) + examples(task.query)
-        order = jax.random.permutation(key, n) if shuffle else jnp.arange(n)
+        times = jnp.arange(examples(task.support) + examples(task.query))
+        order = jax.random.permutation(key, times) if shuffle else times
         parts = [(batch._replace(weight=weights(batch)), sequence(params, batch)) for batch in task]
         episode, shown = jax.tree.map(lambda s, q: jnp.concatenate([s, q])[order], *parts)
         outputs = run(params, shown)[1]

@@ -5,6 +5,7 @@ from typing import Any
 
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.cnp import anp, cnp
+from metaprior.learners.gnn import gnn
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
@@ -32,6 +33,7 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "snail": snail,
     "mann": mann,
     "lstm": lstm,
+    "gnn": gnn,
 }
 
 

@@ -32,7 +32,7 @@ def access(
     """Write the keys, then look them up; `new.read @ new.content` is what the heads read.
 
     Head i writes its key where it read last, in proportion to its gate, and else to the i-th least used slot, which is
-    wiped first (eqs. 6 and 7; the paper's text for one head). Reading weights are a softmax of the cosines times
+    wiped first (eqs. 6-8, which are of one head). Reading weights are a softmax of the cosines times
     `sharpness` (eq. 3 has 1). Usage fades by `decay` (eq. 5).
     """
     slots = memory.usage.shape[0]
