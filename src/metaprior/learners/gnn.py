@@ -1,9 +1,9 @@
 """Few-shot learning with a graph network (Garcia & Bruna 2018): labels pass along edges that are learned.
 
 The nodes are the support and one query, each its embedding beside its label: one-hot, or uniform where it is not known.
-Each layer (sec. 4) first makes edges from the nodes as they stand, A_ij = MLP(|z_i - z_j|) with a softmax over the rows,
-then nodes from edges, z' = rho([z, A z] w), put beside z; the last layer gives the query's class. Each query has its own
-graph. The authors' batch norm over edges and nodes is left out: a task does not see the others of its batch.
+Each layer (sec. 4) first makes edges from the nodes as they stand, A_ij = MLP(|z_i - z_j|) with a softmax a row,
+then nodes from edges, z' = rho([z, A z] w), put beside z; the last layer gives the query's class. Each query has a
+graph of its own. The authors' batch norm over edges and nodes is left out: a task does not see the others of its batch.
 """
 
 from typing import NamedTuple

@@ -51,15 +51,15 @@ def mann(
     width: int = 40,
     heads: int = 4,
     decay: float = 0.95,
-    sharpen: bool = False,
+    sharpen: bool = True,
     shuffle: bool = True,
 ) -> Learner:
     """Meta-learn to remember labelled examples, on the model's features.
 
     hidden: units of the controller. slots, width, heads, decay: of the memory; heads=0 is none. sharpen: the controller
-    sets how sharply each head reads (the paper's softmax of bare cosines is nearly even over 128 slots). shuffle: train
-    on episodes in random order. The order of the support matters; so do the names of classes as far as training has not
-    taught otherwise. A weight above 0 counts as 1. ValueError where there is no example to remember before a query.
+    sets how sharply each head reads; the paper's softmax of bare cosines (False) is nearly even. shuffle: train on
+    episodes in random order. The order of the support matters; so do class names as far as training has not taught
+    otherwise. A weight above 0 counts as 1. ValueError where there is no example before a query.
     """
     if min(hidden, width) < 1 or not 0 <= heads <= slots:
         came = f"{hidden}, {width}, {heads}, {slots}"
@@ -87,7 +87,7 @@ def mann(
         cell = jax.nn.sigmoid(f + 1) * state.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(cell)
         memory = state.memory
-        if params.address is not None and memory is not None:
+        if memory is not None and params.address is not None:
             asked = dense("address", params.address, h[None]).reshape(heads, width + 2)
             sharpness = 1 + jax.nn.softplus(asked[:, -1]) if sharpen else jnp.ones(heads)
             memory = access(memory, jnp.tanh(asked[:, :width]), jax.nn.sigmoid(asked[:, -2]), sharpness, decay)
