@@ -3,11 +3,14 @@
 from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.bmaml import bmaml
+from metaprior.learners.cnp import anp, cnp
 from metaprior.learners.fine_tune import fine_tune
 from metaprior.learners.gem_bml import gem_bml, gem_bml_plus, kl_chaser
+from metaprior.learners.gnn import gnn
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
+from metaprior.learners.mann import lstm, mann
 from metaprior.learners.matching import matching
 from metaprior.learners.mixture import gem_mixture
 from metaprior.learners.nearest_neighbour import nearest_neighbour
@@ -16,9 +19,10 @@ from metaprior.learners.protonet import protonet
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.registry import LEARNERS, make_learner
 from metaprior.learners.reptile import reptile
+from metaprior.learners.snail import snail
 
 __all__ = [
-    "LEARNERS", "amortized_bml", "anil", "bmaml", "fine_tune", "fomaml", "gem_bml", "gem_bml_plus", "gem_mixture",
-    "imaml", "kl_chaser", "llama", "lslr", "make_learner", "maml", "maml_noise", "matching", "meta_sgd",
-    "nearest_neighbour", "nil", "platipus", "preconditioned", "protonet", "reptile",
+    "LEARNERS", "amortized_bml", "anil", "anp", "bmaml", "cnp", "fine_tune", "fomaml", "gem_bml", "gem_bml_plus",
+    "gem_mixture", "gnn", "imaml", "kl_chaser", "llama", "lslr", "lstm", "make_learner", "maml", "maml_noise", "mann",
+    "matching", "meta_sgd", "nearest_neighbour", "nil", "platipus", "preconditioned", "protonet", "reptile", "snail",
 ]  # fmt: skip

@@ -6,11 +6,14 @@ from typing import Any
 from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.bmaml import bmaml
+from metaprior.learners.cnp import anp, cnp
 from metaprior.learners.fine_tune import fine_tune
 from metaprior.learners.gem_bml import gem_bml, gem_bml_plus, kl_chaser
+from metaprior.learners.gnn import gnn
 from metaprior.learners.imaml import imaml
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
+from metaprior.learners.mann import lstm, mann
 from metaprior.learners.matching import matching
 from metaprior.learners.mixture import gem_mixture
 from metaprior.learners.nearest_neighbour import nearest_neighbour
@@ -18,6 +21,7 @@ from metaprior.learners.platipus import maml_noise, platipus
 from metaprior.learners.protonet import protonet
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
+from metaprior.learners.snail import snail
 from metaprior.likelihoods import Likelihood
 from metaprior.named import construct
 from metaprior.types import Learner, Model
@@ -45,6 +49,12 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "matching": matching,
     "nearest_neighbour": nearest_neighbour,
     "fine_tune": fine_tune,
+    "cnp": cnp,
+    "anp": anp,
+    "snail": snail,
+    "mann": mann,
+    "lstm": lstm,
+    "gnn": gnn,
 }
 
 

@@ -1,0 +1,69 @@
+"""Amortised inference: a network reads the support set, and what it made of it stands for phi.
+
+Shared by the learners that do so: inputs and targets as such a network sees them, and a loss that is the query's.
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.assemble import fit_metrics
+from metaprior.inference.gradient import mean_nll
+from metaprior.likelihoods import Categorical, Likelihood
+from metaprior.types import Batch, Learner, Model, Task, examples
+
+
+def embedding(model: Model) -> Callable[[PyTree, PyTree], Float[Array, "n d"]]:
+    """(params, x) -> the model's features, or its outputs where it has none, flat; x may hold no example."""
+    see = model.apply if model.features is None else model.features
+
+    def embed(params: PyTree, x: PyTree) -> Float[Array, "n d"]:
+        n = jax.tree.leaves(x)[0].shape[0]
+        f = see(params, x if n else jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), x))[:n]
+        return f.reshape(n, prod(f.shape[1:]))
+
+    return embed
+
+
+def output_width(model: Model, params: PyTree, x: PyTree) -> int:
+    """How many outputs an example has: the number of classes of a classifier."""
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), x)
+    return jax.eval_shape(model.apply, params, one).shape[-1]
+
+
+def as_inputs(likelihood: Likelihood, y: Array, outputs: int) -> Float[Array, "n t"]:
+    """Targets as a network reads them: classes one-hot among `outputs`, everything else as it is.
+
+    Raises the likelihood's own ValueError where y cannot be targets of so many outputs.
+    """
+    jax.eval_shape(likelihood.nll, jax.ShapeDtypeStruct((y.shape[0], outputs), jnp.result_type(float)), y)
+    if isinstance(likelihood, Categorical):
+        return jax.nn.one_hot(y, outputs)
+    return (y if y.ndim > 1 else y[:, None]).astype(float)
+
+
+def weights(batch: Batch) -> Float[Array, " n"]:
+    """Each example's weight; 1 where none is given."""
+    return jnp.ones(examples(batch)) if batch.weight is None else batch.weight
+
+
+def amortised_learner(
+    init: Callable[[PRNGKeyArray, Task], PyTree],
+    adapt: Callable[[PyTree, Batch, PRNGKeyArray], PyTree],
+    outputs: Callable[[PyTree, PyTree, PyTree], Float[Array, "n c"]],
+    likelihood: Likelihood,
+) -> Learner:
+    """A learner from `adapt` and outputs(params, posterior, x); its loss is the mean nll of the query after `adapt`."""
+
+    def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Any:
+        return likelihood.predictive(outputs(params, posterior, x)[None])
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        predicted = outputs(params, adapt(params, task.support, key), task.query.x)
+        return mean_nll(likelihood, predicted, task.query), fit_metrics(likelihood, predicted, task.query)
+
+    return Learner(init, adapt, predict, loss)

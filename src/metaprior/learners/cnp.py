@@ -1,0 +1,107 @@
+"""Conditional neural processes (Garnelo et al. 2018), and their attentive form (Kim et al. 2019).
+
+An encoder h turns each support example into r_i = h(x_i, y_i) (eq. 1); their mean r is all that is kept of the task
+(eq. 2); a decoder g(x*, r) gives the outputs at x* (eq. 3). Where each query attends to the support, r depends on x*:
+r* = MultiHead(q(x*), k(x_i), r_i) (Kim et al. 2019, sec. 3, the deterministic path alone; no latent variable).
+The loss is the query's nll; the paper's also has the support's examples among its targets.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width, weights
+from metaprior.likelihoods import Categorical, Likelihood
+from metaprior.named import passes_options_to
+from metaprior.networks.attention import attend
+from metaprior.networks.mlp import mlp
+from metaprior.types import Batch, Learner, Model, Task
+
+
+class Process(NamedTuple):
+    """theta: the embedding of x (the given model), h and g; `address` makes queries and keys of inputs."""
+
+    embedding: PyTree
+    encoder: PyTree
+    decoder: PyTree
+    address: PyTree
+
+
+class Read(NamedTuple):
+    """The posterior of the attentive form: what was made of each support example."""
+
+    keys: Float[Array, "n h d"]
+    values: Float[Array, "n h e"]
+    weight: Float[Array, " n"]
+
+
+def cnp(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    width: int = 128,
+    encoder: Sequence[int] = (128, 128),
+    decoder: Sequence[int] = (128, 128),
+    by_class: bool = False,
+    attention: bool = False,
+    heads: int = 8,
+) -> Learner:
+    """Meta-learn to read a support set into `width` numbers, and outputs off them; an empty one is read as zeros.
+
+    encoder, decoder: hidden layers of h and g on the model's features. Classes are read one-hot; by_class=True keeps
+    one mean a class, side by side (the paper's sec. 4.3, Omniglot). attention: an r of each query's own, by `heads`
+    heads. The order of the support does not matter; class names do as far as training has not taught otherwise.
+    """
+    if width < 1 or (attention and (heads < 1 or width % heads)):
+        raise ValueError(f"width, heads: came {width}, {heads}; needs a width that the number of heads divides")
+    if by_class and (attention or not isinstance(likelihood, Categorical)):
+        raise ValueError("by_class: came True, needs a categorical likelihood and attention=False")
+    embed = embedding(model)
+    h, g, address = mlp(width, encoder), mlp(hidden=decoder), mlp(width, encoder[:1])
+
+
+    def init(key: PRNGKeyArray, task: Task) -> Process:
+        keys = jax.random.split(key, 4)
+        theta, x = model.init(keys[0], task.support.x), task.support.x
+        outputs = output_width(model, theta, x)
+        d, t = embed(theta, x).shape[1], as_inputs(likelihood, task.support.y, outputs).shape[1]
+        means = outputs if by_class else 1
+        return Process(
+            theta,
+            h.init(keys[1], jnp.zeros((1, d + t))),
+            mlp(outputs, decoder).init(keys[2], jnp.zeros((1, d + width * means))),
+            address.init(keys[3], jnp.zeros((1, d))) if attention else None,
+        )
+
+    def by_heads(a: Float[Array, "n width"]) -> Float[Array, "n h e"]:
+        return a.reshape(a.shape[0], heads, width // heads)
+
+    def adapt(params: Process, support: Batch, key: PRNGKeyArray) -> Read | Float[Array, " r"]:
+        x, weight = embed(params.embedding, support.x), weights(support)
+        y = as_inputs(likelihood, support.y, output_width(model, params.embedding, support.x))
+        r = h.apply(params.encoder, jnp.concatenate([x, y], -1))
+        if attention:
+            return Read(by_heads(address.apply(params.address, x)), by_heads(r), weight)
+        member = weight[:, None] * (y if by_class else 1)
+        total = member.sum(0)[:, None]
+        return (member.T @ r / jnp.where(total > 0, total, 1)).reshape(-1)
+
+    def outputs(params: Process, read: Any, x: PyTree) -> Float[Array, "n c"]:
+        f = embed(params.embedding, x)
+        if attention:
+            r = attend(by_heads(address.apply(params.address, f)), *read).reshape(f.shape[0], width)
+        else:
+            r = jnp.broadcast_to(read, (f.shape[0], *read.shape))
+        return g.apply(params.decoder, jnp.concatenate([f, r], -1))
+
+    return amortised_learner(init, adapt, outputs, likelihood)
+
+
+@passes_options_to(cnp)
+def anp(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
+    """The attentive form: `cnp` with attention=True; same options."""
+    options["attention"] = True
+    return cnp(model, likelihood, **options)

@@ -1,0 +1,151 @@
+"""Memory-augmented networks (Santoro, Bartunov, Botvinick, Wierstra & Lillicrap 2016), and an LSTM without the memory.
+
+At time t of an episode the network sees (x_t, y_{t-1}), the label one step late, and must say y_t: it has to store what
+it saw until the label comes, and find it again (sec. 2). An LSTM controller writes to and reads from an external memory
+(sec. 3); its state and what was read give the outputs. The loss is the nll at every time step of the episode, support
+and query in random order, here its mean. The posterior is the state after the support; each query goes on from it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.amortised import as_inputs, embedding, output_width, weights
+from metaprior.inference.assemble import fit_metrics
+from metaprior.inference.gradient import mean_nll
+from metaprior.likelihoods import Categorical, Likelihood
+from metaprior.networks.layers import dense, dense_init
+from metaprior.networks.memory import Memory, access, blank
+from metaprior.types import Batch, Learner, Model, Task, examples
+
+INSTANCES = (1, 2, 5, 10)  # whose accuracy is shown, as in the paper's table 1
+
+
+class Mann(NamedTuple):
+    """theta: the embedding of x (the given model), the controller, what it asks of the memory, and the linear layer."""
+
+    embedding: PyTree
+    inputs: dict[str, Array]
+    recurrent: dict[str, Array]
+    address: dict[str, Array] | None
+    head: dict[str, Array]
+
+
+class State(NamedTuple):
+    """The posterior: what is remembered, and the label that the next example is shown with."""
+
+    hidden: Float[Array, " h"]
+    cell: Float[Array, " h"]
+    memory: Memory | None
+    label: Float[Array, " t"]
+
+
+def mann(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    hidden: int = 200,
+    slots: int = 128,
+    width: int = 40,
+    heads: int = 4,
+    decay: float = 0.95,
+    sharpen: bool = True,
+    shuffle: bool = True,
+) -> Learner:
+    """Meta-learn to remember labelled examples, on the model's features.
+
+    hidden: units of the controller. slots, width, heads, decay: of the memory; heads=0 is none. sharpen: the controller
+    sets how sharply each head reads; the paper's softmax of bare cosines (False) is nearly even. shuffle: train on
+    episodes in random order. The order of the support matters; so do class names as far as training has not taught
+    otherwise. A weight above 0 counts as 1. ValueError where there is no example before a query.
+    """
+    if min(hidden, width) < 1 or not 0 <= heads <= slots:
+        came = f"{hidden}, {width}, {heads}, {slots}"
+        raise ValueError(f"hidden, width, heads, slots: came {came}; needs hidden, width >= 1 and 0 <= heads <= slots")
+    embed = embedding(model)
+
+    def init(key: PRNGKeyArray, task: Task) -> Mann:
+        keys, x = jax.random.split(key, 5), task.support.x
+        theta = model.init(keys[0], x)
+        outputs = output_width(model, theta, x)
+        t = as_inputs(likelihood, task.support.y, outputs).shape[1]
+        return Mann(
+            theta,
+            dense_init(keys[1], embed(theta, x).shape[1], 4 * hidden),
+            dense_init(keys[2], t + heads * width + hidden, 4 * hidden),
+            dense_init(keys[3], hidden, heads * (width + 2)) if heads else None,
+            dense_init(keys[4], hidden + heads * width, outputs),
+        )
+
+    def step(params: Mann, state: State, drive: Float[Array, " g"]) -> tuple[State, Float[Array, " c"]]:
+        """One time step on a projected x: the controller, the memory, the outputs."""
+        read = [] if state.memory is None else [(state.memory.read @ state.memory.content).reshape(-1)]
+        before = jnp.concatenate([state.label, *read, state.hidden])
+        i, f, o, g = jnp.split(drive + dense("recurrent", params.recurrent, before[None])[0], 4)
+        cell = jax.nn.sigmoid(f + 1) * state.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(cell)
+        memory = state.memory
+        if memory is not None and params.address is not None:
+            asked = dense("address", params.address, h[None]).reshape(heads, width + 2)
+            sharpness = 1 + jax.nn.softplus(asked[:, -1]) if sharpen else jnp.ones(heads)
+            memory = access(memory, jnp.tanh(asked[:, :width]), jax.nn.sigmoid(asked[:, -2]), sharpness, decay)
+            read = [(memory.read @ memory.content).reshape(-1)]
+        out = dense("head", params.head, jnp.concatenate([h, *read])[None])[0]
+        return State(h, cell, memory, state.label), out
+
+    def project(params: Mann, x: PyTree) -> Float[Array, "n g"]:
+        return dense("inputs", params.inputs, embed(params.embedding, x))
+
+    def sequence(params: Mann, data: Batch) -> tuple[Array, Array, Array]:
+        """At each time the projected x, the label, and whether it is no padding."""
+        y = as_inputs(likelihood, data.y, output_width(model, params.embedding, data.x))
+        return project(params, data.x), y, weights(data) > 0
+
+    def run(params: Mann, shown: tuple[Array, Array, Array]) -> tuple[State, Float[Array, "n c"]]:
+        """Through a whole sequence: the state at its end and the outputs at each time. Padding is passed over."""
+        memory = blank(slots, width, heads) if heads else None
+        nothing = State(jnp.zeros(hidden), jnp.zeros(hidden), memory, jnp.zeros(shown[1].shape[1]))
+
+        def see(state: State, now: tuple[Array, Array, Array]) -> tuple[State, Array]:
+            drive, label, there = now
+            after, out = step(params, state, drive)
+            return jax.tree.map(lambda new, old: jnp.where(there, new, old), after._replace(label=label), state), out
+
+        return jax.lax.scan(see, nothing, shown)
+
+    def adapt(params: Mann, support: Batch, key: PRNGKeyArray) -> State:
+        if examples(support) == 0:
+            raise ValueError("support: came no example, needs at least one to remember before a query")
+        return run(params, sequence(params, support))[0]
+
+    def predict(params: Mann, state: State, x: PyTree, key: PRNGKeyArray) -> Any:
+        return likelihood.predictive(jax.vmap(lambda drive: step(params, state, drive)[1])(project(params, x))[None])
+
+    def loss(params: Mann, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        times = jnp.arange(examples(task.support) + examples(task.query))
+        order = jax.random.permutation(key, times) if shuffle else times
+        parts = [(batch._replace(weight=weights(batch)), sequence(params, batch)) for batch in task]
+        episode, shown = jax.tree.map(lambda s, q: jnp.concatenate([s, q])[order], *parts)
+        outputs = run(params, shown)[1]
+        metrics = fit_metrics(likelihood, outputs, episode)
+        if isinstance(likelihood, Categorical):
+            metrics |= by_instance(outputs, episode.y, weights(episode))
+        return mean_nll(likelihood, outputs, episode), metrics
+
+    return Learner(init, adapt, predict, loss)
+
+
+def lstm(model: Model, likelihood: Likelihood, *, hidden: int = 200, shuffle: bool = True) -> Learner:
+    """The controller of `mann` without its memory (the paper's baseline)."""
+    return mann(model, likelihood, hidden=hidden, heads=0, shuffle=shuffle)
+
+
+def by_instance(outputs: Float[Array, "n way"], y: Array, weight: Float[Array, " n"]) -> dict[str, Scalar]:
+    """The accuracy where a class is seen for the 1st, 2nd, ... time; 0 where no class is seen so often."""
+    hot = jax.nn.one_hot(y, outputs.shape[1]) * (weight > 0)[:, None]
+    seen = (jnp.cumsum(hot, 0) * hot).sum(-1)
+    shown = [k for k in INSTANCES if k * outputs.shape[1] <= outputs.shape[0]]
+    hits = {k: ((outputs.argmax(-1) == y) & (seen == k)).sum() for k in shown}
+    return {f"instance_{k}": hits[k] / jnp.maximum((seen == k).sum(), 1) for k in shown}

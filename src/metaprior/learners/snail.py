@@ -1,0 +1,140 @@
+"""SNAIL (Mishra, Rohaninejad, Chen & Abbeel 2018): temporal convolutions and causal attention over the support set.
+
+The support is a sequence of (x_i, y_i), a query is (x*, nothing) at its end, and the network is attention, a TC block,
+attention, a TC block, attention, a linear layer:
+
+* DenseBlock: concat(z, tanh(f) * sigmoid(g)), where f, g are causal convolutions of width 2 and dilation d.
+* TCBlock: dense blocks of dilation 1, 2, 4, ... up to the sequence. (The paper's pseudo-code starts them at 2, and
+  sums of 2, 4, 8, ... reach every other example only.)
+* AttentionBlock: concat(z, softmax(q k' / sqrt(K)) v) over what came before and z itself.
+
+Each query is judged alone after the support. No step sees what comes later, so all queries share the support's part.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width, weights
+from metaprior.likelihoods import Likelihood
+from metaprior.networks.attention import attend
+from metaprior.networks.layers import dense, dense_init
+from metaprior.types import Batch, Learner, Model, Task, examples
+
+
+class Snail(NamedTuple):
+    """theta: the embedding of x (the given model), the blocks in their order, and the linear layer on top."""
+
+    embedding: PyTree
+    attention: list[dict[str, dict[str, Array]]]
+    convolution: list[list[dict[str, Array]]]
+    head: dict[str, Array]
+
+
+class Past(NamedTuple):
+    """The posterior: the sequence that a query is put at the end of. Padding comes first, where it is like nothing."""
+
+    pairs: Float[Array, "n c"]
+    there: Bool[Array, " n"]
+
+
+class Steps(NamedTuple):
+    """Where each row stands: its time, whether it is no padding, and which rows it sees."""
+
+    time: Int[Array, " m"]
+    there: Bool[Array, " m"]
+    sees: Float[Array, "m m"]
+
+
+def dense_block(layer: dict[str, Array], z: Float[Array, "m c"], steps: Steps, dilation: int) -> Float[Array, "m c2"]:
+    """A gated causal convolution of width 2, put beside its input."""
+    before = steps.time - dilation
+    past = jnp.where((before >= 0)[:, None], z[jnp.maximum(before, 0)], 0)
+    f, g = jnp.split(dense("convolution", layer, jnp.concatenate([past, z], -1)), 2, -1)
+    return _beside(z, jnp.tanh(f) * jax.nn.sigmoid(g), steps)
+
+
+def attention_block(layer: dict[str, dict[str, Array]], z: Float[Array, "m c"], steps: Steps) -> Float[Array, "m c2"]:
+    """What a single head reads of the present and the past, put beside its input."""
+    q, k, v = (dense(name, layer[name], z)[:, None] for name in ("query", "key", "value"))
+    return _beside(z, attend(q, k, v, steps.sees)[:, 0], steps)
+
+
+def _beside(z: Array, new: Array, steps: Steps) -> Array:
+    # Before the first example there are zeros, in every layer; so is padding.
+    return jnp.concatenate([z, jnp.where(steps.there[:, None], new, 0)], -1)
+
+
+def snail(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    filters: int = 128,
+    attention: Sequence[Sequence[int]] = ((64, 32), (256, 128), (512, 256)),
+    shuffle: bool = True,
+) -> Learner:
+    """Meta-learn to read a support sequence on the model's features.
+
+    filters: of each dense block. attention: (K, V), the sizes of keys and values of each attention block; a TC block
+    stands between two of them. shuffle: train on the support in random order, as the paper does. The order of the
+    support matters; so do the names of classes as far as training has not taught otherwise. A weight above 0 counts as
+    1. TC blocks span the support that `init` saw; in a longer one the attention alone sees the beginning.
+    """
+    if filters < 1 or not attention or any(len(sizes) != 2 or min(sizes) < 1 for sizes in attention):
+        raise ValueError(f"filters, attention: came {filters}, {attention}; needs at least 1 filter and (K, V) pairs")
+    embed = embedding(model)
+
+    def init(key: PRNGKeyArray, task: Task) -> Snail:
+        x, n = task.support.x, examples(task.support)
+        key_model, key_head, *keys = jax.random.split(key, 2 + len(attention) * (n.bit_length() + 4))
+        theta = model.init(key_model, x)
+        outputs = output_width(model, theta, x)
+        width = embed(theta, x).shape[1] + as_inputs(likelihood, task.support.y, outputs).shape[1]
+        attentions, convolutions = [], []
+        for i, (k, v) in enumerate(attention):
+            sizes = {"query": k, "key": k, "value": v}
+            attentions.append({name: dense_init(keys.pop(), width, size) for name, size in sizes.items()})
+            width += v
+            if i < len(attention) - 1:
+                convolutions.append([])
+                for _ in range(max(n.bit_length(), 1)):  # ceil(log2(n + 1)): the support and a query
+                    convolutions[i].append(dense_init(keys.pop(), 2 * width, 2 * filters))
+                    width += filters
+        return Snail(theta, attentions, convolutions, dense_init(key_head, width, outputs))
+
+    def adapt(params: Snail, support: Batch, key: PRNGKeyArray) -> Past:
+        x, there = embed(params.embedding, support.x), weights(support) > 0
+        y = as_inputs(likelihood, support.y, output_width(model, params.embedding, support.x))
+        pairs = jnp.where(there[:, None], jnp.concatenate([x, y], -1), 0)
+        padding_first = jnp.argsort(there, stable=True)
+        return Past(pairs[padding_first], there[padding_first])
+
+    def outputs(params: Snail, past: Past, x: PyTree) -> Float[Array, "m c"]:
+        f, n = embed(params.embedding, x), past.there.shape[0]
+        m = f.shape[0]
+        query = jnp.pad(f, ((0, 0), (0, past.pairs.shape[1] - f.shape[1])))
+        earlier = jnp.concatenate([jnp.tri(n), jnp.ones((m, n))]) * past.there
+        itself = jnp.concatenate([jnp.zeros((n, m)), jnp.eye(m)])
+        steps = Steps(
+            jnp.concatenate([jnp.arange(n), jnp.full(m, n)]),
+            jnp.concatenate([past.there, jnp.ones(m, bool)]),
+            jnp.concatenate([earlier, itself], -1),
+        )
+        z = jnp.concatenate([past.pairs, query])
+        for i, layer in enumerate(params.attention):
+            z = attention_block(layer, z, steps)
+            for d, convolution in enumerate(params.convolution[i] if i < len(params.convolution) else []):
+                z = dense_block(convolution, z, steps, 2**d)
+        return dense("head", params.head, z[n:])
+
+    learner = amortised_learner(init, adapt, outputs, likelihood)
+
+    def shuffled(params: Snail, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        order = jax.random.permutation(key, examples(task.support))
+        support = jax.tree.map(lambda leaf: leaf[order], task.support)
+        return learner.loss(params, task._replace(support=support), key)
+
+    return learner._replace(loss=shuffled) if shuffle else learner

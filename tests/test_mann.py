@@ -1,0 +1,127 @@
+"""Memory-augmented networks: one access against the paper's equations, and what a sequence means for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaprior.learners import lstm, mann
+from metaprior.learners.mann import by_instance
+from metaprior.likelihoods import Categorical
+from metaprior.networks.memory import access, blank
+from metaprior.types import Batch, Model, Task
+
+KEY = jax.random.key(0)
+SMALL = {"hidden": 5, "slots": 6, "width": 4, "heads": 2}
+BARE = Model(lambda key, x: {}, lambda params, x: jnp.zeros((x.shape[0], 3)), lambda params, x: x)
+BOTH = pytest.mark.parametrize(("factory", "options"), [(mann, SMALL), (lstm, {"hidden": 5})])
+
+
+def batch(n, seed=1):
+    kx, ky = jax.random.split(jax.random.key(seed))
+    return Batch(jax.random.normal(kx, (n, 2)), jax.random.randint(ky, (n,), 0, 3))
+
+
+def answer(learner, params, support, x):
+    return jax.jit(lambda p, s, x: learner.predict(p, learner.adapt(p, s, KEY), x, KEY).mean())(params, support, x)
+
+
+def start(learner, support):
+    return jax.jit(learner.init)(KEY, Task(support, support))
+
+
+@pytest.mark.usefixtures("x64")
+def test_three_accesses_of_one_head_by_the_equations():
+    memory, decay = blank(3, 2, 1), 0.9
+    content, read, usage = np.zeros((3, 2)), np.zeros(3), np.zeros(3)
+    keys, gates = [[1.0, 0], [0.6, 0.8], [-1, 2]], [0.3, 0.8, 0.5]
+    for key, gate in zip(np.array(keys), gates, strict=True):
+        least = np.eye(3)[np.argmin(usage)]
+        write = gate * read + (1 - gate) * least
+        content = content * (1 - least)[:, None] + write[:, None] * key
+        norm = np.linalg.norm(content, axis=-1) * np.linalg.norm(key)
+        similarity = np.where(norm > 0, content @ key / np.where(norm > 0, norm, 1), 0)
+        read = np.exp(similarity) / np.exp(similarity).sum()
+        usage = decay * usage + read + write
+        memory = access(memory, jnp.asarray(key)[None], jnp.asarray([gate]), jnp.ones(1), decay)
+        np.testing.assert_allclose(memory.content, content, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(memory.read[0], read, rtol=1e-9)
+        np.testing.assert_allclose(memory.usage, usage, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_two_heads_wipe_and_write_the_two_least_used_slots():
+    memory = blank(4, 2, 2)._replace(content=jnp.full((4, 2), 7.0), usage=jnp.array([0.5, 0.1, 0.9, 0.2]))
+    keys = jnp.array([[1.0, 2], [3, 4]])
+    after = access(memory, keys, jnp.zeros(2), jnp.full(2, 50.0), 1.0)
+    np.testing.assert_allclose(after.content, [[7, 7], [1, 2], [7, 7], [3, 4]], rtol=1e-12)
+    assert (after.read.argmax(-1) == jnp.array([1, 3])).all()
+    np.testing.assert_allclose(after.usage - memory.usage, after.read.sum(0) + jnp.array([0, 1, 0, 1]), rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+@BOTH
+def test_a_query_is_the_next_step_of_the_episode_whatever_the_other_queries_are(factory, options):
+    learner = factory(BARE, Categorical(), **options)
+    support, query = batch(4), batch(3, 2)
+    params = start(learner, support)
+    second = answer(learner, params, support, query.x)[1]
+    np.testing.assert_allclose(answer(learner, params, support, query.x[1:])[0], second, rtol=1e-9)
+    # The label comes one step late: what the last example is said to be is told to the query.
+    told = [answer(learner, params, support._replace(y=support.y.at[-1].set(c)), query.x) for c in (0, 1)]
+    assert abs(told[0] - told[1]).max() > 1e-4
+
+
+@pytest.mark.usefixtures("x64")
+@BOTH
+def test_the_loss_is_the_nll_at_every_step_of_the_episode(factory, options):
+    learner = factory(BARE, Categorical(), shuffle=False, **options)
+    episode = batch(5)
+    params = start(learner, episode)
+
+    def part(low, high):
+        return jax.tree.map(lambda leaf: leaf[low:high], episode)
+
+    steps = [learner.loss(params, Task(part(0, 1), part(0, 0)), KEY)[0]]
+    for n in range(1, 5):
+        steps.append(-jnp.log(answer(learner, params, part(0, n), episode.x[n : n + 1])[0, episode.y[n]]))
+    loss = learner.loss(params, Task(part(0, 3), part(3, 5)), KEY)[0]
+    np.testing.assert_allclose(loss, np.mean(steps), rtol=1e-9)
+    mixed, order = factory(BARE, Categorical(), **options), jax.random.permutation(KEY, 5)
+    turned = Task(*(jax.tree.map(lambda leaf, part=part: leaf[order][part], episode) for part in np.s_[:3, 3:]))
+    task = Task(part(0, 3), part(3, 5))
+    np.testing.assert_allclose(mixed.loss(params, task, KEY)[0], learner.loss(params, turned, KEY)[0], rtol=1e-9)
+    assert abs(mixed.loss(params, task, KEY)[0] - loss) > 1e-6
+
+
+@pytest.mark.usefixtures("x64")
+@BOTH
+def test_padding_is_passed_over_wherever_it_stands_and_order_matters(factory, options):
+    learner = factory(BARE, Categorical(), **options)
+    support, x = batch(5), batch(3, 2).x
+    params = start(learner, support)
+    real = jnp.array([1, 0, 1, 1, 0])
+    padded = answer(learner, params, support._replace(weight=real.astype(float)), x)
+    plain = jax.tree.map(lambda leaf: leaf[real == 1], support)
+    np.testing.assert_allclose(padded, answer(learner, params, plain, x), rtol=1e-9)
+    turned = jax.tree.map(lambda leaf: leaf[::-1], support)
+    assert abs(answer(learner, params, support, x) - answer(learner, params, turned, x)).max() > 1e-4
+
+
+def test_accuracy_is_told_by_how_often_a_class_was_seen():
+    y = jnp.array([0, 1, 0, 1, 9, 0])
+    outputs = jax.nn.one_hot(jnp.array([1, 1, 0, 0, 0, 0]), 2)
+    figures = by_instance(outputs, y, jnp.array([1.0, 1, 1, 1, 0, 1]))
+    assert figures == {"instance_1": 0.5, "instance_2": 0.5}
+    third = by_instance(jnp.tile(outputs, (4, 1)), jnp.tile(y, 4), jnp.ones(24))
+    assert set(third) == {"instance_1", "instance_2", "instance_5", "instance_10"}
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="came 5, 4, 7, 6"):
+        mann(BARE, Categorical(), **SMALL | {"heads": 7})
+    with pytest.raises(ValueError, match="came 0, 40, 0, 128"):
+        lstm(BARE, Categorical(), hidden=0)
+    learner, none = mann(BARE, Categorical(), **SMALL), batch(0)
+    with pytest.raises(ValueError, match="support: came no example"):
+        learner.adapt(start(learner, batch(2)), none, KEY)
