@@ -2,6 +2,7 @@
 
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.imaml import imaml
+from metaprior.learners.l2l import l2l, learned_optimizer
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
@@ -9,6 +10,6 @@ from metaprior.learners.registry import LEARNERS, make_learner
 from metaprior.learners.reptile import reptile
 
 __all__ = [
-    "LEARNERS", "anil", "fomaml", "imaml", "llama", "lslr", "make_learner", "maml", "meta_sgd", "nil",
-    "preconditioned", "reptile",
+    "LEARNERS", "anil", "fomaml", "imaml", "l2l", "learned_optimizer", "llama", "lslr", "make_learner", "maml",
+    "meta_sgd", "nil", "preconditioned", "reptile",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from typing import Any
 
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.imaml import imaml
+from metaprior.learners.l2l import l2l
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
@@ -24,6 +25,7 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "reptile": reptile,
     "imaml": imaml,
     "llama": llama,
+    "l2l": l2l,
 }
 
 
