@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from metaprior.inference.gradient import Descent, descend, optimizer_step
+from metaprior.inference.gradient import Descent, descend, inner_rates, optimizer_step
 from metaprior.inference.learned import log_sign, optimise, unrolled
-from metaprior.learners import l2l, learned_optimizer
+from metaprior.learners import l2l, learned_optimizer, meta_lstm
 from metaprior.learners.l2l import init_rule
+from metaprior.learners.meta_lstm import cell_optimizer, gates, init_cell
 from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import linear, mlp
 from metaprior.networks.lstm import lstm, lstm_init, lstm_start
@@ -250,3 +251,113 @@ def test_digits_are_real_and_their_splits_share_no_image():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         l2l(mlp(), Categorical(), **options)
+
+
+# ----------------------------------------------------------------------------------------------------- the cell as rule
+
+NET = mlp(1, (5,), "tanh")
+
+
+def a_cell(steps=3, **options):
+    x = jax.random.normal(KEY, (6, 2))
+    task = Task(Batch(x, x[:, :1] ** 2), Batch(x[:4], x[:4, :1] ** 2))
+    learner = meta_lstm(NET, Gaussian(), steps=steps, **options)
+    return learner, learner.init(KEY, task), task
+
+
+def fit_of(task):
+    return lambda phi: Gaussian().nll(NET.apply(phi, task.support.x), task.support.y).mean()
+
+
+@pytest.mark.usefixtures("x64")
+def test_with_blind_gates_the_cell_is_gradient_descent_with_decay():
+    learner, params, task = a_cell(rate=0.05)
+    blind = jax.tree.map(jnp.zeros_like, (params.rule.forget["w"], params.rule.input["w"]))
+    rule = params.rule._replace(
+        forget={"w": blind[0], "b": params.rule.forget["b"]}, input={"w": blind[1], "b": params.rule.input["b"]}
+    )
+    phi = params.theta
+    keep = 1 / (1 + np.exp(-6.0))
+    for _ in range(3):
+        phi = jax.tree.map(lambda t, g: keep * t - 0.05 * g, phi, jax.grad(fit_of(task))(phi))
+    ours = learner.adapt(params._replace(rule=rule), task.support, KEY).posterior.mean
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(phi), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_a_step_of_the_cell_by_hand():
+    rule = init_cell(KEY, 3, 0.02)
+    rule = rule._replace(input={"w": jnp.array([0.3, -0.2, 0.1, 0.5, 2.0]), "b": jnp.array(-1.0)})
+    optimizer = cell_optimizer(rule)
+    theta, g, value = jnp.array([0.5, -2.0]), jnp.array([3.0, -1e-3]), jnp.array(0.7)
+    state = optimizer.init(theta)._replace(forget=jnp.array([0.9, 0.8]), input=jnp.array([0.1, 0.2]))
+    update, after = optimizer.update(g, state, theta, value=value)
+    seen = np.array([[np.log(3) / 10, 1, np.log(0.7) / 10, 1], [np.log(1e-3) / 10, -1, np.log(0.7) / 10, 1]])
+    h = lstm(rule.layer, state.lstm, jnp.asarray(seen, g.dtype)).h
+    sigmoid = lambda v: 1 / (1 + np.exp(-v))  # noqa: E731
+    i = sigmoid(h @ np.array([0.3, -0.2, 0.1]) + 0.5 * theta + 2.0 * state.input - 1.0)
+    w = rule.forget["w"]
+    f = sigmoid(h @ w[:3] + w[3] * theta + w[4] * state.forget + 6.0)
+    np.testing.assert_allclose(after.input, i, rtol=1e-5)
+    np.testing.assert_allclose(after.forget, f, rtol=1e-5)
+    np.testing.assert_allclose(theta + update, f * theta - i * g, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradients_and_losses_are_constants_to_the_meta_gradient():
+    learner, params, task = a_cell(rate=0.1)
+    fit = jax.value_and_grad(fit_of(task))
+
+    def course(params, told=None):
+        """The query loss, with gradients and losses as `told`; and those."""
+        phi, optimizer, seen = params.theta, cell_optimizer(params.rule), []
+        state = optimizer.init(phi)
+        for t in range(3):
+            value, g = fit(phi) if told is None else told[t]
+            seen.append((value, g))
+            update, state = optimizer.update(g, state, phi, value=value)
+            phi = optax.apply_updates(phi, update)
+        return Gaussian().nll(NET.apply(phi, task.query.x), task.query.y).mean(), seen
+
+    value, told = course(params)
+    np.testing.assert_allclose(learner.loss(params, task, KEY)[0], value, rtol=1e-10)
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    direction = jax.random.normal(KEY, flat.shape)
+    at = jax.jit(lambda v: course(unravel(v), told)[0])
+    finite = (at(flat + 1e-6 * direction) - at(flat - 1e-6 * direction)) / 2e-6
+    gradient = jax.grad(lambda v: learner.loss(unravel(v), task, KEY)[0])(flat)
+    np.testing.assert_allclose(gradient @ direction, finite, rtol=1e-6)
+    free = jax.jit(lambda v: course(unravel(v))[0])
+    assert abs((free(flat + 1e-6 * direction) - free(flat - 1e-6 * direction)) / 2e-6 - finite) > 1e-3 * abs(finite)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_gates_can_be_seen_and_the_input_gate_is_the_implied_rate():
+    learner, params, task = a_cell(rate=0.1)
+    seen = gates(NET, Gaussian(), params, task.support, 3)
+    assert jax.tree.structure(seen.forget) == jax.tree.structure(params.theta)
+    assert seen.input["head"]["w"].shape == (3, 5, 1)
+    phi = params.theta
+    for t in range(3):
+        f, i = jax.tree.map(lambda leaf, t=t: leaf[t], seen)
+        phi = jax.tree.map(lambda p, g, f, i: f * p - i * g, phi, jax.grad(fit_of(task))(phi), f, i)
+    ours = learner.adapt(params, task.support, KEY).posterior.mean
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(phi), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8)
+    optimizer = cell_optimizer(params.rule)
+    at = descend(fit_of(task), params.theta, optimizer, 2)
+    for rate, gate in zip(
+        jax.tree.leaves(inner_rates(fit_of(task), at, optimizer)), jax.tree.leaves(seen.input), strict=True
+    ):
+        np.testing.assert_allclose(rate, gate[2], rtol=1e-8)
+
+
+def test_the_cell_names_what_it_lacks():
+    with pytest.raises(ValueError, match=r"rate: came 1\.5"):
+        meta_lstm(NET, Gaussian(), rate=1.5)
+    with pytest.raises(ValueError, match="units: came 0"):
+        meta_lstm(NET, Gaussian(), units=0)
+    optimizer = cell_optimizer(init_cell(KEY, 2, 0.1))
+    theta = jnp.ones(2)
+    with pytest.raises(ValueError, match="value=loss"):
+        optimizer.update(theta, optimizer.init(theta), theta)

@@ -8,6 +8,7 @@ from metaprior.learners.imaml import imaml
 from metaprior.learners.l2l import l2l
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
+from metaprior.learners.meta_lstm import meta_lstm
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
 from metaprior.likelihoods import Likelihood
@@ -26,6 +27,7 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "imaml": imaml,
     "llama": llama,
     "l2l": l2l,
+    "meta_lstm": meta_lstm,
 }
 
 
