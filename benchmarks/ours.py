@@ -1,4 +1,7 @@
-"""Second-order MAML as metaprior trains it. Usage: ours.py PROBLEM INNER_STEPS STEPS_A_CALL (see worker.py)."""
+"""Second-order MAML, or a learned optimiser, as metaprior trains it.
+
+Usage: ours.py PROBLEM INNER_STEPS STEPS_A_CALL (see worker.py); quadratics-16 is l2l on 16 functions a meta-step.
+"""
 
 import sys
 from collections.abc import Callable
@@ -7,10 +10,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from metaprior.learners.l2l import l2l
 from metaprior.learners.maml import maml
 from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks.conv4 import conv4
+from metaprior.networks.linear import linear
 from metaprior.networks.mlp import mlp
+from metaprior.tasks.optimisees import quadratics
 from metaprior.tasks.sinusoid import sinusoid
 from metaprior.training import Training, init_state, run_chunk
 from metaprior.types import Batch, Learner, Task, TaskSource
@@ -42,6 +48,10 @@ def problem(name: str, steps: int) -> tuple[Learner, TaskSource, Training]:
     if name == "sinusoid":
         training = Training(meta_batch=25, rate=1e-3)
         return maml(mlp(), Gaussian(), steps=steps, rate=0.01), sinusoid().train, training
+    if name.startswith("quadratics-"):
+        functions = int(name.removeprefix("quadratics-"))
+        learner = l2l(linear(), Gaussian((1 / 20) ** 0.5), steps=steps, unroll=20)
+        return learner, quadratics().train, Training(meta_batch=functions, rate=1e-3)
     learner = maml(conv4(gain=True), Categorical(), steps=steps, rate=0.4)
     return learner, images(), Training(meta_batch=8, rate=1e-3, task_chunk=1)
 
