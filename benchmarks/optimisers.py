@@ -155,7 +155,7 @@ def draw(results: dict, path: Path) -> None:
 def main() -> None:
     chosen = options(
         __doc__,
-        steps={"type": int, "nargs": 2, "default": [600, 250], "help": "meta-steps on quadratics and on digits"},
+        steps={"type": int, "nargs": 2, "default": [500, 200], "help": "meta-steps on quadratics and on digits"},
         figure={"type": Path, "help": "draw the curves here (PNG)"},
     )
     configure()
