@@ -1,6 +1,6 @@
-"""Second-order MAML, and ProtoNet, as metaprior trains them.
+"""Second-order MAML, ProtoNet or a learned optimiser, as metaprior trains them.
 
-Usage: ours.py PROBLEM INNER_STEPS STEPS_A_CALL (see worker.py).
+Usage: ours.py PROBLEM INNER_STEPS STEPS_A_CALL (see worker.py); quadratics-16 is l2l on 16 functions a meta-step.
 """
 
 import sys
@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from metaprior.learners.l2l import l2l
 from metaprior.learners.maml import maml
 from metaprior.learners.protonet import protonet
 from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks.conv4 import conv4
+from metaprior.networks.linear import linear
 from metaprior.networks.mlp import mlp
+from metaprior.tasks.optimisees import quadratics
 from metaprior.tasks.sinusoid import sinusoid
 from metaprior.training import Training, init_state, run_chunk
 from metaprior.types import Batch, Learner, Task, TaskSource
@@ -49,6 +52,10 @@ def problem(name: str, steps: int) -> tuple[Learner, TaskSource, Training]:
     if name == "protonet":
         learner = protonet(conv4(gain=True, head=False), Categorical(), way=60)
         return learner, images(1, 60, 5), Training(meta_batch=1, rate=1e-3)
+    if name.startswith("quadratics-"):
+        functions = int(name.removeprefix("quadratics-"))
+        learner = l2l(linear(), Gaussian((1 / 20) ** 0.5), steps=steps, unroll=20)
+        return learner, quadratics().train, Training(meta_batch=functions, rate=1e-3)
     learner = maml(conv4(gain=True), Categorical(), steps=steps, rate=0.4)
     return learner, images(), Training(meta_batch=8, rate=1e-3, task_chunk=1)
 

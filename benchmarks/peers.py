@@ -1,15 +1,16 @@
-"""Second-order MAML as the peers' documents write it, and ProtoNet in plain torch.
+"""Second-order MAML as the peers' documents write it, ProtoNet and a learned optimiser in plain torch.
 
 Usage: peers.py WHICH PROBLEM INNER_STEPS THREADS (see worker.py).
 """
 
+import math
 import sys
 from collections.abc import Callable
 
 import torch
 from torch.func import functional_call, grad, grad_and_value, vmap
 
-from problems_torch import EPISODE_WAY, Problem, Tasks, make
+from problems_torch import EPISODE_WAY, Problem, Tasks, make, sample_quadratics
 from worker import serve
 
 MetaStep = Callable[[Tasks], object]
@@ -181,9 +182,49 @@ PEERS: dict[str, Callable[[Problem, int], MetaStep]] = {
 }
 
 
+def learned_optimiser(functions: int, steps: int, unroll: int = 20, p: float = 10.0) -> Callable[[], None]:
+    """Andrychowicz et al. 2016: a meta-step is one optimisation of all functions at once, truncated every `unroll`.
+
+    The inner gradient is a constant, so it is taken apart; all coordinates of all functions are rows of one LSTM.
+    """
+    torch.manual_seed(0)
+    first, second, out = torch.nn.LSTMCell(2, 20), torch.nn.LSTMCell(20, 20), torch.nn.Linear(20, 1)
+    optimizer = torch.optim.Adam([w for m in (first, second, out) for w in m.parameters()], lr=1e-3, fused=True)
+
+    def preprocess(g: torch.Tensor) -> torch.Tensor:
+        least = math.exp(-p)
+        large = g.abs() >= least
+        size = torch.where(large, g.abs().clamp_min(least).log() / p, -1.0)
+        return torch.stack([size, torch.where(large, g.sign(), g / least)], -1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        w, y, theta = sample_quadratics(functions)
+        value = lambda theta: ((w @ theta - y) ** 2).sum((1, 2))  # noqa: E731
+        one = two = None
+        total = torch.zeros(())
+        for t in range(steps):
+            at = theta.detach().requires_grad_()
+            (g,) = torch.autograd.grad(value(at).sum(), at)
+            one = first(preprocess(g.reshape(-1)), one)
+            two = second(one[0], two)
+            theta = theta + 0.1 * out(two[0]).view_as(theta)
+            total = total + value(theta).mean()
+            if (t + 1) % unroll == 0:
+                (total / steps).backward()
+                total, theta = torch.zeros(()), theta.detach()
+                one, two = (tuple(s.detach() for s in state) for state in (one, two))
+        optimizer.step()
+
+    return step
+
+
 def main(which: str, problem: str, steps: str, threads: str) -> None:
     def build() -> Callable[[], int]:
         torch.set_num_threads(int(threads))
+        if problem.startswith("quadratics-"):
+            learn = learned_optimiser(int(problem.removeprefix("quadratics-")), int(steps))
+            return lambda: learn() or 1
         made = make(problem)
         step = PEERS[which](made, int(steps))
 

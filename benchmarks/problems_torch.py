@@ -51,6 +51,12 @@ def images(tasks: int = 8, way: int = 5, queries: int = 15) -> Tasks:
     )
 
 
+def sample_quadratics(functions: int, dimension: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+    """W, y and a start theta of |W theta - y|^2, for so many functions."""
+    start = 0.01 * torch.randn(functions, dimension, 1)
+    return torch.randn(functions, dimension, dimension), torch.randn(functions, dimension, 1), start
+
+
 def make(name: str) -> Problem:
     torch.manual_seed(0)
     if name == "sinusoid":

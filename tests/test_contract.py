@@ -85,6 +85,7 @@ OPTIONS = {
     "mann": {"hidden": 16, "slots": 16, "width": 8, "heads": 2},
     "lstm": {"hidden": 16},
     "gnn": {"layers": 2, "filters": 8},
+    "l2l": {"start": "learned", "steps": 10, "unroll": 5},
 }
 SAMPLING = ("amortized_bml", "gem_bml", "gem_bml_plus", "gem_mixture", "kl_chaser")
 # What makes a sampling learner's answers the same to the bit under another order of the classes: no noise.
@@ -103,10 +104,14 @@ READS_NAMES = ("cnp", "anp", "snail", "mann", "lstm", "gnn")
 ORDERED = ("snail", "mann", "lstm")
 # The outer rate of Reptile multiplies phi - theta, not a gradient.
 OUTER = {"reptile": optax.sgd(0.7)}
+# Their steps are said by a network and follow no gradient at any rate: they imply no prior.
+NO_DESCENT = ("l2l",)
 # The factor by which 1,500 meta-steps of 8 tasks must lower the excess test nll; 0.75 where nothing is said.
 FACTOR = {"nil": 0.8, "imaml": 0.85}
 # Learners whose `jax.grad` is the derivative of their loss; the others' estimators are tested by their own identities.
-ESTIMATORS = ("fomaml", "reptile", "imaml", "gem_bml", "gem_bml_plus", "gem_mixture", "kl_chaser", "bmaml")
+ESTIMATORS = (
+    "fomaml", "reptile", "imaml", "gem_bml", "gem_bml_plus", "gem_mixture", "kl_chaser", "bmaml", "l2l", "meta_lstm"
+)  # fmt: skip
 TRUE_GRADIENT = [name for name in LEARNERS if name not in ESTIMATORS]
 
 
@@ -283,8 +288,13 @@ def test_padding_changes_nothing(name):
     close(with_padding, plain)
 
 
-@pytest.mark.parametrize("name", [n for n in LEARNERS if "posterior" in option_names(LEARNERS[n]) and n != "nil"])
-@pytest.mark.parametrize("rule", ["implicit", "laplace"])
+OWNERS = [n for n in LEARNERS if "posterior" in option_names(LEARNERS[n]) and n != "nil"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [(n, r) for r in ("implicit", "laplace") for n in OWNERS if r == "laplace" or n not in NO_DESCENT],
+)
 def test_every_gradient_learner_owns_a_posterior(name, rule):
     make = {"implicit": implicit, "laplace": laplace}[rule]
     learner, source = regression(name, posterior=make())
@@ -306,6 +316,14 @@ def test_every_gradient_learner_owns_a_posterior(name, rule):
     means = jax.vmap(lambda p: learner.predict(params, p, task.query.x, key).mean())(course)
     assert jnp.isfinite(means).all()
     close(means[-1], learner.predict(params, learner.adapt(params, task.support, key), task.query.x, key).mean())
+
+
+@pytest.mark.parametrize("name", NO_DESCENT)
+def test_what_follows_no_gradient_implies_no_posterior(name):
+    learner, source = regression(name, posterior=implicit())
+    tasks, params = tasks_and_params(learner, source)
+    with pytest.raises(ValueError, match="imply no prior; use 'laplace'"):
+        learner.adapt(params, jax.tree.map(lambda leaf: leaf[0], tasks).support, jax.random.key(8))
 
 
 @pytest.mark.parametrize("name", LEARNERS)

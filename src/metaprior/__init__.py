@@ -5,8 +5,9 @@ from importlib.metadata import version
 from metaprior import learners, networks, tasks
 from metaprior.calibration import calibrate
 from metaprior.evaluation import Report, evaluate
+from metaprior.inference.learned import optimise
 from metaprior.inference.posteriors import implicit, laplace, point
-from metaprior.learners import LEARNERS, make_learner
+from metaprior.learners import LEARNERS, learned_optimizer, make_learner
 from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from metaprior.networks import conv4, from_equinox, from_flax, mlp
 from metaprior.training import Fitted, NonFiniteLoss, Training, TrainState, fit
@@ -41,10 +42,12 @@ __all__ = [
     "from_flax",
     "implicit",
     "laplace",
+    "learned_optimizer",
     "learners",
     "make_learner",
     "mlp",
     "networks",
+    "optimise",
     "point",
     "tasks",
 ]

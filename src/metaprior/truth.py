@@ -5,6 +5,7 @@ support it is the prior, and one observation after another it is the marginal li
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "platipus": {"steps": 5, "rate": 0.05, "kl_weight": 1.0, "log_sd": -1.0, "draws": 100},
     "maml_noise": {"steps": 5, "rate": 0.05, "noise": 0.3, "draws": 100},
 }
-TRAINING = {"reptile": {"optimizer": "sgd", "rate": 1.0, "schedule": "linear"}}
+TRAINING: dict[str, dict[str, Any]] = {"reptile": {"optimizer": "sgd", "rate": 1.0, "schedule": "linear"}}
 
 
 class Verdict(NamedTuple):
@@ -133,7 +134,8 @@ def referee(
 
     report is told each verdict as it falls. Raises ValueError for a learner that there are no settings for.
     """
-    splits = linear_gaussian(**({"features": 2, "shot": 5, "query": 5, "test_query": 20} | hierarchy))
+    sizes: dict[str, Any] = {"features": 2, "shot": 5, "query": 5, "test_query": 20}
+    splits = linear_gaussian(**(sizes | hierarchy))
     source: Any = splits.train
     theta: Hierarchy = source.theta
     model, likelihood = linear_model(theta.mean.shape[0]), Gaussian(float(theta.noise))
@@ -143,10 +145,10 @@ def referee(
     for name in names:
         lookup("learner", name, SETTINGS)
         learner = make_learner(name, model, likelihood, **SETTINGS[name])
-        training = Training(
-            **({"steps": steps, "rate": 1e-2, "schedule": "cosine", "chunk": min(500, steps), "seed": seed}
-               | {"validate_every": steps} | TRAINING.get(name, {}))
-        )  # fmt: skip
+        common = Training(
+            steps=steps, rate=1e-2, schedule="cosine", chunk=min(500, steps), seed=seed, validate_every=steps
+        )
+        training = replace(common, **TRAINING.get(name, {}))
         fitted = fit(learner, splits, training, name=name)
         verdicts[name] = judge(learner, fitted.params, splits.test, many, jax.random.key(seed + 8), tasks)  # pyright: ignore[reportArgumentType]
         report(name, verdicts[name])

@@ -40,12 +40,14 @@ def gradient_learner(
     posterior: PosteriorRule,
     transductive: bool = True,
     implied_precision: Callable[[PyTree, Batch], Scalar | float] | None = None,
+    descends: bool = True,
 ) -> Learner:
     """The four functions (and the path) of a learner that infers phi by `steps` optimiser steps.
 
     transductive=False predicts each query example in a batch of its own beside the support set, so that batch norm
     never sees two queries together (Nichol et al. 2018, sec. 6.1). implied_precision is the precision of an explicit
-    prior N(theta, 1/precision) that the inner loop optimises, in units of the summed nll (iMAML).
+    prior N(theta, 1/precision) that the inner loop optimises, in units of the summed nll (iMAML). descends=False: the
+    steps follow no gradient at any rate (a network says them), so they imply no prior.
     """
     if steps < 0:
         raise ValueError(f"steps: came {steps}, needs at least 0")
@@ -64,6 +66,8 @@ def gradient_learner(
         return jointly if context is None else singly
 
     def implied(params: PyTree, support: Batch, at: Descent, k: int | Array) -> Implied:
+        if not descends:
+            return Implied(None, k)
         if implied_precision is not None:
             precision = implied_precision(params, support)
             return Implied(jax.tree.map(lambda leaf: jnp.full_like(leaf, precision**-0.5), at.phi), k, precision)

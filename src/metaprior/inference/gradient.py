@@ -90,6 +90,21 @@ class Descent(NamedTuple):
     state: PyTree
 
 
+def optimizer_step(
+    loss: Callable[..., Scalar],
+    at: Descent,
+    optimizer: optax.GradientTransformation,
+    *batch: PyTree,
+    first_order: bool = False,
+) -> tuple[Descent, Scalar]:
+    """One step on loss(phi, *batch), and the loss before it, which an optimiser that asks gets as optax's `value`."""
+    value, g = jax.value_and_grad(loss)(at.phi, *batch)
+    if first_order:
+        value, g = jax.lax.stop_gradient((value, g))
+    update, state = optax.with_extra_args_support(optimizer).update(g, at.state, at.phi, value=value)
+    return Descent(jax.tree.map(jnp.add, at.phi, update), state), value
+
+
 def descend(
     loss: Callable[..., Scalar],
     phi: PyTree,
@@ -105,14 +120,10 @@ def descend(
     first_order stops the gradient at each inner gradient (Finn et al. 2017, sec. 5.2). remat keeps only every
     sqrt(k)-th phi for the backward pass and recomputes the rest: memory grows with sqrt(k), time by about a third.
     """
-    grad = jax.grad(loss)
 
     def step(at: Descent, batch: PyTree) -> Descent:
-        g = grad(at.phi) if data is None else grad(at.phi, batch)
-        if first_order:
-            g = jax.lax.stop_gradient(g)
-        update, state = optimizer.update(g, at.state, at.phi)
-        return Descent(jax.tree.map(jnp.add, at.phi, update), state)
+        given = () if data is None else (batch,)
+        return optimizer_step(loss, at, optimizer, *given, first_order=first_order)[0]
 
     start = Descent(phi, optimizer.init(phi))
     if remat and steps > 1 and not first_order:
@@ -141,6 +152,15 @@ def _rematerialised(step: Callable, start: Descent, steps: int, data: PyTree) ->
     return run(at, jax.tree.map(lambda leaf: leaf[split:], data), rest) if rest else at
 
 
+def minibatches(key: PRNGKeyArray, data: Batch, size: int, steps: int) -> Batch:
+    """[steps, size, ...]: minibatches that cycle through the shuffled data without replacement in each pass."""
+    n = examples(data)
+    passes = -(-steps * size // n)
+    order = jax.vmap(lambda k: jax.random.permutation(k, n))(jax.random.split(key, passes)).reshape(-1)
+    index = order[: steps * size].reshape(steps, size)
+    return jax.tree.map(lambda leaf: leaf[index], data)
+
+
 def trajectory(
     loss: Callable[..., Scalar],
     phi: PyTree,
@@ -150,12 +170,10 @@ def trajectory(
     data: PyTree = None,
 ) -> Descent:
     """The descents after 0, 1, ..., k steps, stacked along a new leading axis; `data` as in `descend`."""
-    grad = jax.grad(loss)
 
     def step(at: Descent, batch: PyTree) -> tuple[Descent, Descent]:
-        g = grad(at.phi) if data is None else grad(at.phi, batch)
-        update, state = optimizer.update(g, at.state, at.phi)
-        after = Descent(jax.tree.map(jnp.add, at.phi, update), state)
+        given = () if data is None else (batch,)
+        after = optimizer_step(loss, at, optimizer, *given)[0]
         return after, after
 
     start = Descent(phi, optimizer.init(phi))
@@ -171,14 +189,15 @@ def inner_rates(
     Exact for every optimiser that treats parameters one by one (SGD, learned rates, Adam); otherwise Hutchinson's
     estimate z * (B z) over random signs z.
     """
-    g = jax.grad(loss)(at.phi)
+    value, g = jax.value_and_grad(loss)(at.phi)
+    told = optax.with_extra_args_support(optimizer)
     leaves, treedef = jax.tree.flatten(g)
 
     def probe(key: PRNGKeyArray) -> PyTree:
         keys = jax.random.split(key, len(leaves))
         signs = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
         z = jax.tree.unflatten(treedef, signs)
-        response = jax.jvp(lambda v: optimizer.update(v, at.state, at.phi)[0], (g,), (z,))[1]
+        response = jax.jvp(lambda v: told.update(v, at.state, at.phi, value=value)[0], (g,), (z,))[1]
         # A parameter that never had a gradient has no rate under Adam (0/0): it does not move.
         return jax.tree.map(lambda a, b: jnp.nan_to_num(-a * b, nan=0.0, posinf=0.0, neginf=0.0), z, response)
 

@@ -36,7 +36,8 @@ DRAWS_AT_ONCE = 8
 class Implied(NamedTuple):
     """The prior that an inner loop implies, in units of the *summed* support nll.
 
-    scale: shaped as phi, the square root of each parameter's inner rate (rate a on a mean over N examples is a/N).
+    scale: shaped as phi, the square root of each parameter's inner rate (rate a on a mean over N examples is a/N);
+    None where the steps follow no gradient at any rate.
     steps: k. precision: of an explicit prior N(theta, 1/precision) that the loop optimises instead (iMAML), or None.
     """
 
@@ -212,6 +213,11 @@ def implicit(
         raise ValueError(f"curvature: came {curvature!r}, needs one with a spectrum: {', '.join(spectral)}")
 
     def infer(outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied) -> SpectralGaussian:
+        if implied.scale is None:
+            raise ValueError(
+                "posterior: came 'implicit', but this learner's steps are said by a network and imply no prior; use "
+                "'laplace' or 'point'"
+            )
         explicit = implied.precision is not None
         spectrum = laplace_spectrum if explicit else partial(descent_spectrum, steps=implied.steps)
         scale = as_scale(implied.scale, phi)

@@ -8,10 +8,12 @@ from metaprior.learners.fine_tune import fine_tune
 from metaprior.learners.gem_bml import gem_bml, gem_bml_plus, kl_chaser
 from metaprior.learners.gnn import gnn
 from metaprior.learners.imaml import imaml
+from metaprior.learners.l2l import l2l, learned_optimizer
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
 from metaprior.learners.mann import lstm, mann
 from metaprior.learners.matching import matching
+from metaprior.learners.meta_lstm import meta_lstm
 from metaprior.learners.mixture import gem_mixture
 from metaprior.learners.nearest_neighbour import nearest_neighbour
 from metaprior.learners.platipus import maml_noise, platipus
@@ -23,6 +25,7 @@ from metaprior.learners.snail import snail
 
 __all__ = [
     "LEARNERS", "amortized_bml", "anil", "anp", "bmaml", "cnp", "fine_tune", "fomaml", "gem_bml", "gem_bml_plus",
-    "gem_mixture", "gnn", "imaml", "kl_chaser", "llama", "lslr", "lstm", "make_learner", "maml", "maml_noise", "mann",
-    "matching", "meta_sgd", "nearest_neighbour", "nil", "platipus", "preconditioned", "protonet", "reptile", "snail",
+    "gem_mixture", "gnn", "imaml", "kl_chaser", "l2l", "learned_optimizer", "llama", "lslr", "lstm", "make_learner",
+    "maml", "maml_noise", "mann", "matching", "meta_lstm", "meta_sgd", "nearest_neighbour", "nil", "platipus",
+    "preconditioned", "protonet", "reptile", "snail",
 ]  # fmt: skip

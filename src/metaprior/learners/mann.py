@@ -17,6 +17,7 @@ from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.gradient import mean_nll
 from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.networks.layers import dense, dense_init
+from metaprior.networks.lstm import gated, lstm_init
 from metaprior.networks.memory import Memory, access, blank
 from metaprior.types import Batch, Learner, Model, Task, examples
 
@@ -74,7 +75,7 @@ def mann(
         return Mann(
             theta,
             dense_init(keys[1], embed(theta, x).shape[1], 4 * hidden),
-            dense_init(keys[2], t + heads * width + hidden, 4 * hidden),
+            lstm_init(keys[2], t + heads * width, hidden),
             dense_init(keys[3], hidden, heads * (width + 2)) if heads else None,
             dense_init(keys[4], hidden + heads * width, outputs),
         )
@@ -83,9 +84,7 @@ def mann(
         """One time step on a projected x: the controller, the memory, the outputs."""
         read = [] if state.memory is None else [(state.memory.read @ state.memory.content).reshape(-1)]
         before = jnp.concatenate([state.label, *read, state.hidden])
-        i, f, o, g = jnp.split(drive + dense("recurrent", params.recurrent, before[None])[0], 4)
-        cell = jax.nn.sigmoid(f + 1) * state.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(cell)
+        h, cell = gated(drive + dense("recurrent", params.recurrent, before[None])[0], state.cell)
         memory = state.memory
         if memory is not None and params.address is not None:
             asked = dense("address", params.address, h[None]).reshape(heads, width + 2)

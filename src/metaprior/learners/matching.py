@@ -26,7 +26,7 @@ from metaprior.inference.metric import (
     weights,
 )
 from metaprior.likelihoods import Likelihood
-from metaprior.networks.lstm import State, lstm, lstm_init, lstm_start, run_lstm
+from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start, run_lstm
 from metaprior.types import Batch, Learner, Model, Task
 
 
@@ -67,10 +67,10 @@ def support_in_context(context: Context, g: Float[Array, "n d"], weight: Float[A
 def query_in_context(context: Context, f: Float[Array, "m d"], memory: Memory, reads: int) -> Float[Array, "m d"]:
     """f(x, S) after `reads` looks at the support."""
 
-    def read(state: State, _: None) -> tuple[State, None]:
+    def read(state: LSTMState, _: None) -> tuple[LSTMState, None]:
         attention = jax.nn.softmax(state.h @ memory.keys.T + memory.log_weight)
         after = lstm(context.reader, state, jnp.concatenate([f, attention @ memory.keys], -1))
-        return State(after.h + f, after.c), None
+        return LSTMState(after.h + f, after.c), None
 
     return jax.lax.scan(read, lstm_start(context.reader, f.shape[0]), length=reads)[0].h
 

@@ -11,10 +11,12 @@ from metaprior.learners.fine_tune import fine_tune
 from metaprior.learners.gem_bml import gem_bml, gem_bml_plus, kl_chaser
 from metaprior.learners.gnn import gnn
 from metaprior.learners.imaml import imaml
+from metaprior.learners.l2l import l2l
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
 from metaprior.learners.mann import lstm, mann
 from metaprior.learners.matching import matching
+from metaprior.learners.meta_lstm import meta_lstm
 from metaprior.learners.mixture import gem_mixture
 from metaprior.learners.nearest_neighbour import nearest_neighbour
 from metaprior.learners.platipus import maml_noise, platipus
@@ -55,6 +57,8 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "mann": mann,
     "lstm": lstm,
     "gnn": gnn,
+    "l2l": l2l,
+    "meta_lstm": meta_lstm,
 }
 
 

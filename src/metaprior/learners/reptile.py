@@ -9,19 +9,18 @@ import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics, gradient_learner
-from metaprior.inference.gradient import adapt_all, descend, half_square, joined, make_optimizer, mean_nll
+from metaprior.inference.gradient import (
+    adapt_all,
+    descend,
+    half_square,
+    joined,
+    make_optimizer,
+    mean_nll,
+    minibatches,
+)
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
 from metaprior.types import Batch, Learner, Model, Task, examples
-
-
-def minibatches(key: PRNGKeyArray, data: Batch, size: int, steps: int) -> Batch:
-    """[steps, size, ...]: minibatches that cycle through the shuffled data without replacement in each pass."""
-    n = examples(data)
-    passes = -(-steps * size // n)
-    order = jax.vmap(lambda k: jax.random.permutation(k, n))(jax.random.split(key, passes)).reshape(-1)
-    index = order[: steps * size].reshape(steps, size)
-    return jax.tree.map(lambda leaf: leaf[index], data)
 
 
 def reptile(

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from metaprior.networks.adapters import from_equinox, from_flax
 from metaprior.networks.conv4 import conv4
+from metaprior.networks.linear import linear
 from metaprior.networks.mlp import mlp
 from metaprior.types import Model
 
-NETWORKS: dict[str, Callable[..., Model]] = {"mlp": mlp, "conv4": conv4}
+NETWORKS: dict[str, Callable[..., Model]] = {"linear": linear, "mlp": mlp, "conv4": conv4}
 
-__all__ = ["NETWORKS", "conv4", "from_equinox", "from_flax", "mlp"]
+__all__ = ["NETWORKS", "conv4", "from_equinox", "from_flax", "linear", "mlp"]

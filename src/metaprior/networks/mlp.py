@@ -11,7 +11,8 @@ from metaprior.networks.layers import Tap, batch_norm, dense, dense_init, flat
 from metaprior.types import Model
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu, "leaky_relu": jax.nn.leaky_relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "gelu": jax.nn.gelu
+    "relu": jax.nn.relu, "leaky_relu": jax.nn.leaky_relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid,
+    "gelu": jax.nn.gelu,
 }  # fmt: skip
 
 

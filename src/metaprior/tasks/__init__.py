@@ -11,6 +11,7 @@ from metaprior.tasks.labels import check_labels, encode_labels
 from metaprior.tasks.linear_gaussian import linear_gaussian
 from metaprior.tasks.omniglot import omniglot
 from metaprior.tasks.oneshot import one_shot_runs, one_shot_source
+from metaprior.tasks.optimisees import digits, quadratics
 from metaprior.tasks.pool import ClassPool, class_pool, pool_splits
 from metaprior.tasks.reading import Examples, check_same_form, read_examples
 from metaprior.tasks.sinusoid import sinusoid, sinusoid_hard
@@ -30,6 +31,8 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "table": table,
     "sleepstudy": sleepstudy,
     "radon": radon,
+    "quadratics": quadratics,
+    "digits": digits,
 }
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "check_labels",
     "check_same_form",
     "class_pool",
+    "digits",
     "encode_labels",
     "images",
     "linear",
@@ -54,6 +58,7 @@ __all__ = [
     "one_shot_runs",
     "one_shot_source",
     "pool_splits",
+    "quadratics",
     "radon",
     "read_examples",
     "sinusoid",

@@ -1,0 +1,144 @@
+"""Learning to learn by gradient descent by gradient descent (Andrychowicz et al. 2016): an LSTM is the optimiser.
+
+Each coordinate of phi has a small LSTM of its own state, all with the same weights (sec. 2.1): it sees the coordinate's
+gradient by logarithm and sign (appendix A) and says its update, phi_t+1 = phi_t + rate * m(gradient_t, state_t). The
+objective is that of eq. 3 with all weights 1, the mean over t of f(phi_t); the gradient stops at each inner gradient
+(their dotted lines, Figure 2) and after every `unroll` steps. f is the query's nll, which is the optimisee's own loss
+where query and support are drawn alike. All unrolls of an optimisation make one meta-step.
+"""
+
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.assemble import fit_metrics, gradient_learner
+from metaprior.inference.gradient import Adaptation, adapt_all, mean_nll, minibatches, support_loss
+from metaprior.inference.learned import P, log_sign, unrolled
+from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.likelihoods import Likelihood
+from metaprior.networks.layers import dense, dense_init
+from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start
+from metaprior.types import Batch, Learner, Model, Task, examples
+
+RATE = 0.1
+
+
+class Rule(NamedTuple):
+    """The optimiser's weights: LSTM layers, and the linear map from the last one's output to the update."""
+
+    layers: tuple[dict[str, Array], ...]
+    out: dict[str, Array]
+
+
+class Learned(NamedTuple):
+    """rule: the optimiser. theta: where it starts, or None where every optimisation starts at random."""
+
+    theta: PyTree
+    rule: Rule
+
+
+def init_rule(key: PRNGKeyArray, units: int = 20, depth: int = 2) -> Rule:
+    """Weights of an untrained optimiser."""
+    keys = jax.random.split(key, depth + 1)
+    layers = tuple(lstm_init(k, units if i else 2, units) for i, k in enumerate(keys[:-1]))
+    return Rule(layers, dense_init(keys[-1], units, 1))
+
+
+def learned_optimizer(rule: Rule, *, rate: float = RATE, p: float = P) -> optax.GradientTransformation:
+    """The optimiser as an optax transformation, for any parameters and any loss; rate and p as it was trained with."""
+
+    def init(phi: PyTree) -> tuple[LSTMState, ...]:
+        flat = ravel_pytree(phi)[0]
+        return tuple(lstm_start(layer, flat.size) for layer in rule.layers)
+
+    def update(gradient: PyTree, state: tuple[LSTMState, ...], phi: PyTree = None) -> tuple[PyTree, PyTree]:
+        flat, unravel = ravel_pytree(gradient)
+        x, after = log_sign(flat, p), []
+        for layer, before in zip(rule.layers, state, strict=True):
+            after.append(lstm(layer, before, x))
+            x = after[-1].h
+        return unravel(rate * dense("out", rule.out, x)[:, 0]), tuple(after)
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def l2l(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    steps: int = 100,
+    unroll: int = 20,
+    minibatch: int | None = None,
+    units: int = 20,
+    depth: int = 2,
+    rate: float = RATE,
+    p: float = P,
+    start: str = "random",
+    first_order: bool = True,
+    test_steps: int | None = None,
+    transductive: bool = True,
+    posterior: PosteriorRule = point(),
+) -> Learner:
+    """Meta-learn the optimiser that fits phi to the support; `learned_optimizer(params.rule)` is it, for other losses.
+
+    steps, unroll: of an optimisation in training, and of back-propagation. minibatch: examples of the support a step
+    sees in training (None: all, as on a new task). units, depth: of the LSTM. rate: factor of its output. p: of the
+    log-sign preprocessing. start: phi_0 is drawn anew ("random", as in the paper) or meta-learned too ("learned").
+    first_order=False differentiates the inner gradients as well. test_steps: on a new task (default: steps).
+    """
+    if start not in ("random", "learned"):
+        raise ValueError(f"start: came {start!r}, needs 'random' or 'learned'")
+    if steps < 1 or unroll < 1 or steps % unroll:
+        raise ValueError(f"steps, unroll: came {steps} and {unroll}, needs a whole number of unrolls, e.g. 100 and 20")
+    if units < 1 or depth < 1:
+        raise ValueError(f"units, depth: came {units} and {depth}, needs at least 1")
+    free = adapt_all(model, optax.identity())
+
+    def init(key: PRNGKeyArray, task: Task) -> Learned:
+        here, there = jax.random.split(key)
+        theta = model.init(here, task.support.x) if start == "learned" else None
+        return Learned(theta, init_rule(there, units, depth))
+
+    def begun(params: Learned, support: Batch, key: PRNGKeyArray) -> Learned:
+        return params if start == "learned" else params._replace(theta=model.init(key, support.x))
+
+    def optimizer(params: Learned) -> optax.GradientTransformation:
+        return learned_optimizer(params.rule, rate=rate, p=p)
+
+    adaptation = Adaptation(init, lambda params: params.theta, free.outputs, optimizer)
+
+    def loss(params: Learned, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        support, query = task
+        key_start, key_data = jax.random.split(key)
+        params = begun(params, support, key_start)
+        data = None
+        if minibatch is not None:
+            data = minibatches(key_data, support, min(minibatch, examples(support)), steps)
+
+        def fit(phi: PyTree, batch: Batch = support) -> Scalar:
+            return support_loss(adaptation, likelihood, params, batch)(phi)
+
+        def judge(phi: PyTree) -> Scalar:
+            return mean_nll(likelihood, model.apply(phi, query.x), query)
+
+        at, values = unrolled(
+            fit, judge, params.theta, optimizer(params), steps, unroll, first_order=first_order, data=data
+        )
+        return values.mean(), fit_metrics(likelihood, model.apply(at.phi, query.x), query)
+
+    fitted = gradient_learner(
+        adaptation, likelihood, loss, steps=steps if test_steps is None else test_steps, posterior=posterior,
+        transductive=transductive, descends=False,
+    )  # fmt: skip
+
+    def adapt(params: Learned, support: Batch, key: PRNGKeyArray) -> PyTree:
+        return fitted.adapt(begun(params, support, key), support, key)
+
+    def path(params: Learned, support: Batch, key: PRNGKeyArray) -> PyTree:
+        assert fitted.path is not None
+        return fitted.path(begun(params, support, key), support, key)
+
+    return fitted._replace(adapt=adapt, path=path)

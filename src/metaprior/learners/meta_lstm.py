@@ -1,0 +1,141 @@
+"""Optimisation as a model for few-shot learning (Ravi & Larochelle 2017): the update rule is an LSTM's cell.
+
+Gradient descent is the cell update with forget gate 1 and input gate a, so let both gates be learned (eqs. 2-4):
+
+    theta_t = f_t * theta_t-1 - i_t * grad L_t
+    i_t = sigmoid(W_I [h_t, theta_t-1, i_t-1] + b_I),    f_t = sigmoid(W_F [h_t, theta_t-1, f_t-1] + b_F)
+
+with h_t an ordinary LSTM's output on gradient and loss, both by log-sign (sec. 3.3). All coordinates share the weights
+and each has its own state; the cell's first value theta_0 is meta-learned. Gradients and losses are constants to the
+meta-gradient (sec. 3.2). The input gate is the rate at which a parameter follows its gradient, so that the posterior
+that the steps imply is that of any descent.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.assemble import query_learner
+from metaprior.inference.gradient import Adaptation, adapt_all, support_loss, trajectory
+from metaprior.inference.learned import P, log_sign
+from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.likelihoods import Likelihood
+from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start
+from metaprior.types import Batch, Learner, Model, Task
+
+
+class CellRule(NamedTuple):
+    """The update rule's weights: an LSTM layer, and the two gates on [h, theta, the gate before]."""
+
+    layer: dict[str, Array]
+    forget: dict[str, Array]
+    input: dict[str, Array]
+
+
+class CellState(NamedTuple):
+    """What a coordinate carries: its LSTM's state and its gates; before the first step all is kept, nothing added."""
+
+    lstm: LSTMState
+    forget: Float[Array, " p"]
+    input: Float[Array, " p"]
+
+
+class MetaLSTM(NamedTuple):
+    """theta: the cell's first value, where phi starts. rule: how it moves."""
+
+    theta: PyTree
+    rule: CellRule
+
+
+class Gates(NamedTuple):
+    """Both gates after each step: leaves shaped as phi's with a leading axis of steps."""
+
+    forget: PyTree
+    input: PyTree
+
+
+def init_cell(key: PRNGKeyArray, units: int, rate: float) -> CellRule:
+    """Gates that start as gradient descent of that rate with little decay: forget near 1, input at `rate`."""
+    keys = jax.random.split(key, 3)
+    w = [jax.random.uniform(k, (units + 2,), minval=-0.01, maxval=0.01) for k in keys[:2]]
+    bias = jnp.log(rate) - jnp.log1p(-rate)
+    return CellRule(lstm_init(keys[2], 4, units), {"w": w[0], "b": jnp.asarray(6.0)}, {"w": w[1], "b": bias})
+
+
+def cell_optimizer(rule: CellRule, *, p: float = P) -> optax.GradientTransformationExtraArgs:
+    """The rule as an optax transformation; its update needs the parameters and, as `value`, the loss."""
+
+    def init(phi: PyTree) -> CellState:
+        flat = ravel_pytree(phi)[0]
+        start = lstm_start(rule.layer, flat.size)
+        return CellState(start, jnp.ones_like(flat), jnp.zeros_like(flat))
+
+    def update(
+        gradient: PyTree, state: CellState, phi: PyTree = None, *, value: Scalar | None = None, **_: PyTree
+    ) -> tuple[PyTree, CellState]:
+        if phi is None or value is None:
+            raise ValueError("params, value: came None, needs update(gradient, state, params, value=loss) at each step")
+        (g, unravel), theta = ravel_pytree(gradient), ravel_pytree(phi)[0]
+        seen = jnp.concatenate([log_sign(g, p), jnp.broadcast_to(log_sign(value[None], p), (g.size, 2))], -1)
+        after = lstm(rule.layer, state.lstm, jax.lax.stop_gradient(seen))
+
+        def gate(weights: dict[str, Array], before: Array) -> Array:
+            inputs = jnp.concatenate([after.h, theta[:, None], before[:, None]], -1)
+            return jax.nn.sigmoid(inputs @ weights["w"] + weights["b"])
+
+        f, i = gate(rule.forget, state.forget), gate(rule.input, state.input)
+        return unravel((f - 1) * theta - i * g), CellState(after, f, i)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _adaptation(model: Model, units: int, rate: float, p: float) -> Adaptation:
+    def init(key: PRNGKeyArray, task: Task) -> MetaLSTM:
+        here, there = jax.random.split(key)
+        return MetaLSTM(model.init(here, task.support.x), init_cell(there, units, rate))
+
+    free = adapt_all(model, optax.identity())
+    return Adaptation(init, lambda params: params.theta, free.outputs, lambda params: cell_optimizer(params.rule, p=p))
+
+
+def meta_lstm(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    steps: int = 5,
+    rate: float = 0.01,
+    units: int = 20,
+    p: float = P,
+    test_steps: int | None = None,
+    transductive: bool = True,
+    posterior: PosteriorRule = point(),
+) -> Learner:
+    """Meta-learn theta_0 and the gates by which phi moves from it; first order, as published.
+
+    steps: 12 for one shot, 5 for five in the paper. rate: where the input gate starts, in 0..1. units: of the LSTM that
+    sees gradient and loss. transductive=False comes nearest to the paper's batch norm at test, which uses the
+    support's statistics.
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"rate: came {rate}, needs a number between 0 and 1: it is where the input gate starts")
+    if units < 1:
+        raise ValueError(f"units: came {units}, needs at least 1")
+    return query_learner(
+        _adaptation(model, units, rate, p), likelihood, steps=steps, test_steps=test_steps, first_order=True,
+        remat=False, transductive=transductive, posterior=posterior,
+    )  # fmt: skip
+
+
+def gates(
+    model: Model, likelihood: Likelihood, params: MetaLSTM, support: Batch, steps: int, *, p: float = P
+) -> Gates:
+    """The forget and input gates of every parameter while phi is fitted to a support (the paper's Figure 2)."""
+    adaptation = _adaptation(model, 1, 0.5, p)
+    fit = support_loss(adaptation, likelihood, params, support)
+    course = trajectory(fit, params.theta, adaptation.optimizer(params), steps).state
+    unravel = jax.vmap(ravel_pytree(params.theta)[1])
+    return Gates(unravel(course.forget[1:]), unravel(course.input[1:]))

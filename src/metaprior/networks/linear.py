@@ -1,0 +1,22 @@
+"""The linear map without a bias: the model of the conjugate hierarchy and of random quadratics."""
+
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from metaprior.networks.layers import Tap
+from metaprior.types import Model
+
+
+def linear(outputs: int = 1, init_scale: float = 0.01) -> Model:
+    """x w on [n, ...] inputs (flattened); w starts normal of sd `init_scale`."""
+
+    def init(key: PRNGKeyArray, x: Array) -> dict:
+        inputs = x.reshape(x.shape[0], -1).shape[1]
+        return {"head": {"w": init_scale * jax.random.normal(key, (inputs, outputs))}}
+
+    def apply(params: dict, x: Array, tap: Tap | None = None) -> Float[Array, "n o"]:
+        x = x.reshape(x.shape[0], -1)
+        s = x @ params["head"]["w"]
+        return s if tap is None else tap("head", x, s)
+
+    return Model(init, apply, lambda params, x: x.reshape(x.shape[0], -1))
