@@ -169,6 +169,9 @@ def test_stein_direction_by_hand_and_for_one_particle():
     by_hand = [[(k * -1 + -2 / h * 1 * k) / 2], [(-1 + 2 / h * 1 * k) / 2]]
     close(stein_direction(particles, -particles), jnp.asarray(by_hand), 1e-12)
     close(stein_direction(particles[1:], -particles[1:]), -particles[1:], 0)
+    # Particles in one place have nowhere to be pushed: they follow the gradient together.
+    together = jnp.full((3, 2), 0.7)
+    close(stein_direction(together, -together), -together, 1e-12)
 
 
 @pytest.mark.usefixtures("x64")

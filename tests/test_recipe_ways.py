@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from metaprior.recipe import build, most_ways, recipe_from_dict, with_overrides
+from metaprior.recipe import build, load_recipe, most_ways, recipe_from_dict, training_of, with_overrides
 from metaprior.tasks import FixedTasks
 from metaprior.types import Batch, Splits, Task
 
@@ -23,3 +23,12 @@ def test_the_largest_way_reaches_the_network_and_the_learner():
         assert made.learner.predict(params, posterior, batch.x, jax.random.key(0)).mean().shape == (5, 9)
     assert most_ways(with_overrides(recipe, None, {"tasks.way": 20})) == 20
     assert most_ways(recipe_from_dict({"name": "sines", "tasks": {"name": "sinusoid"}})) is None
+
+
+def test_a_learner_has_tables_of_its_own_and_overrides_win():
+    common = load_recipe("omniglot-5way-1shot")
+    plain, reptile = with_overrides(common), with_overrides(common, "reptile")
+    assert (plain.tasks["query"], reptile.tasks["query"]) == (1, 9)
+    assert training_of(reptile).optimizer == "sgd"
+    chosen = with_overrides(common, "reptile", {"training.rate": 0.25, "tasks.query": 4})
+    assert (training_of(chosen).rate, chosen.tasks["query"]) == (0.25, 4)

@@ -1,8 +1,8 @@
 """A recipe: everything an experiment is made of, as data. One TOML file a published experiment, in `recipes/`.
 
 Tables: [tasks], [network], [likelihood] (a `name` and the factory's options), `learner` (the default one),
-[learners.NAME] (options of each learner in this experiment), [training], [training.NAME] (what a learner trains with
-otherwise), [evaluation], [published.NAME] (the paper's figures).
+[learners.NAME] (options of each learner in this experiment), [training], [evaluation], [published.NAME] (the paper's
+figures). [tasks.NAME], [likelihood.NAME] and [training.NAME] are what a learner has otherwise.
 """
 
 import tomllib
@@ -90,6 +90,8 @@ def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[s
     learner = learner or recipe.learner
     lookup("learner", learner, LEARNERS)
     tables: dict[str, Any] = asdict(recipe) | {"learner": learner}
+    for table in ("tasks", "likelihood", "training"):
+        tables[table] = own_table(tables[table], learner)
     for name, value in (overrides or {}).items():
         table, _, option = name.partition(".")
         if table == "learner" and option:
@@ -120,10 +122,14 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any]:
     return {name: parse_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
+def own_table(table: dict[str, Any], learner: str) -> dict[str, Any]:
+    """A table's common entries, and over them what its subtable of the learner's name says."""
+    return {k: v for k, v in table.items() if not isinstance(v, dict)} | table.get(learner, {})
+
+
 def training_of(recipe: Recipe) -> Training:
-    """The outer loop's settings: [training], and over it what [training.LEARNER] says."""
-    common = {k: v for k, v in recipe.training.items() if not isinstance(v, dict)}
-    table = common | recipe.training.get(recipe.learner, {})
+    """The outer loop's settings."""
+    table = own_table(recipe.training, recipe.learner)
     _check("training", table, [f.name for f in fields(Training)])
     return Training(**table)
 
@@ -146,20 +152,21 @@ def build(
     posterior: "point", "implicit" or "laplace", with its options (None: the learner's own). steps: inner steps when
     adapting to a new task. splits: task sources to use in place of the recipe's.
     """
-    likelihood = component("likelihood", recipe.likelihood, LIKELIHOODS)
+    likelihood = component("likelihood", own_table(recipe.likelihood, recipe.learner), LIKELIHOODS)
     network = dict(recipe.network)
     way = most_ways(recipe)
     if way is not None and "outputs" in option_names(lookup("network", network["name"], NETWORKS)):
         network.setdefault("outputs", way)
     model = component("network", network, NETWORKS)
     learner = recipe_learner(recipe, model, likelihood, posterior=posterior, steps=steps, **posterior_options)
-    sources: Splits = component("tasks", recipe.tasks, SOURCES) if splits is None else splits
+    sources: Splits = component("tasks", own_table(recipe.tasks, recipe.learner), SOURCES) if splits is None else splits
     return Experiment(learner, model, likelihood, sources, training_of(recipe), evaluation_of(recipe))
 
 
 def most_ways(recipe: Recipe) -> int | None:
     """The largest number of classes in a task of the recipe, in training or later; None where tasks have no classes."""
-    ways = [recipe.tasks[name] for name in ("way", "train_way") if name in recipe.tasks]
+    tasks = own_table(recipe.tasks, recipe.learner)
+    ways = [tasks[name] for name in ("way", "train_way") if name in tasks]
     return max(ways, default=None)
 
 

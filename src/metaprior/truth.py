@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gem_bml": {"steps": 60, "rate": 0.05, "samples": 8, "log_sd": -1.0, "draws": 0},
     "gem_bml_plus": {"steps": 60, "rate": 0.05, "samples": 8, "log_sd": -1.0, "draws": 0},
     "kl_chaser": {"steps": 30, "rate": 0.05, "samples": 8, "log_sd": -1.0, "draws": 0},
-    "bmaml": {"particles": 10, "steps": 30, "rate": 0.1},
+    "bmaml": {"particles": 10, "steps": 60, "rate": 0.03},
     "platipus": {"steps": 5, "rate": 0.05, "kl_weight": 1.0, "log_sd": -1.0, "draws": 100},
     "maml_noise": {"steps": 5, "rate": 0.05, "noise": 0.3, "draws": 100},
 }
@@ -67,8 +67,12 @@ class Verdict(NamedTuple):
 
 
 def linear_model(features: int) -> Model:
-    """y = x phi, the hierarchy's own model; starts at 0."""
-    return Model(lambda key, x: {"head": jnp.zeros((features, 1))}, lambda phi, x, tap=None: x @ phi["head"])
+    """y = x phi, the hierarchy's own model."""
+
+    def init(key: PRNGKeyArray, x: Array) -> PyTree:
+        return {"head": 0.1 * jax.random.normal(key, (features, 1))}
+
+    return Model(init, lambda phi, x, tap=None: x @ phi["head"])
 
 
 def judge(

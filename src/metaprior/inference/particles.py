@@ -37,10 +37,14 @@ def predict_with(apply: Callable[..., Array], likelihood: Likelihood, particles:
 
 
 def bandwidth(squared: Float[Array, "m m"]) -> Scalar:
-    """h of the kernel exp(-d^2 / h): the median of the pairs' d^2 over log m; held still by the gradient."""
+    """h of the kernel exp(-d^2 / h): the median of the pairs' d^2 over log m; held still by the gradient.
+
+    1 where the particles are the same to rounding: nothing tells in which direction to push them apart.
+    """
     m = squared.shape[0]
-    pairs = squared[jnp.triu_indices(m, 1)]
-    return jax.lax.stop_gradient(jnp.maximum(jnp.median(pairs) / log(m), 1e-12))
+    middle = jnp.median(squared[jnp.triu_indices(m, 1)])
+    same = middle <= 1e-6 * jnp.finfo(squared.dtype).eps
+    return jax.lax.stop_gradient(jnp.where(same, 1.0, middle / log(m)))
 
 
 def stein_direction(
