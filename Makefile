@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/metaprior demo --out demo
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks

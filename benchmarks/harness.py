@@ -119,6 +119,13 @@ def against(figures: dict[str, dict], ours: str, names: list[str]) -> float | No
     return min(times) / mine if times and mine else None
 
 
+def alone(script: str, *arguments: object) -> dict:
+    """The figures that `script --one ARGUMENTS` prints, from a process of its own."""
+    command = [sys.executable, str(HERE / script), "--one", *map(str, arguments)]
+    said = subprocess.run(command, env=environment(), check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(said.splitlines()[-1])
+
+
 def show(title: str, figures: dict[str, dict]) -> None:
     print(f"\n{title}")
     for name, row in figures.items():

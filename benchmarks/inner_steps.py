@@ -6,12 +6,10 @@ Each figure comes from a fresh process; --figure draws both.
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from harness import HERE, environment, options, write
+from harness import alone, options, write
 
 STEPS = (1, 4, 16, 64)
 LEARNERS = ("maml", "amortized_bml", "bmaml", "fomaml", "reptile", "imaml", "gem_bml", "gem_bml_plus")
@@ -72,9 +70,7 @@ def main() -> None:
     for name in LEARNERS:
         result[name] = {}
         for steps in (1, 4) if chosen.quick else STEPS:
-            command = [sys.executable, str(HERE / "inner_steps.py"), "--one", name, str(steps)]
-            said = subprocess.run(command, env=environment(), check=True, stdout=subprocess.PIPE, text=True).stdout
-            row = result[name][str(steps)] = json.loads(said.splitlines()[-1])
+            row = result[name][str(steps)] = alone("inner_steps.py", name, steps)
             print(f"{name:14s} {steps:3d} steps: {1e3 * row['seconds']:9.1f} ms, {row['temp_mib']:8.1f} MiB")
     many = [k for k in result["gem_bml"] if int(k) >= 4]
     flat = {name: [row["temp_mib"] for k, row in result[name].items() if k in many] for name in FLAT}

@@ -5,11 +5,9 @@ temp: the compiled program's temporary buffers. peak: the rise of resident memor
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-from harness import HERE, environment, options, write
+from harness import alone, options, write
 
 STEPS = (1, 4, 16, 64)
 FLAT = ("fomaml", "reptile", "imaml")
@@ -76,9 +74,7 @@ def main() -> None:
     for name in LEARNERS:
         result[name] = {}
         for steps in (1, 4) if chosen.quick else STEPS:
-            command = [sys.executable, str(HERE / "memory.py"), "--one", name, str(steps)]
-            said = subprocess.run(command, env=environment(), check=True, stdout=subprocess.PIPE, text=True).stdout
-            row = result[name][str(steps)] = json.loads(said.splitlines()[-1])
+            row = result[name][str(steps)] = alone("memory.py", name, steps)
             print(f"{name:18s} {steps:3d} steps: temp {row['temp_mib']:8.1f} MiB, peak {row['peak_mib']:8.1f} MiB")
     judged = verdicts(result)
     for name, verdict in judged.items():

@@ -44,9 +44,9 @@ def test_truncated_gradient_descent_is_the_mode_of_the_implicit_posterior(seed, 
     np.testing.assert_allclose(theta + c @ x.T @ (y - x @ theta), phi, atol=1e-9)
     assert posterior.clipped == 0
     h = np.asarray(x.T @ x)
-    if rank == 4 and np.linalg.cond(h) < 1e4:
-        # Q = ((I - P H)^-k - I) H^-1 is the prior's covariance (facts: Grant et al. 2018, sec. 3.2).
-        contraction = np.linalg.matrix_power(np.eye(4) - np.asarray(p) * h, steps)
+    contraction = np.linalg.matrix_power(np.eye(4) - np.asarray(p) * h, steps)
+    if rank == 4 and np.linalg.cond(h) < 1e4 and np.linalg.cond(contraction) < 1e6:
+        # Q = ((I - P H)^-k - I) H^-1 is the prior's covariance (Grant et al. 2018, sec. 3.2), here by an inverse.
         q = (np.linalg.inv(contraction) - np.eye(4)) @ np.linalg.inv(h)
         np.testing.assert_allclose(c, np.linalg.inv(h + np.linalg.inv(q)), atol=1e-6)
 
