@@ -1,13 +1,14 @@
 """Shared problems, small enough to train in a second."""
 
 import jax
+import jax.numpy as jnp
 
 from metaprior.learners import maml
 from metaprior.likelihoods import Gaussian
 from metaprior.networks import mlp
 from metaprior.tasks import sinusoid
 from metaprior.training import Training
-from metaprior.types import Learner, Splits
+from metaprior.types import Batch, Learner, Model, Splits, Task
 
 TINY = Training(steps=12, meta_batch=4, chunk=4, validate_every=4, validation_tasks=6, rate=1e-2)
 
@@ -27,3 +28,24 @@ def same_bits(a, b) -> bool:
     return all(
         (u == v).all() for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
+
+
+KEY = jax.random.key(0)
+# Its features are x itself, and it has three outputs.
+BARE = Model(lambda key, x: {}, lambda params, x: jnp.zeros((x.shape[0], 3)), lambda params, x: x)
+
+
+def batch(n, seed=1):
+    """Two features, three classes."""
+    kx, ky = jax.random.split(jax.random.key(seed))
+    return Batch(jax.random.normal(kx, (n, 2)), jax.random.randint(ky, (n,), 0, 3))
+
+
+def answer(learner, params, support, x):
+    """What the learner predicts at x after the support."""
+    return jax.jit(lambda p, s, x: learner.predict(p, learner.adapt(p, s, KEY), x, KEY).mean())(params, support, x)
+
+
+def start(learner, support):
+    """The learner's parameters before training."""
+    return jax.jit(learner.init)(KEY, Task(support, support))

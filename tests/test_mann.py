@@ -9,25 +9,11 @@ from metaprior.learners import lstm, mann
 from metaprior.learners.mann import by_instance
 from metaprior.likelihoods import Categorical
 from metaprior.networks.memory import access, blank
-from metaprior.types import Batch, Model, Task
+from metaprior.types import Task
+from scenarios import BARE, KEY, answer, batch, start
 
-KEY = jax.random.key(0)
 SMALL = {"hidden": 5, "slots": 6, "width": 4, "heads": 2}
-BARE = Model(lambda key, x: {}, lambda params, x: jnp.zeros((x.shape[0], 3)), lambda params, x: x)
 BOTH = pytest.mark.parametrize(("factory", "options"), [(mann, SMALL), (lstm, {"hidden": 5})])
-
-
-def batch(n, seed=1):
-    kx, ky = jax.random.split(jax.random.key(seed))
-    return Batch(jax.random.normal(kx, (n, 2)), jax.random.randint(ky, (n,), 0, 3))
-
-
-def answer(learner, params, support, x):
-    return jax.jit(lambda p, s, x: learner.predict(p, learner.adapt(p, s, KEY), x, KEY).mean())(params, support, x)
-
-
-def start(learner, support):
-    return jax.jit(learner.init)(KEY, Task(support, support))
 
 
 @pytest.mark.usefixtures("x64")

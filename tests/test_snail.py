@@ -7,24 +7,10 @@ import pytest
 
 from metaprior.learners import snail
 from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.types import Batch, Model, Task
+from metaprior.types import Task
+from scenarios import BARE, KEY, answer, batch, start
 
-KEY = jax.random.key(0)
 SMALL = {"filters": 3, "attention": ((4, 2), (3, 5))}
-BARE = Model(lambda key, x: {}, lambda params, x: jnp.zeros((x.shape[0], 3)), lambda params, x: x)
-
-
-def batch(n, seed=1):
-    kx, ky = jax.random.split(jax.random.key(seed))
-    return Batch(jax.random.normal(kx, (n, 2)), jax.random.randint(ky, (n,), 0, 3))
-
-
-def answer(learner, params, support, x):
-    return jax.jit(lambda p, s, x: learner.predict(p, learner.adapt(p, s, KEY), x, KEY).mean())(params, support, x)
-
-
-def start(learner, support):
-    return jax.jit(learner.init)(KEY, Task(support, support))
 
 
 def affine(layer, z):
