@@ -1,6 +1,6 @@
 """Conv4-64 on 28x28 images, 5-way 1-shot, 15 queries a class, 8 tasks, second-order MAML: time and memory a step."""
 
-from harness import Worker, against, interleave, options, peer_workers, show, write
+from harness import Worker, interleave, options, peer_workers, ratios, show, write
 
 PEERS = ["torch.func loop", "torch.func vmap", "torch.compile", "torchopt", "higher", "learn2learn"]
 
@@ -12,11 +12,8 @@ def main() -> None:
     peers = PEERS[:1] if chosen.quick else PEERS
     figures = interleave(start | peer_workers(peers, "conv4", 1, chosen.threads), rounds, seconds)
     show("Conv4-64, 5-way 1-shot, 8 tasks, 1 inner step, second order", figures)
-    ratios = {"fastest peer": against(figures, "metaprior", PEERS)}
-    ratios |= {peer: against(figures, "metaprior", [peer]) for peer in PEERS}
-    for name, ratio in ratios.items():
-        print(f"  times {name}: " + ("-" if ratio is None else f"{ratio:.2f}"))
-    write(chosen.json, {"workers": figures, "times_faster_than": ratios})
+    times = ratios(figures, {"fastest peer": PEERS} | {peer: [peer] for peer in PEERS})
+    write(chosen.json, {"workers": figures, "times_faster_than": times})
 
 
 if __name__ == "__main__":

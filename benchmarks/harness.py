@@ -126,6 +126,14 @@ def alone(script: str, *arguments: object) -> dict:
     return json.loads(said.splitlines()[-1])
 
 
+def ratios(figures: dict[str, dict], groups: dict[str, list[str]]) -> dict[str, float | None]:
+    """How many times faster metaprior is than the fastest of each group of peers; printed, too."""
+    found = {name: against(figures, "metaprior", peers) for name, peers in groups.items()}
+    for name, ratio in found.items():
+        print(f"  times {name}: " + ("-" if ratio is None else f"{ratio:.2f}"))
+    return found
+
+
 def show(title: str, figures: dict[str, dict]) -> None:
     print(f"\n{title}")
     for name, row in figures.items():

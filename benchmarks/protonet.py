@@ -1,6 +1,6 @@
 """Conv4-64 on 28x28 images, 60-way 1-shot, 5 queries a class, one task: time and memory a ProtoNet training step."""
 
-from harness import Worker, against, interleave, options, peer_workers, show, write
+from harness import Worker, interleave, options, peer_workers, ratios, show, write
 
 PEERS = ["torch", "torch compiled"]
 
@@ -12,11 +12,8 @@ def main() -> None:
     peers = PEERS[:1] if chosen.quick else PEERS
     figures = interleave(start | peer_workers(peers, "protonet", 0, chosen.threads), rounds, seconds)
     show("ProtoNet, Conv4-64, 60-way 1-shot, 5 queries a class", figures)
-    ratios = {"fastest peer": against(figures, "metaprior", PEERS)}
-    ratios |= {peer: against(figures, "metaprior", [peer]) for peer in PEERS}
-    for name, ratio in ratios.items():
-        print(f"  times {name}: " + ("-" if ratio is None else f"{ratio:.2f}"))
-    write(chosen.json, {"workers": figures, "times_faster_than": ratios})
+    times = ratios(figures, {"fastest peer": PEERS} | {peer: [peer] for peer in PEERS})
+    write(chosen.json, {"workers": figures, "times_faster_than": times})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Sinusoid regression, MLP 1-40-40-1, 25 tasks of 10 + 10 points, second-order MAML: meta-steps a second."""
 
-from harness import Worker, against, interleave, options, peer_workers, show, write
+from harness import Worker, interleave, options, peer_workers, ratios, show, write
 
 LIBRARIES = ["learn2learn", "higher", "torchopt"]
 PEERS = ["torch.compile", "torch.func vmap", "torch loop", *LIBRARIES]
@@ -14,12 +14,9 @@ def main() -> None:
         start = {"metaprior": lambda steps=steps: Worker("ours.py", "sinusoid", steps, 200, peer=False)}
         start |= peer_workers(PEERS, "sinusoid", steps, chosen.threads)
         figures = interleave(start, rounds, seconds)
-        ratios = {"libraries": against(figures, "metaprior", LIBRARIES)}
-        ratios |= {peer: against(figures, "metaprior", [peer]) for peer in PEERS}
         show(f"sinusoid, {steps} inner step(s)", figures)
-        for name, ratio in ratios.items():
-            print(f"  times {name}: " + ("-" if ratio is None else f"{ratio:.2f}"))
-        result[f"inner_steps_{steps}"] = {"workers": figures, "times_faster_than": ratios}
+        times = ratios(figures, {"libraries": LIBRARIES} | {peer: [peer] for peer in PEERS})
+        result[f"inner_steps_{steps}"] = {"workers": figures, "times_faster_than": times}
     write(chosen.json, result)
 
 

@@ -10,25 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Scalar
 
+from metaprior.inference.amortised import weights
 from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.gradient import count
 from metaprior.likelihoods import Categorical, Categories, Likelihood
-from metaprior.types import Batch, Learner, Model, Task, examples
+from metaprior.types import Batch, Learner, Model, Task
 
 ABSENT = -1e9  # the logit of a class that is not there: its probability is 0 to the bit, and gradients stay finite
 
 Embed = Callable[[PyTree, PyTree], Float[Array, "n d"]]
-
-
-def embedding(model: Model) -> Embed:
-    """(params, x) -> [n, d]: the model's features, or its outputs where it has no head to leave out."""
-    embed = model.apply if model.features is None else model.features
-
-    def flat(params: PyTree, x: PyTree) -> Float[Array, "n d"]:
-        f = embed(params, x)
-        return f.reshape(f.shape[0], -1)
-
-    return flat
 
 
 def embed_query(embed: Embed, params: PyTree, x: PyTree, beside: PyTree | None) -> Float[Array, "n d"]:
@@ -68,11 +58,6 @@ def check_classification(name: str, likelihood: Likelihood, way: int | None) -> 
         )
     if way is not None and way < 2:
         raise ValueError(f"way: came {way}, needs at least 2 classes")
-
-
-def weights(batch: Batch) -> Float[Array, " n"]:
-    """The examples' weights; ones where none came."""
-    return jnp.ones(examples(batch)) if batch.weight is None else batch.weight
 
 
 def memberships(support: Batch, way: int) -> Float[Array, "n way"]:

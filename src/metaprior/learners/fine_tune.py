@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
+from metaprior.inference.amortised import embedding
 from metaprior.inference.assemble import Adapted, gradient_learner, pretraining_loss
 from metaprior.inference.gradient import Adaptation, half_square, make_optimizer
-from metaprior.inference.metric import embed_query, embedding, number_of_classes
+from metaprior.inference.metric import embed_query, number_of_classes
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.layers import dense

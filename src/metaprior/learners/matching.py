@@ -13,17 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from metaprior.inference.amortised import embedding, weights
 from metaprior.inference.metric import (
     ABSENT,
     check_classification,
     embed_query,
-    embedding,
     memberships,
     number_of_classes,
     present,
     scored_by_query,
     unit,
-    weights,
 )
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start, run_lstm

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from metaprior.inference.amortised import embedding
 from metaprior.inference.assemble import pretraining_loss
 from metaprior.inference.metric import (
     ABSENT,
     DISTANCES,
     check_classification,
     embed_query,
-    embedding,
     memberships,
     number_of_classes,
     present,

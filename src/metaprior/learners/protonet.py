@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from metaprior.inference.amortised import embedding
 from metaprior.inference.metric import (
     DISTANCES,
     check_classification,
     embed_query,
-    embedding,
     memberships,
     number_of_classes,
     present,
