@@ -16,12 +16,14 @@ README = Path(__file__).parent.parent / "README.md"
 def test_the_readme_runs(capsys):
     names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     assert "±" in capsys.readouterr().out
     mean, truth = names["predictive"].mean(), names["task"].query.y
     assert ((mean - truth) ** 2).mean() < 0.25 * truth.var()
+    inside = (names["low"] < names["y"]) & (names["y"] < names["high"])
+    assert inside.mean() > 0.8
 
 
 def test_flax_modules_with_running_state_are_refused():

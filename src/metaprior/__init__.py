@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from metaprior import learners, networks, tasks
 from metaprior.calibration import calibrate
+from metaprior.estimators import MetaClassifier, MetaRegressor
 from metaprior.evaluation import Report, evaluate
 from metaprior.inference.learned import optimise
 from metaprior.inference.posteriors import implicit, laplace, point
@@ -24,6 +25,8 @@ __all__ = [
     "Gaussian",
     "Learner",
     "Likelihood",
+    "MetaClassifier",
+    "MetaRegressor",
     "Model",
     "NonFiniteLoss",
     "Poisson",
