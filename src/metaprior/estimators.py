@@ -114,7 +114,8 @@ class _MetaEstimator(BaseEstimator):
             X, targets, groups, shot=self.shot, query=self.query, split=self.split, seed=self.seed, small="drop",
             standardise=True, classification=self._classes,
         )  # fmt: skip
-        assert isinstance(splits.train, ArrayTasks) and splits.train.scaling is not None
+        assert isinstance(splits.train, ArrayTasks)
+        assert splits.train.scaling is not None
         self.scaling_ = splits.train.scaling
         outputs = len(self.classes_) if self._classes else 1
         own = {k: tuple(v) if isinstance(v, list) else v for k, v in (self.options or {}).items()}
