@@ -16,7 +16,7 @@ from metaprior.learners.registry import LEARNERS, make_learner
 from metaprior.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.named import construct, lookup, nearest, option_names
 from metaprior.networks import NETWORKS
-from metaprior.tasks import SOURCES
+from metaprior.tasks import SOURCES, around
 from metaprior.training import Training
 from metaprior.types import Learner, Model, Splits
 
@@ -159,8 +159,15 @@ def build(
         network.setdefault("outputs", way)
     model = component("network", network, NETWORKS)
     learner = recipe_learner(recipe, model, likelihood, posterior=posterior, steps=steps, **posterior_options)
-    sources: Splits = component("tasks", own_table(recipe.tasks, recipe.learner), SOURCES) if splits is None else splits
+    sources = task_sources(own_table(recipe.tasks, recipe.learner)) if splits is None else splits
     return Experiment(learner, model, likelihood, sources, training_of(recipe), evaluation_of(recipe))
+
+
+def task_sources(table: dict[str, Any]) -> Splits:
+    """The sources of a [tasks] table: the named one, inside what its `distort`, `labelled` and `unlabelled` ask for."""
+    outer = {name: value for name, value in table.items() if name in option_names(around)}
+    inner: Splits = component("tasks", {k: v for k, v in table.items() if k not in outer}, SOURCES)
+    return around(inner, **outer)
 
 
 def most_ways(recipe: Recipe) -> int | None:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from metaprior.tasks.ambiguous import ambiguous, linear, three_families
 from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.distort import Distorted, affine, distorted
 from metaprior.tasks.fixed import FixedTasks
+from metaprior.tasks.hidden import HiddenLabels, ask_for, hide_labels
 from metaprior.tasks.images import images, miniimagenet
 from metaprior.tasks.labels import check_labels, encode_labels
 from metaprior.tasks.linear_gaussian import linear_gaussian
@@ -35,21 +37,35 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "digits": digits,
 }
 
+
+def around(splits: Splits, *, distort: bool = False, labelled: float = 1.0, unlabelled: str = "shown") -> Splits:
+    """What any source of images by class may be wrapped in: see `distorted` and `hide_labels`."""
+    splits = distorted(splits) if distort else splits
+    return splits if (labelled, unlabelled) == (1, "shown") else hide_labels(splits, labelled, unlabelled)
+
+
 __all__ = [
     "SOURCES",
     "ArrayTasks",
     "ClassPool",
     "DataError",
+    "Distorted",
     "Examples",
     "FixedTasks",
+    "HiddenLabels",
     "Scaling",
+    "affine",
     "ambiguous",
+    "around",
     "array_tasks",
+    "ask_for",
     "check_labels",
     "check_same_form",
     "class_pool",
     "digits",
+    "distorted",
     "encode_labels",
+    "hide_labels",
     "images",
     "linear",
     "linear_gaussian",
