@@ -96,7 +96,7 @@ SILENT = {
     "maml_noise": {"noise": 1e-6},
     "preconditioned": {"rank": 0},
 }
-CLASSIFIERS = ("nil", "protonet", "matching", "nearest_neighbour", "fine_tune", "gnn")
+CLASSIFIERS = ("nil", "protonet", "siamese", "matching", "nearest_neighbour", "fine_tune", "gnn")
 # Learners that are trained by plain classification, with labels of the classes' own.
 PRETRAINED = ("nearest_neighbour", "fine_tune")
 # Learners whose network reads labels as inputs: that names mean nothing is taught by tasks, not built in.

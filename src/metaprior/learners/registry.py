@@ -23,6 +23,7 @@ from metaprior.learners.platipus import maml_noise, platipus
 from metaprior.learners.protonet import protonet
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
+from metaprior.learners.siamese import siamese
 from metaprior.learners.snail import snail
 from metaprior.likelihoods import Likelihood
 from metaprior.named import construct
@@ -49,6 +50,7 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "maml_noise": maml_noise,
     "protonet": protonet,
     "matching": matching,
+    "siamese": siamese,
     "nearest_neighbour": nearest_neighbour,
     "fine_tune": fine_tune,
     "cnp": cnp,
