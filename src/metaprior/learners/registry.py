@@ -25,6 +25,7 @@ from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
 from metaprior.learners.siamese import siamese
 from metaprior.learners.snail import snail
+from metaprior.learners.zero_shot import zero_shot
 from metaprior.likelihoods import Likelihood
 from metaprior.named import construct
 from metaprior.types import Learner, Model
@@ -49,6 +50,7 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "platipus": platipus,
     "maml_noise": maml_noise,
     "protonet": protonet,
+    "zero_shot": zero_shot,
     "matching": matching,
     "siamese": siamese,
     "nearest_neighbour": nearest_neighbour,

@@ -17,6 +17,7 @@ from metaprior.tasks.optimisees import digits, quadratics
 from metaprior.tasks.pool import ClassPool, class_pool, pool_splits
 from metaprior.tasks.reading import Examples, check_same_form, read_examples
 from metaprior.tasks.sinusoid import sinusoid, sinusoid_hard
+from metaprior.tasks.strokes import DescribedTasks, omniglot_strokes
 from metaprior.tasks.table import radon, sleepstudy, table
 from metaprior.types import Splits
 
@@ -28,6 +29,7 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "linear_gaussian": linear_gaussian,
     "three_families": three_families,
     "omniglot": omniglot,
+    "omniglot_strokes": omniglot_strokes,
     "miniimagenet": miniimagenet,
     "images": images,
     "table": table,
@@ -49,6 +51,7 @@ __all__ = [
     "ArrayTasks",
     "ClassPool",
     "DataError",
+    "DescribedTasks",
     "Distorted",
     "Examples",
     "FixedTasks",
@@ -71,6 +74,7 @@ __all__ = [
     "linear_gaussian",
     "miniimagenet",
     "omniglot",
+    "omniglot_strokes",
     "one_shot_runs",
     "one_shot_source",
     "pool_splits",

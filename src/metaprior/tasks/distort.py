@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray, PyTree
 
-from metaprior.types import Splits, Task, TaskSource
+from metaprior.types import Attributes, Splits, Task, TaskSource
 
 TURN, SHEAR, SCALE, SHIFT = 10.0, 0.3, 0.2, 2 / 105  # degrees, share, share, share of the image's side; each to +-
 CHANCE = 0.5  # of each of the seven components
@@ -70,11 +70,13 @@ class Distorted:
     source: TaskSource
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """n tasks, as the source draws them, warped."""
+        """n tasks, as the source draws them, warped; attributes in place of images stay."""
         key_task, *keys = jax.random.split(key, 3)
         task = self.source.sample(key_task, n)
 
-        def warped(key: PRNGKeyArray, x: Array) -> Array:
+        def warped(key: PRNGKeyArray, x: PyTree) -> PyTree:
+            if isinstance(x, Attributes):
+                return x
             flat = x.reshape(-1, *x.shape[2:])
             return affine(key, flat).reshape(x.shape)
 
