@@ -65,6 +65,11 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "meta_lstm": meta_lstm,
 }
 
+# To which an unlabelled example of the support is news (gnn) or nothing (the others); to the rest it is an error.
+READ_UNLABELLED = ("gnn", "protonet", "matching", "siamese", "nearest_neighbour")
+# To which a class may be its attributes.
+READ_ATTRIBUTES = ("zero_shot",)
+
 
 def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any) -> Learner:
     """A learner by its registered name; unknown names and options are ValueErrors that suggest the nearest."""

@@ -41,12 +41,15 @@ def twin(
             side = (side if i == 0 else side // 2) - kernel + 1
         return side
 
-    def features(params: dict, x: Array) -> Float[Array, "n d"]:
+    def check(x: Array) -> None:
         if x.ndim != 4 or min(map(sides, x.shape[1:3])) < 1:
             raise ValueError(
                 f"x: came shape {x.shape}, needs images [n, height, width, channels] large enough for kernels "
                 f"{tuple(kernels)} with halving between; give larger images or smaller kernels"
             )
+
+    def features(params: dict, x: Array) -> Float[Array, "n d"]:
+        check(x)
         for i, name in enumerate(names):
             x = x if i == 0 else max_pool(x)
             x = jax.nn.relu(conv2d(x, params[name]["w"], padding="VALID") + params[name]["b"])
@@ -57,13 +60,14 @@ def twin(
         return dense("head", params["head"], f) if head else f
 
     def init(key: PRNGKeyArray, x: Array) -> dict:
+        check(x)
         *keys, key_dense, key_head = jax.random.split(key, len(names) + 2)
         channels, params = x.shape[-1], {}
         for name, k, size, kernel in zip(names, keys, filters, kernels, strict=True):
             w = jax.nn.initializers.he_normal()(k, (kernel, kernel, channels, size))
             params[name] = {"w": w, "b": jnp.zeros(size)}
             channels = size
-        params["dense"] = dense_init(key_dense, max(sides(x.shape[1]), 0) * max(sides(x.shape[2]), 0) * channels, width)
+        params["dense"] = dense_init(key_dense, sides(x.shape[1]) * sides(x.shape[2]) * channels, width)
         if head:
             params["head"] = dense_init(key_head, width, outputs)
         return params

@@ -39,6 +39,9 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "digits": digits,
 }
 
+# The sources whose support has class attributes in place of examples.
+DESCRIBED_SOURCES = ("omniglot_strokes",)
+
 
 def around(splits: Splits, *, distort: bool = False, labelled: float = 1.0, unlabelled: str = "shown") -> Splits:
     """What any source of images by class may be wrapped in: see `distorted` and `hide_labels`."""
@@ -47,6 +50,7 @@ def around(splits: Splits, *, distort: bool = False, labelled: float = 1.0, unla
 
 
 __all__ = [
+    "DESCRIBED_SOURCES",
     "SOURCES",
     "ArrayTasks",
     "ClassPool",
