@@ -232,7 +232,8 @@ def test_a_small_budget_of_training_lowers_the_test_loss(name, make):
 
     run = jax.jit(lambda c: jax.lax.scan(step, c, jax.random.split(jax.random.key(6), 1500))[0][0])
     after = run((params, optimizer.init(params)))
-    floor = 0.0 if name in CLASSIFIERS or make is classification else 0.5 * np.log(np.pi)  # nll of a perfect mean under sd sqrt(1/2)
+    # The nll of a perfect answer: 0 of classes, that of a perfect mean under sd sqrt(1/2).
+    floor = 0.0 if name in CLASSIFIERS or make is classification else 0.5 * np.log(np.pi)
     before, now = jax.jit(score)(params) - floor, jax.jit(score)(after) - floor
     assert now < FACTOR.get(name, 0.75) * before, f"{before:.3f} -> {now:.3f}"
 

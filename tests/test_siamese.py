@@ -91,7 +91,7 @@ def test_random_warps_are_keyed_and_of_the_stated_extent():
     size = jnp.sqrt(jnp.linalg.det(matrices))
     assert 0.75 < size.min() < 0.9
     assert 1.1 < size.max() < 1.26
-    with pytest.raises(ValueError, match="needs .n, height, width, channels."):
+    with pytest.raises(ValueError, match=r"needs \[n, height, width, channels\]"):
         affine(KEY, jnp.zeros((3, 4)))
 
 

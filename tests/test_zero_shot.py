@@ -26,7 +26,7 @@ def attributes(*strokes):
 def test_attributes_of_lines_and_circles():
     line = attributes([(0.2, 0.5), (0.8, 0.5)])
     expected = {"log strokes": 0, "log length": np.log(0.6), "curvature": 0, "straightness": 1, "width": 0.6,
-                "height": 0, "centre x": 0.5, "centre y": 0.5, "start x": 0.2, "horizontal": 1, "vertical": 0}  # fmt: skip
+                "height": 0, "centre x": 0.5, "start x": 0.2, "horizontal": 1, "vertical": 0}  # fmt: skip
     assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     ell = attributes([(0.2, 0.2), (0.2, 0.8), (0.8, 0.8)])
     assert ell["curvature"] == pytest.approx(1 / 4, abs=1e-6)

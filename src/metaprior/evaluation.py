@@ -134,10 +134,9 @@ def evaluate(
     # Drawn one at a time, given tasks would come twice and others never.
     given = source.sample(key, tasks) if hasattr(source, "total") else None
 
-    def one(params: PyTree, source: TaskSource, key: PRNGKeyArray, task: Task | None) -> tuple[dict, dict, dict, Array]:
+    def one(params: PyTree, source: TaskSource, key: PRNGKeyArray, given: Task | None) -> tuple:
         key_task, key_adapt, key_predict = jax.random.split(key, 3)
-        if task is None:
-            task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
+        task: Task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1)) if given is None else given
         x, y = task.query.x, task.query.y
         posterior = learner.adapt(params, task.support, key_adapt)
         scores = score(learner.predict(params, posterior, x, key_predict), y)

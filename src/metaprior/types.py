@@ -101,5 +101,5 @@ def examples(batch: Batch) -> int:
     return jax.tree.leaves(batch.x)[0].shape[0]
 
 
-__all__ = ["Array", "Attributes", "Batch", "Bool", "Float", "Learner", "Model", "PRNGKeyArray", "Predictive", "PyTree", "Scalar",
-           "Splits", "Task", "TaskSource", "examples"]
+__all__ = ["Array", "Attributes", "Batch", "Bool", "Float", "Learner", "Model", "PRNGKeyArray", "Predictive", "PyTree",
+           "Scalar", "Splits", "Task", "TaskSource", "examples"]

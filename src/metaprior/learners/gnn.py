@@ -5,15 +5,15 @@ Each layer (sec. 4) first makes edges from the nodes as they stand, A_ij = MLP(|
 then nodes from edges, z' = rho([z, A z] w), put beside z; the last layer gives the query's class. Each query has a
 graph of its own. The authors' batch norm over edges and nodes is left out: a task does not see the others of its batch.
 
-Active learning (sec. 5.3): after the first layer attention over the nodes whose label may be asked for, a softmax of an
-MLP of each node, chooses one; its label times its attention is added to its node, so that the choice is learned end to
-end. It is drawn from the attention in training and the largest at test.
+Active learning (sec. 5.3): after the first layer a softmax of an MLP of each node whose label may be asked for chooses
+one, drawn in training and the largest at test; its label times its attention is added to its node, hence is learned.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.amortised import as_inputs, embedding, output_width, weights
@@ -29,8 +29,7 @@ EDGES = 2**16  # in memory at once; queries beyond that go one chunk after anoth
 
 
 class Graph(NamedTuple):
-    """theta: the embedding of x (the given model), of each layer the MLP of its edges and the map of its nodes, and
-    the MLP that says which node's label to ask for (None: nothing is asked)."""
+    """theta: the embedding of x (the given model), each layer's MLP of edges and map of nodes, the MLP that asks."""
 
     embedding: PyTree
     edges: list[PyTree]
@@ -95,7 +94,7 @@ def gnn(
         way, weight = output_width(model, params.embedding, support.x), weights(support)
         missing = (weight * (support.y < 0)).sum() / jnp.maximum(weight.sum(), 1)
         allowed = missing <= unlabelled + 1e-6
-        if not isinstance(allowed, jax.core.Tracer) and not allowed:
+        if not isinstance(allowed, Tracer) and not allowed:
             raise ValueError(
                 f"support.y: {100 * missing:.0f} % came without a label (below 0), needs at most "
                 f"{100 * unlabelled:.0f} %; label more examples, or set `unlabelled` of gnn and train it so"

@@ -2,10 +2,10 @@
 
 Two twins of the same weights see x1 and x2; p(same) = sigmoid(sum_j alpha_j |h_j(x1) - h_j(x2)| + b) (sec. 3.1), with a
 bias b, without which equal examples would be the same with probability 1/2. Training is verification: the cross-entropy
-of pairs (sec. 3.2), here all pairs of a task's examples, those of one class weighing as much as all others together. So
-the odds of `same` are a likelihood ratio, and of classes of which just one is the query's, p(class | x) is in proportion
-to its odds: Bayes' rule. With more shots a class's log odds are the mean over its examples. The largest is the paper's
-choice (sec. 4.3).
+of pairs (sec. 3.2), here all pairs of a task's examples, those of one class weighing as much as all others together.
+So the odds of `same` are a likelihood ratio, and of classes of which just one is the query's, p(class | x) is in
+proportion to its odds: Bayes' rule. With more shots a class's log odds are the mean over its examples. The largest is
+the paper's choice (sec. 4.3).
 """
 
 from typing import NamedTuple

@@ -31,7 +31,7 @@ def twin(
         ValueError: unlike numbers of filters and kernels, or images too small for them.
     """
     if len(filters) != len(kernels) or not filters:
-        raise ValueError(f"filters, kernels: came {tuple(filters)}, {tuple(kernels)}; needs as many of one as the other")
+        raise ValueError(f"filters, kernels: came {tuple(filters)}, {tuple(kernels)}; needs as many of each")
     act = lookup("activation", activation, ACTIVATIONS)
     names = [f"conv{i + 1}" for i in range(len(filters))]
 

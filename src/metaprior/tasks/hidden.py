@@ -1,4 +1,4 @@
-"""Semi-supervised tasks: of a share of the support's examples the label is not known (Garcia & Bruna 2018, sec. 5.2)."""
+"""Semi-supervised tasks: of some of the support's examples the label is not known (Garcia & Bruna 2018, sec. 5.2)."""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ def ask_for(label: Int[Array, " n"]) -> Int[Array, " n"]:
 
 
 def known(key: PRNGKeyArray, y: Int[Array, " n"], weight: Float[Array, " n"], share: float) -> Bool[Array, " n"]:
-    """Which examples keep their labels: of each class round(share * its number), at least one; padding keeps its own."""
+    """Which examples keep their labels: of each class round(share * its number), at least one; and all padding."""
     there = weight > 0
     same = (y[:, None] == y[None]) & there[None]
     draw = jax.random.uniform(key, y.shape)

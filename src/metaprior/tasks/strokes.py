@@ -9,6 +9,7 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.omniglot import DRAWERS, SIDE, SOURCE, load_omniglot
-from metaprior.tasks.pool import ClassPool, pool_splits
+from metaprior.tasks.pool import ClassPool, class_pool
 from metaprior.tasks.splitting import Split, split_groups
 from metaprior.tasks.store import Arrays, cached, data_folder, download, reading, stamp
 from metaprior.types import Attributes, Batch, Splits, Task
@@ -102,7 +103,7 @@ def _parse(text: str) -> list[Stroke]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DescribedTasks:
-    """Episodes of a pool whose support has a class's attributes in place of examples; row i is of the pool's label i."""
+    """Episodes of a pool of own labels, whose support has attributes in place of examples: row i is label i's."""
 
     pool: ClassPool
     attributes: Float[Array, "classes a"]
@@ -144,22 +145,22 @@ def omniglot_strokes(
     train, validation, test = split_groups(characters.tolist(), split, seed, "character")
     pictures = load_omniglot(size).reshape(-1, DRAWERS, size, size, 1)[characters - 1, DESCRIBING:]
     counts = np.full(len(characters), DRAWERS - DESCRIBING)
-    pools = pool_splits(
-        pictures.reshape(-1, size, size, 1), counts, (train, validation, test), way=way, shot=1, query=query,
-        test_query=test_query, rotations=rotations, train_way=train_way, train_labels="class",
-        names=[f"{c:04d}" for c in characters],
-    )  # fmt: skip
-    rows = [np.concatenate(table[: 4 if rotations else 1, train]), table[0, validation], table[0, test]]
-    mean, deviation = rows[0].mean(0), np.maximum(rows[0].std(0), 1e-6)
-    return Splits(*(
-        DescribedTasks(_by_class(pool), jnp.asarray((row - mean) / deviation, jnp.float32))
-        for pool, row in zip(pools, rows, strict=True)
-    ))  # fmt: skip
+    images = jnp.asarray(pictures.reshape(-1, size, size, 1))
+    described_train = np.concatenate(table[: 4 if rotations else 1, train])
+    mean, deviation = described_train.mean(0), np.maximum(described_train.std(0), 1e-6)
 
+    def source(classes: np.ndarray, rows: np.ndarray, **episode: Any) -> DescribedTasks:
+        names = [f"{c:04d}" for c in characters]
+        pool = class_pool(images, counts, classes=classes, names=names, shot=1, own_labels=True, **episode)
+        return DescribedTasks(pool, jnp.asarray((rows - mean) / deviation, jnp.float32))
 
-def _by_class(pool: ClassPool) -> ClassPool:
-    """The pool with each class's own number as label."""
-    return ClassPool(**{**vars(pool), "own_labels": True})
+    training = {"way": way if train_way is None else train_way, "query": query, "rotations": rotations}
+    judging = {"way": way, "query": test_query}
+    return Splits(
+        source(train, described_train, **training),
+        source(validation, table[0, validation], **judging),
+        source(test, table[0, test], **judging),
+    )
 
 
 def load_attributes() -> Arrays:
