@@ -12,12 +12,13 @@ from metaprior.learners import LEARNERS, learned_optimizer, make_learner
 from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from metaprior.networks import conv4, from_equinox, from_flax, mlp
 from metaprior.training import Fitted, NonFiniteLoss, Training, TrainState, fit
-from metaprior.types import Batch, Learner, Model, Predictive, Splits, Task, TaskSource
+from metaprior.types import Attributes, Batch, Learner, Model, Predictive, Splits, Task, TaskSource
 
 __version__ = version("metaprior")
 
 __all__ = [
     "LEARNERS",
+    "Attributes",
     "Batch",
     "Bernoulli",
     "Categorical",

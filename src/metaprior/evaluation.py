@@ -5,7 +5,7 @@ query examples of all tasks.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +118,25 @@ def evaluate(
     tasks: int = 600,
     chunk: int = 20,
     course: Learner | None = None,
+    metrics: bool = False,
 ) -> Report:
     """Adapt to `tasks` new tasks and judge the predictions of their queries.
 
     chunk: tasks in memory at once. course: the learner whose `path` gives the figures after each inner step (default:
-    the learner itself, if it has one; a cheaper posterior may be wanted there).
+    the learner itself, if it has one; a cheaper posterior may be wanted there). metrics: report what the learner's loss
+    measures on these tasks, too, where the report has no such figure (`verification` of siamese, say). A source of
+    given tasks (one with a `total`) shows as many different ones.
     """
     if tasks < 1:
         raise ValueError(f"tasks: came {tasks}, needs at least 1")
     course = learner if course is None else course
 
-    def one(params: PyTree, source: TaskSource, key: PRNGKeyArray) -> tuple[dict[str, Array], dict[str, Array], Array]:
+    # Drawn one at a time, given tasks would come twice and others never.
+    given = source.sample(key, tasks) if hasattr(source, "total") else None
+
+    def one(params: PyTree, source: TaskSource, key: PRNGKeyArray, given: Task | None) -> tuple:
         key_task, key_adapt, key_predict = jax.random.split(key, 3)
-        task: Task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
+        task: Task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1)) if given is None else given
         x, y = task.query.x, task.query.y
         posterior = learner.adapt(params, task.support, key_adapt)
         scores = score(learner.predict(params, posterior, x, key_predict), y)
@@ -140,14 +146,16 @@ def evaluate(
             path = course.path(params, task.support, key_adapt)
             later = jax.vmap(lambda p: brief_score(course.predict(params, p, x, key_predict), y))(path)
             steps = jax.tree.map(lambda s: task_mean(s, weight), later)
-        return scores, steps, weight
+        own = learner.loss(params, task, key_adapt)[1] if metrics else {}
+        return scores, steps, {name: value for name, value in own.items() if name not in scores}, weight
 
     @jax.jit
-    def run(params: PyTree, source: TaskSource, keys: PRNGKeyArray) -> Any:
-        return jax.lax.map(lambda k: one(params, source, k), keys, batch_size=min(chunk, tasks))
+    def run(params: PyTree, source: TaskSource, keys: PRNGKeyArray, given: Task | None) -> Any:
+        return jax.lax.map(lambda drawn: one(params, source, *drawn), (keys, given), batch_size=min(chunk, tasks))
 
-    scores, steps, weight = jax.device_get(run(params, source, jax.random.split(key, tasks)))
-    return summarise(scores, steps, weight)
+    scores, steps, own, weight = jax.device_get(run(params, source, jax.random.split(key, tasks), given))
+    report = summarise(scores, steps, weight)
+    return replace(report, figures=report.figures | {name: figure_of(values) for name, values in own.items()})
 
 
 def brief_score(predictive: Any, y: Array) -> dict[str, Array]:

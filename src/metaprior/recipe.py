@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metaprior.inference.posteriors import POSTERIORS
-from metaprior.learners.registry import LEARNERS, make_learner
+from metaprior.learners.registry import LEARNERS, READ_ATTRIBUTES, READ_UNLABELLED, make_learner
 from metaprior.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.named import construct, lookup, nearest, option_names
 from metaprior.networks import NETWORKS
-from metaprior.tasks import SOURCES
+from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, around
 from metaprior.training import Training
 from metaprior.types import Learner, Model, Splits
 
@@ -159,8 +159,31 @@ def build(
         network.setdefault("outputs", way)
     model = component("network", network, NETWORKS)
     learner = recipe_learner(recipe, model, likelihood, posterior=posterior, steps=steps, **posterior_options)
-    sources: Splits = component("tasks", own_table(recipe.tasks, recipe.learner), SOURCES) if splits is None else splits
+    check_support(recipe)
+    sources = task_sources(own_table(recipe.tasks, recipe.learner)) if splits is None else splits
     return Experiment(learner, model, likelihood, sources, training_of(recipe), evaluation_of(recipe))
+
+
+def task_sources(table: dict[str, Any]) -> Splits:
+    """The sources of a [tasks] table: the named one, inside what its `distort`, `labelled` and `unlabelled` ask for."""
+    outer = {name: value for name, value in table.items() if name in option_names(around)}
+    inner: Splits = component("tasks", {k: v for k, v in table.items() if k not in outer}, SOURCES)
+    return around(inner, **outer)
+
+
+def check_support(recipe: Recipe) -> None:
+    """A ValueError where the recipe's tasks show a support that its learner cannot read."""
+    tasks, name = own_table(recipe.tasks, recipe.learner), recipe.learner
+    if tasks.get("name") in DESCRIBED_SOURCES and name not in READ_ATTRIBUTES:
+        raise ValueError(
+            f"learner: came {name}, but the tasks of {tasks['name']} show class attributes in place of examples; needs "
+            f"one of {', '.join(READ_ATTRIBUTES)}"
+        )
+    if tasks.get("labelled", 1) < 1 and tasks.get("unlabelled", "shown") != "left_out" and name not in READ_UNLABELLED:
+        raise ValueError(
+            f"tasks.labelled: came {tasks['labelled']}, but {name} would take an unknown label for a class; needs one "
+            f"of {', '.join(READ_UNLABELLED)}, or tasks.unlabelled = 'left_out'"
+        )
 
 
 def most_ways(recipe: Recipe) -> int | None:

@@ -14,12 +14,19 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Scalar
 class Batch(NamedTuple):
     """Examples: every leaf of x and y has the examples as its leading axis.
 
-    `weight` [n] multiplies each example's loss; 0 marks padding, None means all ones.
+    `weight` [n] multiplies each example's loss; 0 marks padding, None means all ones. A class label below 0 in a
+    support set is not known; -2 - label is one that is hidden but may be asked for.
     """
 
     x: PyTree
     y: PyTree
     weight: Float[Array, " n"] | None = None
+
+
+class Attributes(NamedTuple):
+    """What is known of classes in place of examples of them: the x of a zero-shot support, a row a class."""
+
+    values: Float[Array, "n a"]
 
 
 class Task(NamedTuple):
@@ -94,5 +101,5 @@ def examples(batch: Batch) -> int:
     return jax.tree.leaves(batch.x)[0].shape[0]
 
 
-__all__ = ["Array", "Batch", "Bool", "Float", "Learner", "Model", "PRNGKeyArray", "Predictive", "PyTree", "Scalar",
-           "Splits", "Task", "TaskSource", "examples"]
+__all__ = ["Array", "Attributes", "Batch", "Bool", "Float", "Learner", "Model", "PRNGKeyArray", "Predictive", "PyTree",
+           "Scalar", "Splits", "Task", "TaskSource", "examples"]

@@ -15,7 +15,7 @@ from metaprior.cli.evaluate import open_run
 from metaprior.likelihoods import Categories
 from metaprior.recipe import most_ways
 from metaprior.tasks import encode_labels, read_examples
-from metaprior.types import Batch
+from metaprior.types import Attributes, Batch
 
 SHOWN = 50  # rows of the table on screen; --out holds all
 
@@ -49,6 +49,11 @@ def adapt(
         options["draws"] = draws
     _, recipe, experiment, params = open_run(run, steps, **options)
     like = jax.eval_shape(lambda: experiment.splits.train.sample(jax.random.key(0), 1)).support
+    if isinstance(like.x, Attributes):
+        raise ValueError(
+            f"{run}: its support is class attributes, which files of examples do not hold; give learner.adapt a "
+            "Batch(Attributes(...), labels) in Python"
+        )
     shape = like.x.shape[2:]
     image = {"size": shape[0], "channels": shape[-1]} if len(shape) == 3 else {}
     # Omniglot's tasks show ink as 1 on 0; people's scans are dark ink on light paper.

@@ -18,6 +18,8 @@ from metaprior.recipe import (
     Recipe,
     build,
     evaluation_of,
+    most_ways,
+    own_table,
     parse_overrides,
     recipe_from_dict,
     recipe_learner,
@@ -26,6 +28,7 @@ from metaprior.recipe import (
 )
 from metaprior.runs import Run, write_atomically
 from metaprior.runtime import configure
+from metaprior.tasks import FixedTasks, one_shot_source
 from metaprior.training import init_state
 
 
@@ -59,8 +62,9 @@ def evaluate(
     calibrated: bool = False,
     steps: int | None = None,
     tasks: int | None = None,
-    split: Literal["validation", "test"] = "test",
+    split: Literal["validation", "test", "one_shot"] = "test",
     seed: int | None = None,
+    metrics: bool = False,
     set: tuple[str, ...] = (),
 ) -> int:
     """Judge a run on new tasks: a table, a JSON file and pictures in its folder.
@@ -74,8 +78,9 @@ def evaluate(
         calibrated: fit the posterior's temperature (or precision) and the noise on validation tasks first.
         steps: inner steps on a new task.
         tasks: how many (default: the recipe's, usually 600).
-        split: the tasks' split.
+        split: the tasks' split; one_shot is Omniglot's official 20 runs of 20 ways, 1 shot.
         seed: of the tasks.
+        metrics: report what the learner's loss measures, too, e.g. the verification accuracy of siamese.
         set: options of the tasks or the learner by name, e.g. --set tasks.shot=5
     """
     options: dict[str, Any] = {}
@@ -91,6 +96,11 @@ def evaluate(
     console = Console()
     learner, fitted = experiment.learner, None
     number = settings.tasks if tasks is None else tasks
+    if split == "one_shot":
+        source = one_shot_runs_for(recipe)
+        number = source.total if tasks is None else tasks
+    else:
+        source = getattr(experiment.splits, split)
     steps = settings.steps if steps is None else steps
     if calibrated and (knobs := starting_knobs(posterior, experiment.likelihood)):
 
@@ -124,21 +134,43 @@ def evaluate(
     report = evaluate_learner(
         learner,
         params,
-        getattr(experiment.splits, split),
+        source,
         jax.random.key(settings.seed if seed is None else seed),
         tasks=number,
         chunk=experiment.training.task_chunk or 20,
         course=course,
+        metrics=metrics,
     )
-    name = "-".join(["report", posterior or "own", *(["calibrated"] if fitted else [])])
+    name = "-".join(["report", posterior or "own", *(["calibrated"] if fitted else []), *([split] * (split != "test"))])
     _keep(opened, name, report, {"posterior": posterior, "draws": draws, "fitted": fitted, "split": split})
-    console.print(report.table(f"{recipe.name}, {recipe.learner}, {posterior or 'own'} posterior, {number} tasks"))
+    kind = "official runs" if split == "one_shot" else "tasks"
+    console.print(report.table(f"{recipe.name}, {recipe.learner}, {posterior or 'own'} posterior, {number} {kind}"))
     if (curve := report.curve_table()) is not None:
         console.print(curve)
     if (published := recipe.published.get(recipe.learner)) is not None:
         console.print(f"published: {published}", highlight=False)
     console.print(f"written: {opened.folder / name}.json and pictures in {opened.folder / 'plots'}", soft_wrap=True)
     return 0
+
+
+def one_shot_runs_for(recipe: Recipe) -> FixedTasks:
+    """The official runs as the recipe's learner sees images.
+
+    Raises:
+        ValueError: a run that was trained on some of their characters, or to tell fewer than 20 classes apart.
+    """
+    tasks = own_table(recipe.tasks, recipe.learner)
+    if tasks.get("name") != "omniglot" or tasks.get("split") != "lake":
+        raise ValueError(
+            f"--split one_shot: this run was trained on {tasks.get('name')} with split {tasks.get('split')!r}, needs "
+            "Omniglot's split 'lake', which leaves the runs' characters out; train with --set tasks.split=lake"
+        )
+    if (way := most_ways(recipe) or 0) < 20:
+        raise ValueError(
+            f"--split one_shot: has 20 classes a run, but this run was trained to tell {way} apart; train with "
+            "--set tasks.way=20 (or tasks.train_way=20)"
+        )
+    return one_shot_source(size=tasks.get("size", 28))
 
 
 def _keep(run: Run, name: str, report: Report, settings: dict[str, Any]) -> None:

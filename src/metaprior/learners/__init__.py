@@ -21,11 +21,13 @@ from metaprior.learners.protonet import protonet
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.registry import LEARNERS, make_learner
 from metaprior.learners.reptile import reptile
+from metaprior.learners.siamese import siamese
 from metaprior.learners.snail import snail
+from metaprior.learners.zero_shot import zero_shot
 
 __all__ = [
     "LEARNERS", "amortized_bml", "anil", "anp", "bmaml", "cnp", "fine_tune", "fomaml", "gem_bml", "gem_bml_plus",
     "gem_mixture", "gnn", "imaml", "kl_chaser", "l2l", "learned_optimizer", "llama", "lslr", "lstm", "make_learner",
     "maml", "maml_noise", "mann", "matching", "meta_lstm", "meta_sgd", "nearest_neighbour", "nil", "platipus",
-    "preconditioned", "protonet", "reptile", "snail",
+    "preconditioned", "protonet", "reptile", "siamese", "snail", "zero_shot",
 ]  # fmt: skip

@@ -4,16 +4,22 @@ The nodes are the support and one query, each its embedding beside its label: on
 Each layer (sec. 4) first makes edges from the nodes as they stand, A_ij = MLP(|z_i - z_j|) with a softmax a row,
 then nodes from edges, z' = rho([z, A z] w), put beside z; the last layer gives the query's class. Each query has a
 graph of its own. The authors' batch norm over edges and nodes is left out: a task does not see the others of its batch.
+
+Active learning (sec. 5.3): after the first layer a softmax of an MLP of each node whose label may be asked for chooses
+one, drawn in training and the largest at test; its label times its attention is added to its node, hence is learned.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jax.core import Tracer
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width, weights
-from metaprior.likelihoods import Categorical, Likelihood
+from metaprior.inference.amortised import as_inputs, embedding, output_width, weights
+from metaprior.inference.assemble import fit_metrics
+from metaprior.inference.gradient import mean_nll
+from metaprior.likelihoods import Categorical, Categories, Likelihood
 from metaprior.networks.attention import shares
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.mlp import mlp
@@ -23,33 +29,51 @@ EDGES = 2**16  # in memory at once; queries beyond that go one chunk after anoth
 
 
 class Graph(NamedTuple):
-    """theta: the embedding of x (the given model), and of each layer the MLP of its edges and the map of its nodes."""
+    """theta: the embedding of x (the given model), each layer's MLP of edges and map of nodes, the MLP that asks."""
 
     embedding: PyTree
     edges: list[PyTree]
     nodes: list[dict[str, Array]]
+    asks: PyTree = None
 
 
 class Labelled(NamedTuple):
-    """The posterior: the support's nodes."""
+    """The posterior: the support's nodes, and the labels that may be asked for (rows of zeros elsewhere)."""
 
     nodes: Float[Array, "n c"]
     weight: Float[Array, " n"]
+    hidden: Float[Array, "n way"]
 
 
-def gnn(model: Model, likelihood: Likelihood, *, layers: int = 3, filters: int = 96) -> Learner:
+def gnn(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    layers: int = 3,
+    filters: int = 96,
+    unlabelled: float = 0.8,
+    ask: str | None = None,
+) -> Learner:
     """Meta-learn how labels pass between examples, on the model's features. Classification only.
 
     layers: of the graph. filters: the edges' MLP has hidden layers of 2, 2, 1 and 1 times so many units, a layer adds
-    half as many to each node. A support label below 0 says that it is not known (the semi-supervised mode). The order
-    of the support does not matter; class names do as far as training has not taught otherwise.
+    half as many to each node. A support label below 0 says that it is not known (the semi-supervised mode).
+    unlabelled: the largest share of the support without a label; more is a ValueError from `adapt`, and in compiled
+    code, which cannot raise, answers of NaN. ask: "attention" or "random" (a comparison: the whole label of any node)
+    lets each query's graph learn one label that is hidden as -2 - label. The order of the support does not matter
+    (but to random asking); class names do as far as training has not taught otherwise.
     """
     if not isinstance(likelihood, Categorical):
         raise ValueError(f"likelihood: came {likelihood}, needs a categorical one: the graph passes class labels")
     if layers < 1 or filters < 2:
         raise ValueError(f"layers, filters: came {layers}, {filters}; needs at least 1 layer and 2 filters")
+    if not 0 <= unlabelled < 1:
+        raise ValueError(f"unlabelled: came {unlabelled}, needs a share of the support from 0 to less than 1")
+    if ask not in (None, "attention", "random") or (ask and layers < 2):
+        raise ValueError(f"ask: came {ask!r} with {layers} layers; needs 'attention' or 'random' and 2 layers or more")
     embed = embedding(model)
     closeness = mlp(1, (2 * filters, 2 * filters, filters, filters), "leaky_relu")
+    choice = mlp(1, (filters,), "leaky_relu")
 
     def init(key: PRNGKeyArray, task: Task) -> Graph:
         key_model, key_edges, key_nodes = jax.random.split(key, 3)
@@ -63,34 +87,63 @@ def gnn(model: Model, likelihood: Likelihood, *, layers: int = 3, filters: int =
             theta,
             [closeness.init(k, jnp.zeros((1, c))) for k, c in zip(keys_edges, widths, strict=True)],
             [dense_init(k, 2 * c, size) for k, c, size in zip(keys_nodes, widths, sizes, strict=True)],
+            choice.init(jax.random.fold_in(key, 1), jnp.zeros((1, widths[1]))) if ask == "attention" else None,
         )
 
     def adapt(params: Graph, support: Batch, key: PRNGKeyArray) -> Labelled:
-        way = output_width(model, params.embedding, support.x)
+        way, weight = output_width(model, params.embedding, support.x), weights(support)
+        missing = (weight * (support.y < 0)).sum() / jnp.maximum(weight.sum(), 1)
+        allowed = missing <= unlabelled + 1e-6
+        if not isinstance(allowed, Tracer) and not allowed:
+            raise ValueError(
+                f"support.y: {100 * missing:.0f} % came without a label (below 0), needs at most "
+                f"{100 * unlabelled:.0f} %; label more examples, or set `unlabelled` of gnn and train it so"
+            )
         label = jnp.where(support.y[:, None] < 0, 1 / way, as_inputs(likelihood, support.y, way))
-        return Labelled(jnp.concatenate([embed(params.embedding, support.x), label], -1), weights(support))
+        nodes = jnp.concatenate([embed(params.embedding, support.x), label], -1)
+        hidden = jax.nn.one_hot(-2 - support.y, way) * (weight > 0)[:, None]
+        return Labelled(jnp.where(allowed, nodes, jnp.nan), weight, hidden)
 
     def adjacency(layer: PyTree, z: Float[Array, "m c"], weight: Float[Array, " m"]) -> Float[Array, "m m"]:
         m = z.shape[0]
         apart = jnp.abs(z[:, None] - z[None])
         return shares(closeness.apply(layer, apart.reshape(m * m, -1)).reshape(m, m), weight * (1 - jnp.eye(m)))
 
-    def outputs(params: Graph, seen: Labelled, x: PyTree) -> Float[Array, "q way"]:
+    def asked(params: Graph, z: Float[Array, "m c"], hidden: Array, key: PRNGKeyArray | None) -> Float[Array, "n way"]:
+        """The one label that is asked for, times the attention of its node; drawn by the key, else the largest."""
+        askable = hidden.sum(-1)
+        scores = jnp.zeros_like(askable) if ask == "random" else choice.apply(params.asks, z[:-1])[:, 0]
+        attention = shares(scores, askable)
+        at = jnp.argmax(attention) if key is None else jax.random.categorical(key, jnp.log(attention))
+        chosen = jax.nn.one_hot(at, askable.shape[0])
+        return (chosen if ask == "random" else chosen * attention)[:, None] * hidden
+
+    def outputs(params: Graph, seen: Labelled, x: PyTree, key: PRNGKeyArray | None) -> Float[Array, "q way"]:
         f = embed(params.embedding, x)
-        way = seen.nodes.shape[1] - f.shape[1]
+        start, way = f.shape[1], seen.hidden.shape[1]
         queries = jnp.concatenate([f, jnp.full((f.shape[0], way), 1 / way)], -1)
         weight = jnp.append(seen.weight, 1.0)
 
-        def one(query: Float[Array, " c"]) -> Float[Array, " way"]:
+        def one(query: Float[Array, " c"], key: PRNGKeyArray | None) -> Float[Array, " way"]:
             z = jnp.concatenate([seen.nodes, query[None]])
             for i, (edges, nodes) in enumerate(zip(params.edges, params.nodes, strict=True)):
                 new = dense("nodes", nodes, jnp.concatenate([z, adjacency(edges, z, weight) @ z], -1))
                 z = new if i == layers - 1 else jnp.concatenate([z, jax.nn.leaky_relu(new)], -1)
+                if ask and i == 0:
+                    z = z.at[:-1, start : start + way].add(asked(params, z, seen.hidden, key))
             return z[-1]
 
+        keys = None if key is None else jax.random.split(key, f.shape[0])
         at_once = max(EDGES // weight.shape[0] ** 2, 1)
         if queries.shape[0] <= at_once:
-            return jax.vmap(one)(queries)
-        return jax.lax.map(jax.checkpoint(one), queries, batch_size=at_once)
+            return jax.vmap(one)(queries, keys)
+        return jax.lax.map(jax.checkpoint(lambda q: one(*q)), (queries, keys), batch_size=at_once)
 
-    return amortised_learner(init, adapt, outputs, likelihood)
+    def predict(params: Graph, seen: Labelled, x: PyTree, key: PRNGKeyArray) -> Categories:
+        return likelihood.predictive(outputs(params, seen, x, key if ask == "random" else None)[None])
+
+    def loss(params: Graph, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        predicted = outputs(params, adapt(params, task.support, key), task.query.x, key if ask else None)
+        return mean_nll(likelihood, predicted, task.query), fit_metrics(likelihood, predicted, task.query)
+
+    return Learner(init, adapt, predict, loss)

@@ -23,7 +23,9 @@ from metaprior.learners.platipus import maml_noise, platipus
 from metaprior.learners.protonet import protonet
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
+from metaprior.learners.siamese import siamese
 from metaprior.learners.snail import snail
+from metaprior.learners.zero_shot import zero_shot
 from metaprior.likelihoods import Likelihood
 from metaprior.named import construct
 from metaprior.types import Learner, Model
@@ -48,7 +50,9 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "platipus": platipus,
     "maml_noise": maml_noise,
     "protonet": protonet,
+    "zero_shot": zero_shot,
     "matching": matching,
+    "siamese": siamese,
     "nearest_neighbour": nearest_neighbour,
     "fine_tune": fine_tune,
     "cnp": cnp,
@@ -60,6 +64,11 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "l2l": l2l,
     "meta_lstm": meta_lstm,
 }
+
+# To which an unlabelled example of the support is news (gnn) or nothing (the others); to the rest it is an error.
+READ_UNLABELLED = ("gnn", "protonet", "matching", "siamese", "nearest_neighbour")
+# To which a class may be its attributes.
+READ_ATTRIBUTES = ("zero_shot",)
 
 
 def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any) -> Learner:

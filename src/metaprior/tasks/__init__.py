@@ -5,7 +5,9 @@ from collections.abc import Callable
 from metaprior.tasks.ambiguous import ambiguous, linear, three_families
 from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.distort import Distorted, affine, distorted
 from metaprior.tasks.fixed import FixedTasks
+from metaprior.tasks.hidden import HiddenLabels, ask_for, hide_labels
 from metaprior.tasks.images import images, miniimagenet
 from metaprior.tasks.labels import check_labels, encode_labels
 from metaprior.tasks.linear_gaussian import linear_gaussian
@@ -15,6 +17,7 @@ from metaprior.tasks.optimisees import digits, quadratics
 from metaprior.tasks.pool import ClassPool, class_pool, pool_splits
 from metaprior.tasks.reading import Examples, check_same_form, read_examples
 from metaprior.tasks.sinusoid import sinusoid, sinusoid_hard
+from metaprior.tasks.strokes import DescribedTasks, omniglot_strokes
 from metaprior.tasks.table import radon, sleepstudy, table
 from metaprior.types import Splits
 
@@ -26,6 +29,7 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "linear_gaussian": linear_gaussian,
     "three_families": three_families,
     "omniglot": omniglot,
+    "omniglot_strokes": omniglot_strokes,
     "miniimagenet": miniimagenet,
     "images": images,
     "table": table,
@@ -35,26 +39,46 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "digits": digits,
 }
 
+# The sources whose support has class attributes in place of examples.
+DESCRIBED_SOURCES = ("omniglot_strokes",)
+
+
+def around(splits: Splits, *, distort: bool = False, labelled: float = 1.0, unlabelled: str = "shown") -> Splits:
+    """What any source of images by class may be wrapped in: see `distorted` and `hide_labels`."""
+    splits = distorted(splits) if distort else splits
+    return splits if (labelled, unlabelled) == (1, "shown") else hide_labels(splits, labelled, unlabelled)
+
+
 __all__ = [
+    "DESCRIBED_SOURCES",
     "SOURCES",
     "ArrayTasks",
     "ClassPool",
     "DataError",
+    "DescribedTasks",
+    "Distorted",
     "Examples",
     "FixedTasks",
+    "HiddenLabels",
     "Scaling",
+    "affine",
     "ambiguous",
+    "around",
     "array_tasks",
+    "ask_for",
     "check_labels",
     "check_same_form",
     "class_pool",
     "digits",
+    "distorted",
     "encode_labels",
+    "hide_labels",
     "images",
     "linear",
     "linear_gaussian",
     "miniimagenet",
     "omniglot",
+    "omniglot_strokes",
     "one_shot_runs",
     "one_shot_source",
     "pool_splits",

@@ -1,0 +1,109 @@
+"""Siamese networks (Koch, Zemel & Salakhutdinov 2015): learn to tell whether two examples are of one class.
+
+Two twins of the same weights see x1 and x2; p(same) = sigmoid(sum_j alpha_j |h_j(x1) - h_j(x2)| + b) (sec. 3.1), with a
+bias b, without which equal examples would be the same with probability 1/2. Training is verification: the cross-entropy
+of pairs (sec. 3.2), here all pairs of a task's examples, those of one class weighing as much as all others together.
+So the odds of `same` are a likelihood ratio, and of classes of which just one is the query's, p(class | x) is in
+proportion to its odds: Bayes' rule. With more shots a class's log odds are the mean over its examples. The largest is
+the paper's choice (sec. 4.3).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.amortised import embedding, weights
+from metaprior.inference.assemble import fit_metrics
+from metaprior.inference.metric import (
+    check_classification,
+    embed_query,
+    memberships,
+    number_of_classes,
+    present,
+    scored_by_query,
+)
+from metaprior.likelihoods import Categorical, Likelihood
+from metaprior.types import Batch, Learner, Model, Task
+
+
+class Twins(NamedTuple):
+    """theta: the twins' network, the weights alpha of the distance, and the bias."""
+
+    embedding: PyTree
+    alpha: Float[Array, " d"]
+    bias: Scalar
+
+
+class Seen(NamedTuple):
+    """The posterior: the support's embeddings, their weights by class, and `beside` as in `protonet`."""
+
+    embeddings: Float[Array, "n d"]
+    shares: Float[Array, "n way"]
+    beside: PyTree
+
+
+def log_odds(params: Twins, a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """log p(same) / p(different) of each pair."""
+    # A sum of products, not a matrix product: it fuses with the differences, which then are never in memory.
+    return (jnp.abs(a[:, None] - b[None]) * params.alpha).sum(-1) + params.bias
+
+
+def by_class(odds: Float[Array, "q n"], shares: Float[Array, "n way"]) -> Float[Array, "q way"]:
+    """Log odds of the classes: the weighted mean over each one's examples."""
+    count = shares.sum(0)
+    return present(odds @ shares / jnp.where(count > 0, count, 1), count > 0)
+
+
+def verification(odds: Float[Array, "n n"], y: Array, weight: Float[Array, " n"]) -> tuple[Scalar, Scalar]:
+    """Cross-entropy and accuracy of all pairs i < j, `same` and `different` counting one half each.
+
+    Examples without a label (below 0) are in no pair.
+    """
+    w = weight * (y >= 0)
+    pairs = jnp.triu(w[:, None] * w[None], 1)
+    alike = y[:, None] == y[None]
+    share = sum(part / jnp.maximum(part.sum(), 1e-12) for part in (pairs * alike, pairs * ~alike)) / 2
+    cost = jax.nn.softplus(odds) - alike * odds
+    return (share * cost).sum(), (share * ((odds > 0) == alike)).sum()
+
+
+def siamese(
+    model: Model, likelihood: Likelihood, *, way: int | None = None, transductive: bool = True
+) -> Learner:
+    """Meta-learn to verify whether two examples are of one class; a query gets the class it is likeliest the same as.
+
+    The model's features are a twin's output. The loss's metric `verification` is the accuracy of pairs, `same` and
+    `different` counting one half each. Distortions are the task source's (`tasks.distorted`, `tasks.distort = true`).
+    way, transductive: as in `protonet`; support and query are embedded as one batch in training.
+    """
+    check_classification("siamese", likelihood, way)
+    embed = embedding(model)
+
+    def init(key: PRNGKeyArray, task: Task) -> Twins:
+        key_model, key_alpha = jax.random.split(key)
+        start = model.init(key_model, task.support.x)
+        d = jax.eval_shape(embed, start, task.support.x).shape[-1]
+        # All distances start by counting against `same`, at the scale of Glorot's uniform.
+        return Twins(start, -jnp.sqrt(6 / d) * jax.random.uniform(key_alpha, (d,)), jnp.ones(()))
+
+    def adapt(params: Twins, support: Batch, key: PRNGKeyArray) -> Seen:
+        shares = memberships(support, number_of_classes(model, way, params.embedding, support.x))
+        return Seen(embed(params.embedding, support.x), shares, None if transductive else support.x)
+
+    def logits(params: Twins, seen: Seen, x: PyTree) -> Float[Array, "q way"]:
+        f = embed_query(embed, params.embedding, x, seen.beside)
+        return by_class(log_odds(params, f, seen.embeddings), seen.shares)
+
+    def loss(params: Twins, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        x, y = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support[:2], task.query[:2])
+        f = embed(params.embedding, x)
+        odds = log_odds(params, f, f)
+        score, right = verification(odds, y, jnp.concatenate([weights(task.support), weights(task.query)]))
+        shares = memberships(task.support, number_of_classes(model, way, params.embedding, x))
+        n = shares.shape[0]
+        metrics = fit_metrics(Categorical(), by_class(odds[n:, :n], shares), task.query)
+        return score, metrics | {"verification": right}
+
+    return scored_by_query(init, adapt, logits)._replace(loss=loss)

@@ -1,0 +1,106 @@
+"""Zero-shot prototypical networks (Snell, Swersky & Zemel 2017, sec. 2.7): a prototype is an embedding of attributes.
+
+A class comes with a vector v_k of attributes in place of examples; its prototype is c_k = g(v_k), of unit length as in
+their sec. 3.3, and p(y = k | x) a softmax of -|f(x) - c_k|^2 over a temperature. f and g are learned together.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.amortised import embedding
+from metaprior.inference.metric import (
+    check_classification,
+    memberships,
+    present,
+    scored_by_query,
+    squared_distance,
+    unit,
+)
+from metaprior.learners.protonet import class_means
+from metaprior.likelihoods import Likelihood
+from metaprior.networks.mlp import mlp
+from metaprior.types import Attributes, Batch, Learner, Model, Task
+
+
+class Described(NamedTuple):
+    """theta: the embedding f of x, the map g of attributes, and the log of the temperature."""
+
+    embedding: PyTree
+    attributes: PyTree
+    log_temperature: Scalar
+
+
+class Prototypes(NamedTuple):
+    """The posterior: a prototype a class, and how many rows of attributes it came with (0: no such class)."""
+
+    prototypes: Float[Array, "way d"]
+    rows: Float[Array, " way"]
+
+
+def attributes_of(support: Batch) -> Float[Array, "n a"]:
+    """The rows of attributes of a support set.
+
+    Raises:
+        ValueError: examples in their place.
+    """
+    if not isinstance(support.x, Attributes):
+        shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(support.x))
+        raise ValueError(
+            f"support.x: came examples {shapes}, but zero_shot knows classes by attributes; give "
+            "Attributes([n, a]), a row a class, e.g. from the task source omniglot_strokes"
+        )
+    return support.x.values
+
+
+def zero_shot(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    hidden: Sequence[int] = (),
+    normalise: bool = True,
+    temperature: float = 1.0,
+    way: int | None = None,
+) -> Learner:
+    """Meta-learn embeddings of inputs and of class attributes, so that a class is known without any example of it.
+
+    The support's x is `Attributes`, a row a class (rows of one class are averaged once embedded). hidden: hidden layers
+    of the attributes' map, ReLU; none is the paper's linear one. normalise: prototypes of length one. temperature: what
+    distances are divided by; it is learned from there. way: the largest number of classes in a task (default: the rows
+    of the support at hand). Queries are embedded as one batch.
+
+    Raises:
+        ValueError: another likelihood, a temperature not above 0, or a support set without attributes.
+    """
+    check_classification("zero_shot", likelihood, way)
+    if temperature <= 0:
+        raise ValueError(f"temperature: came {temperature}, needs a positive number")
+    embed = embedding(model)
+
+    def attribute_map(d: int) -> Model:
+        return mlp(d, tuple(hidden))
+
+    def init(key: PRNGKeyArray, task: Task) -> Described:
+        key_model, key_map = jax.random.split(key)
+        values, x = attributes_of(task.support), task.query.x
+        start = model.init(key_model, x)
+        d = jax.eval_shape(embed, start, x).shape[-1]
+        log_temperature = jnp.log(jnp.asarray(temperature, float))
+        return Described(start, attribute_map(d).init(key_map, values), log_temperature)
+
+    def adapt(params: Described, support: Batch, key: PRNGKeyArray) -> Prototypes:
+        values = attributes_of(support)
+        d = params.attributes["head"]["b"].shape[0]
+        g = attribute_map(d).apply(params.attributes, values)
+        shares = memberships(support, values.shape[0] if way is None else way)
+        prototypes, _ = class_means(shares, unit(g) if normalise else g)
+        return Prototypes(prototypes, shares.sum(0))
+
+    def logits(params: Described, classes: Prototypes, x: PyTree) -> Float[Array, "q way"]:
+        apart = squared_distance(embed(params.embedding, x), classes.prototypes)
+        return present(-apart / jnp.exp(params.log_temperature), classes.rows > 0)
+
+    return scored_by_query(init, adapt, logits)

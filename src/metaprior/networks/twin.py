@@ -1,0 +1,75 @@
+"""The twin network of Koch, Zemel & Salakhutdinov (2015, sec. 3.1), of which a siamese learner looks at two outputs."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from metaprior.named import lookup
+from metaprior.networks.conv import conv2d, max_pool
+from metaprior.networks.layers import dense, dense_init, flat
+from metaprior.networks.mlp import ACTIVATIONS
+from metaprior.types import Model
+
+
+def twin(
+    outputs: int = 5,
+    filters: Sequence[int] = (64, 128, 128, 256),
+    kernels: Sequence[int] = (10, 7, 4, 4),
+    width: int = 4096,
+    activation: str = "sigmoid",
+    head: bool = True,
+) -> Model:
+    """Unpadded convolutions with ReLU, halved by 2x2 max-pooling but after the last, a dense layer, a linear head.
+
+    By default the published network for images [n, 105, 105, 1]. activation: of the dense layer of `width` units.
+    head=False ends there, at the embedding. Weights start at He's and Glorot's scales (the paper's normals of sd 0.01
+    and 0.2 were for its own layer-wise rates), biases at 0.
+
+    Raises:
+        ValueError: unlike numbers of filters and kernels, or images too small for them.
+    """
+    if len(filters) != len(kernels) or not filters:
+        raise ValueError(f"filters, kernels: came {tuple(filters)}, {tuple(kernels)}; needs as many of each")
+    act = lookup("activation", activation, ACTIVATIONS)
+    names = [f"conv{i + 1}" for i in range(len(filters))]
+
+    def sides(side: int) -> int:
+        """What is left of an image's side after the convolutions."""
+        for i, kernel in enumerate(kernels):
+            side = (side if i == 0 else side // 2) - kernel + 1
+        return side
+
+    def check(x: Array) -> None:
+        if x.ndim != 4 or min(map(sides, x.shape[1:3])) < 1:
+            raise ValueError(
+                f"x: came shape {x.shape}, needs images [n, height, width, channels] large enough for kernels "
+                f"{tuple(kernels)} with halving between; give larger images or smaller kernels"
+            )
+
+    def features(params: dict, x: Array) -> Float[Array, "n d"]:
+        check(x)
+        for i, name in enumerate(names):
+            x = x if i == 0 else max_pool(x)
+            x = jax.nn.relu(conv2d(x, params[name]["w"], padding="VALID") + params[name]["b"])
+        return act(dense("dense", params["dense"], flat(x)))
+
+    def apply(params: dict, x: Array) -> Array:
+        f = features(params, x)
+        return dense("head", params["head"], f) if head else f
+
+    def init(key: PRNGKeyArray, x: Array) -> dict:
+        check(x)
+        *keys, key_dense, key_head = jax.random.split(key, len(names) + 2)
+        channels, params = x.shape[-1], {}
+        for name, k, size, kernel in zip(names, keys, filters, kernels, strict=True):
+            w = jax.nn.initializers.he_normal()(k, (kernel, kernel, channels, size))
+            params[name] = {"w": w, "b": jnp.zeros(size)}
+            channels = size
+        params["dense"] = dense_init(key_dense, sides(x.shape[1]) * sides(x.shape[2]) * channels, width)
+        if head:
+            params["head"] = dense_init(key_head, width, outputs)
+        return params
+
+    return Model(init, apply, features)
