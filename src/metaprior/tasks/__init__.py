@@ -13,6 +13,7 @@ from metaprior.tasks.omniglot import omniglot
 from metaprior.tasks.oneshot import one_shot_runs, one_shot_source
 from metaprior.tasks.optimisees import digits, quadratics
 from metaprior.tasks.pool import ClassPool, class_pool, pool_splits
+from metaprior.tasks.posteriordb import eight_schools, eight_schools_reference, radon_all
 from metaprior.tasks.reading import Examples, check_same_form, read_examples
 from metaprior.tasks.sinusoid import sinusoid, sinusoid_hard
 from metaprior.tasks.table import radon, sleepstudy, table
@@ -31,6 +32,7 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "table": table,
     "sleepstudy": sleepstudy,
     "radon": radon,
+    "radon_all": radon_all,
     "quadratics": quadratics,
     "digits": digits,
 }
@@ -49,6 +51,8 @@ __all__ = [
     "check_same_form",
     "class_pool",
     "digits",
+    "eight_schools",
+    "eight_schools_reference",
     "encode_labels",
     "images",
     "linear",
@@ -60,6 +64,7 @@ __all__ = [
     "pool_splits",
     "quadratics",
     "radon",
+    "radon_all",
     "read_examples",
     "sinusoid",
     "sinusoid_hard",
