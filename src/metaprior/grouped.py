@@ -137,7 +137,8 @@ def judge_groups(
             # The distribution function is continuous, so the quantiles need not be looked for.
             "coverage": ((below >= 0.05) & (below <= 0.95)).astype(float),
         }
-        return jax.tree.map(lambda s: (query.weight * s).sum() / query.weight.sum(), scores)
+        weight = jnp.ones_like(scores["nll"]) if query.weight is None else query.weight
+        return jax.tree.map(lambda s: (weight * s).sum() / weight.sum(), scores)
 
     @jax.jit
     def run(learned: PyTree, tasks: Task, keys: PRNGKeyArray) -> dict[str, Array]:

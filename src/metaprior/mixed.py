@@ -8,7 +8,7 @@ statsmodels. Both need the extra `truth`.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,26 +43,24 @@ def mixed_by_nuts(
     standardised columns: mu ~ N(0, 5^2), sds and s ~ |N(0, 2^2)|, correlations LKJ(2). Raises ValueError without
     numpyro, or for columns that are not there.
     """
-    numpyro = _needs("numpyro", "mixed_by_nuts")
-    from numpyro.distributions import HalfNormal, LKJCholesky, Normal
-    from numpyro.infer import MCMC, NUTS
-
+    numpyro, infer = _needs("numpyro", "mixed_by_nuts"), _needs("numpyro.infer", "mixed_by_nuts")
+    given = _needs("numpyro.distributions", "mixed_by_nuts")
     x, vary = with_intercept(rows.x), _columns(varying, rows)
     z_columns, groups = x[:, vary], int(rows.group.max()) + 1
 
     def model() -> None:
-        mean = numpyro.sample("mean", Normal(0, 5).expand([x.shape[1]]).to_event(1))
-        sd = numpyro.sample("sd", HalfNormal(2).expand([len(vary)]).to_event(1))
+        mean = numpyro.sample("mean", given.Normal(0, 5).expand([x.shape[1]]).to_event(1))
+        sd = numpyro.sample("sd", given.HalfNormal(2).expand([len(vary)]).to_event(1))
         root = sd[:, None] * (
-            numpyro.sample("correlation", LKJCholesky(len(vary), 2.0)) if len(vary) > 1 else jnp.ones((1, 1))
+            numpyro.sample("correlation", given.LKJCholesky(len(vary), 2.0)) if len(vary) > 1 else jnp.ones((1, 1))
         )
         numpyro.deterministic("root", root)
-        noise = numpyro.sample("noise", HalfNormal(2))
-        z = numpyro.sample("z", Normal(0, 1).expand([groups, len(vary)]).to_event(2))
+        noise = numpyro.sample("noise", given.HalfNormal(2))
+        z = numpyro.sample("z", given.Normal(0, 1).expand([groups, len(vary)]).to_event(2))
         centre = x @ mean + (z_columns * (z @ root.T)[rows.group]).sum(1)
-        numpyro.sample("y", Normal(centre, noise), obs=rows.y[:, 0])
+        numpyro.sample("y", given.Normal(centre, noise), obs=rows.y[:, 0])
 
-    chain = MCMC(NUTS(model), num_warmup=warmup, num_samples=draws, progress_bar=False)
+    chain = infer.MCMC(infer.NUTS(model), num_warmup=warmup, num_samples=draws, progress_bar=False)
     chain.run(key)
     found = chain.get_samples()
     covariance = jnp.zeros((draws, x.shape[1], x.shape[1]))
@@ -75,9 +73,7 @@ def mixed_by_statsmodels(rows: Rows, *, varying: Sequence[int] | None = None) ->
 
     varying: as in `mixed_by_nuts`. Raises ValueError without statsmodels, or for columns that are not there.
     """
-    _needs("statsmodels", "mixed_by_statsmodels")
-    from statsmodels.regression.mixed_linear_model import MixedLM
-
+    MixedLM = _needs("statsmodels.regression.mixed_linear_model", "mixed_by_statsmodels").MixedLM
     x, vary = np.asarray(with_intercept(rows.x), float), _columns(varying, rows)
     model = MixedLM(np.asarray(rows.y[:, 0], float), x, np.asarray(rows.group), exog_re=x[:, vary])
     found = model.fit(reml=True, method=["lbfgs", "bfgs", "cg"])
@@ -134,10 +130,10 @@ def _columns(varying: Sequence[int] | None, rows: Rows) -> np.ndarray:
     return chosen
 
 
-def _needs(package: str, who: str) -> object:
+def _needs(package: str, who: str) -> Any:
     from importlib import import_module
 
     try:
         return import_module(package)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{who}: needs {package} ({error}); pip install 'metaprior[truth]'") from error
+        raise ValueError(f"{who}: needs {package.split('.')[0]} ({error}); pip install 'metaprior[truth]'") from error

@@ -133,7 +133,7 @@ def nuts_hierarchy(family: str, batches: Batch, key: PRNGKeyArray, draws: int = 
     return Draws(found["mean"], found["sd"], found["phi"])
 
 
-def _observe(family: str, batches: Batch, phi: Float[Array, "tasks d"]) -> None:
+def _observe(family: str, batches: Batch, phi: Any) -> None:
     import numpyro
     from numpyro.distributions import Bernoulli, Normal, Poisson
 
