@@ -1,5 +1,6 @@
 """Grouped tables and whole hierarchies: what NUTS, restricted likelihood and learners say of new groups."""
 
+import json
 import sys
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metaprior import nuts
+from metaprior.cli.truth import truth
 from metaprior.grouped import GroupScores, folds, held_out_tasks, judge_groups, pooled, rows_of_source
 from metaprior.inference.gaussian import DiagonalGaussian
 from metaprior.inference.particles import systematic
@@ -15,7 +18,7 @@ from metaprior.learners.llama import Prior
 from metaprior.likelihoods import Gaussian, Normals
 from metaprior.mixed import Rows, mixed_by_nuts, mixed_by_statsmodels, new_group, with_intercept, within_sd
 from metaprior.networks import known_noise, linear, mlp
-from metaprior.nuts import NOISE, Draws, learned_against_nuts, new_task, prior_agreement
+from metaprior.nuts import NOISE, Agreement, Draws, Learned, learned_against_nuts, new_task, prior_agreement
 from metaprior.tasks import eight_schools, eight_schools_reference, radon_all
 from metaprior.tasks.linear_gaussian import Hierarchy, empirical_bayes, exact_posterior, exact_predictive
 from metaprior.types import Batch
@@ -156,6 +159,27 @@ def test_bad_input_and_missing_packages(table, monkeypatch):
         mixed_by_statsmodels(table)
 
 
+def test_truth_writes_both_comparisons(tmp_path, monkeypatch, capsys):
+    """Given and learned priors, by their names, in the file and on the screen; without NumPyro it says what to do."""
+    asked = {}
+
+    def learned(family, names, **options):
+        asked.update(options)
+        return {"truth": (Learned(0.1, 1.0, 0.9), Agreement(0.0, 1.0, 0.91))}
+
+    monkeypatch.setattr(nuts, "against_nuts", lambda *a, **k: {"nuts": Agreement(0.0, 1.0, 0.89)})
+    monkeypatch.setattr(nuts, "learned_against_nuts", learned)
+    assert truth(family="poisson", seen=30, steps=7, tasks=5, out=tmp_path) == 0
+    assert asked == {"steps": 7, "tasks": 5, "shot": 5, "seen": 30, "seed": 0}
+    written = json.loads((tmp_path / "poisson.json").read_text())
+    assert written["given"]["nuts"]["coverage"] == 0.89
+    assert written["learned"]["truth"]["prior"]["bias"] == 0.1
+    assert "the prior learned from 30 tasks" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "metaprior.nuts", None)
+    with pytest.raises(ValueError, match="family poisson: needs NumPyro"):
+        truth(family="poisson", out=tmp_path)
+
+
 SIZES = [2, 3, 4, 7, 9, 12, 1]
 
 
@@ -186,9 +210,9 @@ def test_held_out_tasks_show_what_they_say(parts):
     held = held_out_tasks(source, (0, 1, 3), draws=2, query=4, seed=3)
     counts = np.asarray(source.counts)
     for n in (0, 1, 3):
-        assert set(held.group[held.size == n]) == set(np.flatnonzero(counts > n))
+        assert np.array_equal(np.unique(held.group[held.size == n]), np.arange(len(counts)))
     support, query = jax.tree.map(np.asarray, held.tasks)
-    assert (support.weight.sum(1) == held.size).all()
+    assert (support.weight.sum(1) == np.minimum(held.size, counts[held.group] - 1)).all()
     for i, j in enumerate(held.group):
         rows = set(np.asarray(source.y)[source.starts[j] : source.starts[j] + counts[j], 0].tolist())
         shown = support.y[i, support.weight[i] > 0, 0].tolist()

@@ -30,7 +30,7 @@ class Fold(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """Tasks from every held-out group, stacked, each with `sizes[i]` observations shown and its number of group."""
+    """Tasks from every held-out group, stacked, each with the observations it should show and its number of group."""
 
     tasks: Task
     size: Int[np.ndarray, " tasks"]
@@ -90,15 +90,15 @@ def held_out_tasks(
 ) -> HeldOut:
     """Every group, `draws` times with its rows in another order: the first n are shown, for n of `sizes`.
 
-    The queries are the same for all n: up to `query` rows from after the largest n, or the last row of a group that is
-    too small for that. A group of n rows or fewer has no task with n shown. Supports and queries are padded with rows
-    of weight 0, so that n = 0 shows nothing.
+    The queries are the same for all n: up to `query` rows from after the largest n. A group that is too small for that
+    shows as many as it can and keeps its last row for the query. Supports and queries are padded with rows of weight 0,
+    so that n = 0 shows nothing.
     """
     check_count("draws", draws)
     check_count("query", query)
     if not sizes or min(sizes) < 0:
         raise ValueError(f"sizes: came {tuple(sizes)}, needs numbers of observations, 0 or more")
-    most, random = max(sizes), np.random.default_rng(seed)
+    most, cut, random = max(sizes), max(*sizes, 1), np.random.default_rng(seed)
     index, weights, size, group = [], [], [], []
     for j, (start, rows) in enumerate(zip(np.asarray(source.starts), np.asarray(source.counts), strict=True)):
         first = min(most, rows - 1)
@@ -106,14 +106,13 @@ def held_out_tasks(
         for _ in range(draws):
             order = start + random.permutation(rows)
             for n in sizes:
-                if n < rows:
-                    shown = np.resize(order[: max(n, 1)], max(most, 1))
-                    index.append(np.concatenate([shown, np.resize(order[first : first + asked], query)]))
-                    weights.append(np.concatenate([np.arange(max(most, 1)) < n, np.arange(query) < asked]))
-                    size.append(n)
-                    group.append(j)
-    rows, weight = np.stack(index), jnp.asarray(np.stack(weights), float)
-    x, y, cut = source.x[rows], source.y[rows], max(most, 1)
+                shown = np.resize(order[: max(min(n, first), 1)], cut)
+                index.append(np.concatenate([shown, np.resize(order[first : first + asked], query)]))
+                weights.append(np.concatenate([np.arange(cut) < min(n, first), np.arange(query) < asked]))
+                size.append(n)
+                group.append(j)
+    chosen, weight = np.stack(index), jnp.asarray(np.stack(weights), float)
+    x, y = source.x[chosen], source.y[chosen]
     support = Batch(x[:, :cut], y[:, :cut], weight[:, :cut])
     tasks = Task(support, Batch(x[:, cut:], y[:, cut:], weight[:, cut:]))
     return HeldOut(tasks, np.asarray(size), np.asarray(group))
@@ -122,10 +121,7 @@ def held_out_tasks(
 def judge_groups(
     answer: Answer, learned: PyTree, held: HeldOut, deviation: float, key: PRNGKeyArray, *, chunk: int = 50
 ) -> dict[int, GroupScores]:
-    """The scores of each number of observations shown; `deviation`: of the target, which leads back to its units.
-
-    A group that has no task of a size is absent from that size's arrays, which are in order of the groups.
-    """
+    """The scores of each number of observations shown; `deviation`: of the target, which leads back to its units."""
 
     def one(learned: PyTree, task: Task, key: PRNGKeyArray) -> dict[str, Array]:
         support, query = task
