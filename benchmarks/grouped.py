@@ -132,7 +132,7 @@ def schools(steps: int, seed: int) -> dict:
     }
     for way, (name, settings) in ways.items():
         learner = make_learner(name, known_noise(linear()), Gaussian(None), **settings)
-        training = Training(meta_batch=8, rate=0.05, **outer(steps, seed))
+        training = Training(meta_batch=8, rate=0.2, **outer(steps, seed))
         params = fit(learner, Splits(tasks, tasks, tasks), training, name=name).params
         # At an input of 1 with a noise sd of 0 the predictive is the posterior of the school's effect.
         at = jnp.asarray([[1.0, 1e-3]])
