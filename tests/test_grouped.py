@@ -37,9 +37,11 @@ def simulated(groups: int, rows: int) -> Rows:
     return Rows(x.reshape(-1, 1), y.reshape(-1, 1), jnp.repeat(jnp.arange(groups), rows))
 
 
-def test_learned_prior_agrees_with_nuts_on_the_whole_hierarchy():
+def test_learned_prior_agrees_with_nuts_on_the_whole_hierarchy(monkeypatch):
     """Gaussian observations, where LLAMA's evidence is exact: its optimum lies where NUTS has its posterior."""
-    found = learned_against_nuts("gaussian", ("llama",), steps=300, seen=40, tasks=20)
+    quick = {"objective": "evidence", "learn_precision": True, "steps": 30, "test_steps": 60, "rate": 0.3}
+    monkeypatch.setitem(nuts.LEARNING, "llama", quick)
+    found = learned_against_nuts("gaussian", ("llama",), steps=200, seen=40, tasks=20)
     prior, posterior = found["llama"]
     assert prior.bias < 0.1
     assert prior.sd_ratio == pytest.approx(1, abs=0.12)
@@ -122,7 +124,7 @@ def optimum(table):
 
 
 def test_nuts_finds_the_mixed_model(table, optimum):
-    found = mixed_by_nuts(table, KEY, draws=400, warmup=400)
+    found = mixed_by_nuts(table, KEY, draws=300, warmup=300)
     assert np.allclose(found.mean.mean(0), optimum.mean, atol=0.1)
     assert np.allclose(found.covariance.mean(0), optimum.covariance, atol=0.25)
     assert found.noise.mean() == pytest.approx(float(optimum.noise), abs=0.04)
