@@ -130,10 +130,12 @@ def _columns(varying: Sequence[int] | None, rows: Rows) -> np.ndarray:
     return chosen
 
 
-def _needs(package: str, who: str) -> Any:
+def _needs(module: str, who: str) -> Any:
     from importlib import import_module
 
+    package = module.split(".")[0]
     try:
-        return import_module(package)
+        import_module(package)
+        return import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{who}: needs {package.split('.')[0]} ({error}); pip install 'metaprior[truth]'") from error
+        raise ValueError(f"{who}: needs {package} ({error}); pip install 'metaprior[truth]'") from error
