@@ -26,20 +26,23 @@ def truth(
     steps: int = 2000,
     tasks: int = 200,
     shot: int = 5,
+    seen: int = 400,
     seed: int = 0,
     family: Literal["gaussian", "bernoulli", "poisson"] = "gaussian",
     out: Path = Path("truth"),
 ) -> int:
     """Hold learners' posteriors against exact ones: of the conjugate hierarchy, or of NUTS.
 
-    "gaussian" trains each learner on tasks of the conjugate linear-Gaussian hierarchy. "bernoulli" and "poisson" give
-    each the true prior and compare its posteriors of new tasks with those of NUTS (needs the extra `truth`).
+    "gaussian" trains each learner on tasks of the conjugate linear-Gaussian hierarchy. "bernoulli" and "poisson" (which
+    need the extra `truth`) compare posteriors of new tasks with those of NUTS twice: each learner given the true prior,
+    and after it learned one from `seen` tasks, beside NUTS for the whole hierarchy on the same tasks.
 
     Args:
         learners: which ones (default: all there are settings for).
         steps: meta-steps each.
         tasks: new tasks to judge by.
         shot: observations a task shows.
+        seen: tasks that the prior is learned from ("bernoulli", "poisson"; "gaussian" draws fresh ones without end).
         seed: of everything random.
         family: of the observations.
         out: folder for the figures (truth.json) and each learner's PIT histogram.
@@ -47,7 +50,7 @@ def truth(
     configure()
     console = Console()
     if family != "gaussian":
-        return _by_nuts(console, family, learners, tasks, shot, seed, out)
+        return _by_nuts(console, family, learners, steps, tasks, shot, seen, seed, out)
 
     def tell(name: str, verdict: Verdict) -> None:
         console.print(f"{name}: NLL {verdict.nll:+.4f} over the exact predictive", highlight=False)
@@ -72,23 +75,46 @@ def truth(
 
 
 def _by_nuts(
-    console: Console, family: str, learners: tuple[str, ...], tasks: int, shot: int, seed: int, out: Path
+    console: Console,
+    family: str,
+    learners: tuple[str, ...],
+    steps: int,
+    tasks: int,
+    shot: int,
+    seen: int,
+    seed: int,
+    out: Path,
 ) -> int:
     try:
-        from metaprior.nuts import INFERENCE, against_nuts
+        from metaprior.nuts import INFERENCE, LEARNING, against_nuts, learned_against_nuts
 
-        found = against_nuts(family, learners or tuple(INFERENCE), tasks=tasks, shot=shot, seed=seed)
+        given = against_nuts(family, learners or tuple(INFERENCE), tasks=tasks, shot=shot, seed=seed)
+        names, sizes = learners or tuple(LEARNING), {"tasks": tasks, "shot": shot, "seen": seen}
+        learned = learned_against_nuts(family, names, steps=steps, seed=seed, **sizes)
     except ModuleNotFoundError as error:
         raise ValueError(f"--family {family}: needs NumPyro ({error}); pip install 'metaprior[truth]'") from error
-    table = Table(title=f"{family}, {tasks} new tasks, against NUTS", title_justify="left", header_style="bold")
-    for column in ("posterior", "bias", "sd ratio", "coverage of 90 %"):
-        table.add_column(column, justify="left" if column == "posterior" else "right")
-    for name, row in found.items():
-        table.add_row(name, *(f"{value:.3f}" for value in row))
-    console.print(table)
+    columns = ("bias", "sd ratio", "coverage of 90 %")
+    rows = {name: tuple(row) for name, row in given.items()}
+    console.print(_figures(f"{family}, the true prior given: {tasks} new tasks against NUTS", columns, rows))
     console.print("bias: rms gap of the means, in NUTS sds; sd ratio: sds over those of NUTS", highlight=False)
+    rows = {name: (*prior, *posterior) for name, (prior, posterior) in learned.items()}
+    both = (*(f"prior's {column}" for column in columns), *columns)
+    console.print(_figures(f"{family}, the prior learned from {seen} tasks, against NUTS on all", both, rows))
+    console.print("the prior's bias is in prior sds, its coverage that of NUTS' intervals for it", highlight=False)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{family}.json"
-    path.write_text(json.dumps({name: row._asdict() for name, row in found.items()}, indent=2) + "\n")
+    figures = {"given": {name: row._asdict() for name, row in given.items()}} | {
+        "learned": {n: {"prior": p._asdict(), "posterior": q._asdict()} for n, (p, q) in learned.items()}
+    }
+    path.write_text(json.dumps(figures, indent=2) + "\n")
     console.print(f"written: {path}", soft_wrap=True)
     return 0
+
+
+def _figures(title: str, columns: tuple[str, ...], rows: dict[str, tuple[float, ...]]) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in ("posterior", *columns):
+        table.add_column(column, justify="left" if column == "posterior" else "right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value:.3f}" for value in row))
+    return table

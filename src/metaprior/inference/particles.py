@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.gradient import count
 from metaprior.likelihoods import Likelihood
@@ -34,6 +34,12 @@ class Particles(NamedTuple):
 def predict_with(apply: Callable[..., Array], likelihood: Likelihood, particles: Particles, x: PyTree) -> Any:
     """The equally weighted mixture of the particles' predictions at x."""
     return likelihood.predictive(jax.vmap(lambda phi: apply(phi, x))(particles.phi))
+
+
+def systematic(key: PRNGKeyArray, weights: Float[Array, " n"], draws: int) -> Int[Array, " draws"]:
+    """Rows drawn in proportion to their weights, by one uniform number and equal steps (Kitagawa 1996)."""
+    edges = weights.sum() * (jax.random.uniform(key) + jnp.arange(draws)) / draws
+    return jnp.minimum(jnp.searchsorted(jnp.cumsum(weights), edges), weights.size - 1)
 
 
 def bandwidth(squared: Float[Array, "m m"]) -> Scalar:

@@ -1,10 +1,11 @@
-"""A `Model` from a Flax module or from an Equinox one; a plain pair of functions needs no adapter."""
+"""A `Model` from a Flax module or an Equinox one (a plain pair of functions needs no adapter), or around another."""
 
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from metaprior.types import Model
@@ -39,3 +40,20 @@ def from_equinox(build: Callable[[PRNGKeyArray], Any]) -> Model:
 
     return Model(init, apply)
 
+
+def known_noise(model: Model) -> Model:
+    """The last feature of x is the sd of that example's target, known; the model sees the others.
+
+    Outputs are the model's and the log sd, as `Gaussian(scale=None)` reads them; only the model's have parameters. For
+    one target an example, x [n, d + 1].
+    """
+
+    def init(key: PRNGKeyArray, x: Array) -> PyTree:
+        return model.init(key, x[:, :-1])
+
+    def apply(params: PyTree, x: Array, tap: Any = None) -> Array:
+        inner = x[:, :-1]
+        outputs = model.apply(params, inner) if tap is None else model.apply(params, inner, tap)
+        return jnp.concatenate([outputs, jnp.log(x[:, -1:])], -1)
+
+    return Model(init, apply)

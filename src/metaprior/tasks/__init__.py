@@ -15,6 +15,7 @@ from metaprior.tasks.omniglot import omniglot
 from metaprior.tasks.oneshot import one_shot_runs, one_shot_source
 from metaprior.tasks.optimisees import digits, quadratics
 from metaprior.tasks.pool import ClassPool, class_pool, pool_splits
+from metaprior.tasks.posteriordb import eight_schools, eight_schools_reference, radon_all
 from metaprior.tasks.reading import Examples, check_same_form, read_examples
 from metaprior.tasks.sinusoid import sinusoid, sinusoid_hard
 from metaprior.tasks.strokes import DescribedTasks, omniglot_strokes
@@ -35,6 +36,7 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "table": table,
     "sleepstudy": sleepstudy,
     "radon": radon,
+    "radon_all": radon_all,
     "quadratics": quadratics,
     "digits": digits,
 }
@@ -71,6 +73,8 @@ __all__ = [
     "class_pool",
     "digits",
     "distorted",
+    "eight_schools",
+    "eight_schools_reference",
     "encode_labels",
     "hide_labels",
     "images",
@@ -84,6 +88,7 @@ __all__ = [
     "pool_splits",
     "quadratics",
     "radon",
+    "radon_all",
     "read_examples",
     "sinusoid",
     "sinusoid_hard",
