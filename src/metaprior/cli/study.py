@@ -53,7 +53,7 @@ def study_ambiguity(
         found[name] = ambiguity(experiment.learner, params, experiment.splits.test, key, tasks=tasks, near=near)
     table = _table(f"two explanations, {tasks} tasks", "covered", "explaining", "NLL", "joint NLL", "draws")
     for name, row in found.items():
-        table.add_row(name, *map(str, row))
+        table.add_row(name, *map(_shown, row))
     shown = {name: (e.learner, params) for name, (e, params) in list(opened.items())[:MOST_SHOWN]}
     picture = explanations(_source(opened), shown, jax.random.key(seed))
     return _keep(out, "ambiguity", {n: row._asdict() for n, row in found.items()}, picture, table)
@@ -97,7 +97,7 @@ def study_active(
     table = _table(f"MSE by points seen, {tasks} tasks", "points", "at random", "by variance", "difference")
     for name, result in found.items():
         for row in zip(*result._asdict().values(), strict=True):
-            seen, informed, random, difference = map(str, row)
+            seen, informed, random, difference = map(_shown, row)
             table.add_row(name, seen, random, informed, difference)
     return _keep(out, "active", {n: row._asdict() for n, row in found.items()}, acquisitions(found), table)
 
@@ -134,7 +134,7 @@ def study_novelty(
     table = _table(f"AUROC of uncertainty, {tasks} tasks", "accuracy", "score", *kinds)
     for name, result in found.items():
         for score, row in result.auroc.items():
-            table.add_row(name, str(result.accuracy), score, *map(str, row.values()))
+            table.add_row(name, _shown(result.accuracy), score, *map(_shown, row.values()))
     return _keep(out, "novelty", {n: row._asdict() for n, row in found.items()}, novelty_bars(found), table)
 
 
@@ -170,8 +170,8 @@ def _open(
         alone = transductive is not None and "transductive" in option_names(LEARNERS[learner])
         settings = (*overrides, f"learner.transductive={str(transductive).lower()}") if alone else overrides
         _, _, experiment, params = open_run(folder, steps, settings, **options)
-        name = learner if learners.count(learner) == 1 else str(folder)
-        opened[name] = (experiment, params)
+        name = learner if learners.count(learner) == 1 else folder.name
+        opened[name if name not in opened else str(folder)] = (experiment, params)
     return opened
 
 
@@ -185,6 +185,10 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column == "score" else "right")
     return table
+
+
+def _shown(value: Any) -> str:
+    return f"{value.mean:.3f} ± {value.interval:.3f}" if isinstance(value, Figure) else str(value)
 
 
 def _keep(out: Path, name: str, found: dict[str, Any], picture: Any, table: Table) -> int:

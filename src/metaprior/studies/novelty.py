@@ -88,7 +88,7 @@ def novelty(
         ValueError: a source that is no pool of square images, with fewer classes than two tasks have, or no tasks.
     """
     if not isinstance(source, ClassPool):
-        raise ValueError(f"source: came {type(source).__name__}, needs a pool of images by class (omniglot, images, ...)")
+        raise ValueError(f"source: came {type(source).__name__}, needs a pool of images by class, as omniglot")
     if tasks < 1:
         raise ValueError(f"tasks: came {tasks}, needs at least 1")
     if source.images.shape[1] != source.images.shape[2]:

@@ -127,12 +127,12 @@ def _coin(key: PRNGKeyArray, n: int) -> Int[Array, " n"]:
 
 def wave_or_line(
     *,
-    query: int = 50,
+    query: int = 20,
     test_query: int = 50,
-    amplitude: Interval = (1.0, 3.0),
+    amplitude: Interval = (0.5, 1.5),
     gap: Interval = (1.0, 2.5),
-    domain: Interval = (-5.0, 5.0),
-    noise: float = 0.3,
+    domain: Interval = (-3.0, 3.0),
+    noise: float = 0.2,
 ) -> Splits:
     """A wave of frequency 1 or a line, through the same two points seen without noise; x and y are [n, 1].
 
@@ -150,7 +150,7 @@ def wave_or_line(
     Source: the ambiguous regression of Finn, Xu & Levine 2018, made exact.
     """
     gap, domain = check_interval("gap", gap), check_interval("domain", domain)
-    if not (0 < gap[0] and gap[1] < pi):
+    if not (gap[0] > 0 and gap[1] < pi):
         raise ValueError(f"gap: came {gap}, needs an interval inside (0, pi), where one wave passes through two points")
     if domain[1] - domain[0] <= gap[1]:
         raise ValueError(f"domain: came {domain}, needs to be longer than the gap {gap[1]:g} of the two points")
@@ -177,7 +177,7 @@ def two_circles(
     Source: the ambiguous 2-D classification of Finn, Xu & Levine 2018 (circles from positive examples), made exact.
     """
     apart = check_interval("apart", apart)
-    if not (0 < apart[0] and apart[1] < 2):
+    if not (apart[0] > 0 and apart[1] < 2):
         raise ValueError(f"apart: came {apart}, needs an interval inside (0, 2), where two circles meet in two points")
     if check_scale("radius", radius) == 0:
         raise ValueError(f"radius: came {radius}, needs a number above 0")
