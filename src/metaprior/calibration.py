@@ -59,7 +59,8 @@ def auroc(higher: Float[Array, " n"], lower: Float[Array, " m"]) -> Scalar:
     """
     ordered = jnp.sort(lower)
     below, upto = (jnp.searchsorted(ordered, higher, side=side) for side in ("left", "right"))
-    return ((below + upto) / 2).mean() / lower.shape[0]
+    # In whole numbers up to here, so that ties give exactly 1/2.
+    return (below + upto).sum() / (2 * higher.shape[0] * lower.shape[0])
 
 
 class Calibration(NamedTuple):

@@ -99,21 +99,23 @@ def novelty(
 
     @jax.jit
     def run(params: PyTree, source: ClassPool, keys: PRNGKeyArray) -> Any:
-        def one(key: PRNGKeyArray) -> Any:
+        def one(key: PRNGKeyArray) -> tuple[Array, dict[str, Float[Array, "kinds n"]]]:
             key_task, key_adapt, key_predict = jax.random.split(key, 3)
             task, odd = strangers(source, key_task)
             posterior = learner.adapt(params, task.support, key_adapt)
-            predictive = {
-                kind: learner.predict(params, posterior, x, key_predict)
-                for kind, x in ({"known": task.query.x} | odd).items()
-            }
-            hit = (predictive["known"].mean().argmax(-1) == task.query.y).mean()
-            scores = {kind: uncertainty(p) for kind, p in predictive.items()}
-            names = scores["known"]
-            told = {s: {kind: auroc(scores[kind][s], scores["known"][s]) for kind in KINDS} for s in names}
-            return hit, told, {s: {kind: values[s].mean() for kind, values in scores.items()} for s in names}
+            predictives = [learner.predict(params, posterior, x, key_predict) for x in (task.query.x, *odd.values())]
+            hit = (predictives[0].mean().argmax(-1) == task.query.y).mean()
+            # All kinds in one array: the same arithmetic for all, so that what is tied stays tied.
+            return hit, jax.vmap(uncertainty)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *predictives))
 
         return jax.lax.map(one, keys, batch_size=min(chunk, tasks))
 
-    found = jax.device_get(run(params, source, jax.random.split(key, tasks)))
-    return Novelty(*jax.tree.map(lambda values: figure_of(np.asarray(values)), found))
+    hit, scores = run(params, source, jax.random.split(key, tasks))
+    against = jax.jit(jax.vmap(lambda values: jax.vmap(auroc, (0, None))(values[1:], values[0])))
+    told = {name: _by_kind(KINDS, against(values)) for name, values in scores.items()}
+    means = {name: _by_kind(("known", *KINDS), values.mean(-1)) for name, values in scores.items()}
+    return Novelty(figure_of(np.asarray(hit)), told, means)
+
+
+def _by_kind(kinds: tuple[str, ...], values: Float[Array, "tasks kinds"]) -> dict[str, Figure]:
+    return {kind: figure_of(column) for kind, column in zip(kinds, np.asarray(values).T, strict=True)}
