@@ -116,9 +116,9 @@ def test_closeness_by_hand():
     np.testing.assert_array_equal(close, [[1, 0], [0, 0], [0, 0], [0, 1], [1, 0]])
     np.testing.assert_array_equal(closeness(constant(1.0), constant(1.0, 1.0), 0.4), [[0, 0]])
     # Labels: 6 inputs, explanations differ at 4; one flipped label is near at 1/3, two are not.
-    hot = jax.nn.one_hot(jnp.array([[0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 0, 1]]), 2)
-    flipped = jax.nn.one_hot(jnp.array([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 0]]), 2)
-    np.testing.assert_array_equal(closeness(flipped, hot, 0.51), [[1, 0], [0, 0]])
+    explanations = jnp.array([[0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 0, 1]])
+    flipped = jnp.array([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 0], [1, 1, 1, 0, 0, 1]])
+    np.testing.assert_array_equal(closeness(flipped, explanations, 1 / 3), [[1, 0], [0, 0], [0, 1]])
 
 
 def test_joint_log_prob_by_hand():

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import jax
 import tyro
@@ -13,10 +13,11 @@ from metaprior.cli.evaluate import open_run
 from metaprior.evaluation import Figure
 from metaprior.learners import LEARNERS
 from metaprior.named import option_names
-from metaprior.recipe import Experiment, recipe_from_dict
+from metaprior.recipe import recipe_from_dict
 from metaprior.runs import Run, write_atomically
 from metaprior.studies import active, ambiguity, novelty, referee
 from metaprior.studies.pictures import acquisitions, explanations, novelty_bars
+from metaprior.types import Learner
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Posterior = Literal["point", "implicit", "laplace"] | None
@@ -48,14 +49,15 @@ def study_ambiguity(
         set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
     """
     opened, key = _open(runs, set, posterior, draws), jax.random.key(seed)
-    found = {TRUTH: referee(_source(opened), key, tasks=tasks, near=near)}
-    for name, (experiment, params) in opened.items():
-        found[name] = ambiguity(experiment.learner, params, experiment.splits.test, key, tasks=tasks, near=near)
+    source = next(iter(opened.values())).source
+    found = {TRUTH: referee(source, key, tasks=tasks, near=near)}
+    for name, it in opened.items():
+        found[name] = ambiguity(it.learner, it.params, it.source, key, tasks=tasks, near=near)
     table = _table(f"two explanations, {tasks} tasks", "covered", "explaining", "NLL", "joint NLL", "draws")
     for name, row in found.items():
         table.add_row(name, *map(_shown, row))
-    shown = {name: (e.learner, params) for name, (e, params) in list(opened.items())[:MOST_SHOWN]}
-    picture = explanations(_source(opened), shown, jax.random.key(seed))
+    shown = {name: (it.learner, it.params) for name, it in list(opened.items())[:MOST_SHOWN]}
+    picture = explanations(source, shown, key)
     return _keep(out, "ambiguity", {n: row._asdict() for n, row in found.items()}, picture, table)
 
 
@@ -88,12 +90,11 @@ def study_active(
         seed: of tasks and choices.
         set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
     """
-    opened = _open(runs, set, posterior, draws, steps)
+    opened, key = _open(runs, set, posterior, draws, steps), jax.random.key(seed)
     found = {
-        name: active(e.learner, params, e.splits.test, jax.random.key(seed), tasks=tasks, start=start, pool=pool,
-                     points=points)
-        for name, (e, params) in opened.items()
-    }  # fmt: skip
+        name: active(it.learner, it.params, it.source, key, tasks=tasks, start=start, pool=pool, points=points)
+        for name, it in opened.items()
+    }
     table = _table(f"MSE by points seen, {tasks} tasks", "points", "at random", "by variance", "difference")
     for name, result in found.items():
         for row in zip(*result._asdict().values(), strict=True):
@@ -127,8 +128,8 @@ def study_novelty(
     """
     opened = _open(runs, set, posterior, draws, transductive=None if transductive else False)
     found = {
-        name: novelty(e.learner, params, e.splits.test, jax.random.key(seed), tasks=tasks)
-        for name, (e, params) in opened.items()
+        name: novelty(it.learner, it.params, it.source, jax.random.key(seed), tasks=tasks)
+        for name, it in opened.items()
     }
     kinds = list(next(iter(next(iter(found.values())).auroc.values())))
     table = _table(f"AUROC of uncertainty, {tasks} tasks", "accuracy", "score", *kinds)
@@ -150,6 +151,14 @@ def study(status: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Stu
     return status
 
 
+class Opened(NamedTuple):
+    """What a study needs of a run."""
+
+    learner: Learner
+    params: Any
+    source: Any
+
+
 def _open(
     runs: tuple[Path, ...],
     overrides: tuple[str, ...],
@@ -157,8 +166,8 @@ def _open(
     draws: int | None,
     steps: int | None = None,
     transductive: bool | None = None,
-) -> dict[str, tuple[Experiment, Any]]:
-    """Each run's experiment and parameters, by its learner's name, or by its folder's where two have one learner."""
+) -> dict[str, Opened]:
+    """Each run by its learner's name, or by its folder's where two have one learner."""
     if not runs:
         raise ValueError("runs: came none, needs the folder of at least one run")
     options: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
@@ -171,12 +180,8 @@ def _open(
         settings = (*overrides, f"learner.transductive={str(transductive).lower()}") if alone else overrides
         _, _, experiment, params = open_run(folder, steps, settings, **options)
         name = learner if learners.count(learner) == 1 else folder.name
-        opened[name if name not in opened else str(folder)] = (experiment, params)
+        opened[name if name not in opened else str(folder)] = Opened(experiment.learner, params, experiment.splits.test)
     return opened
-
-
-def _source(opened: dict[str, tuple[Experiment, Any]]) -> Any:
-    return next(iter(opened.values()))[0].splits.test
 
 
 def _table(title: str, *columns: str) -> Table:

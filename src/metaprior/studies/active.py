@@ -5,6 +5,7 @@ candidates lie in the support from the start with weight 0; to observe one is to
 the same shapes and one compilation serves all.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -116,7 +117,8 @@ def active(
             key_task, key = jax.random.split(key)
             task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
             setting = lay_out(task, start, pool)
-            return tuple(acquire(learner, params, setting, key, points, informed=i) for i in (True, False))
+            policy = partial(acquire, learner, params, setting, key, points)
+            return policy(informed=True), policy(informed=False)
 
         return jax.lax.map(one, keys, batch_size=min(chunk, tasks))
 

@@ -35,33 +35,34 @@ class Coverage(NamedTuple):
     draws: int
 
 
-def curves(predictive: Any) -> Float[Array, "s n d"]:
-    """What each draw says at n inputs: its mean, or for classes its likeliest one, one-hot.
+def curves(predictive: Any) -> Float[Array, "s n d"] | Int[Array, "s n"]:
+    """What each draw says at n inputs: its mean, or its likeliest class.
 
     Raises ValueError for a predictive whose draws say neither.
     """
     if isinstance(predictive, Normals):
         return predictive.means
     if isinstance(predictive, Categories):
-        return jax.nn.one_hot(predictive.log_probs.argmax(-1), predictive.log_probs.shape[-1])
+        return predictive.log_probs.argmax(-1)
     raise ValueError(f"predictive: came {type(predictive).__name__}, needs Normals or Categories, a mixture of draws")
 
 
-def closeness(
-    draws: Float[Array, "s n d"], explanations: Float[Array, "e n d"], near: float
-) -> Float[Array, "s e"]:
+def closeness(draws: Array, explanations: Array, near: float) -> Float[Array, "s e"]:
     """1 where a draw lies close to an explanation: within `near` of its distance to the nearest other explanation.
 
-    Distances are root mean squares over the inputs of the Euclidean distance of curves. Below 1/2 no draw is close to
-    two explanations, by the triangle inequality; explanations that are the same everywhere are never close.
+    draws [s, n, d] and explanations [e, n, d], whose distance is the root mean square over the inputs; or labels [s, n]
+    and [e, n], whose distance is the share that differs. Both obey the triangle inequality, so below 1/2 no draw is
+    close to two explanations. Explanations that are the same everywhere are never close.
     """
 
     def distance(a: Array, b: Array) -> Array:
-        return jnp.sqrt(((a[:, None] - b[None]) ** 2).sum(-1).mean(-1))
+        if jnp.issubdtype(b.dtype, jnp.integer):
+            return (a[:, None] != b).mean(-1)
+        return jnp.sqrt(((a[:, None] - b) ** 2).sum(-1).mean(-1))
 
     between = distance(explanations, explanations) + jnp.diag(jnp.full(explanations.shape[0], jnp.inf))
     gap = between.min(0)
-    return ((distance(draws, explanations) <= near * gap) & (gap > 0)).astype(draws.dtype)
+    return ((distance(draws, explanations) <= near * gap) & (gap > 0)).astype(float)
 
 
 def joint_log_prob(predictive: Any, y: Array) -> Array:
@@ -72,8 +73,6 @@ def joint_log_prob(predictive: Any, y: Array) -> Array:
 
 def judge(predictive: Any, y: Array, explanations: Array, near: float) -> tuple[Array, Array, Array, Array]:
     """One task's figures, in the order of `Coverage`."""
-    if jnp.issubdtype(explanations.dtype, jnp.integer):
-        explanations = jax.nn.one_hot(explanations, predictive.log_probs.shape[-1])
     close = closeness(curves(predictive), explanations, near)
     nll, joint = -predictive.log_prob(y).mean(), -joint_log_prob(predictive, y) / y.shape[0]
     return close.max(0).mean(), close.max(1).mean(), nll, joint
@@ -144,5 +143,5 @@ def _over_tasks(
         over = source.explained(key_tasks, tasks), jax.random.split(key_draws, tasks)
         return jax.lax.map(per_task, over, batch_size=min(chunk, tasks))
 
-    *figures, draws = jax.device_get(run(params, source))
-    return Coverage(*(figure_of(np.asarray(f)) for f in figures), int(draws[0]))
+    covered, explaining, nll, joint, draws = (np.asarray(found) for found in run(params, source))
+    return Coverage(figure_of(covered), figure_of(explaining), figure_of(nll), figure_of(joint), int(draws[0]))
