@@ -13,6 +13,8 @@ from sklearn.metrics import roc_auc_score
 from metaprior.calibration import auroc
 from metaprior.cli import main
 from metaprior.likelihoods import Categories, Counts, Normals
+from metaprior.recipe import Recipe, as_dict, build, load_recipe, with_overrides
+from metaprior.runs import Run
 from metaprior.studies import active, ambiguity, novelty, referee
 from metaprior.studies.active import acquire, lay_out
 from metaprior.studies.ambiguity import closeness, curves, exact, joint_log_prob
@@ -20,6 +22,7 @@ from metaprior.studies.novelty import KINDS, strangers, uncertainty
 from metaprior.studies.pictures import explanations as picture
 from metaprior.tasks import class_pool, linear, sinusoid, two_circles, wave_or_line
 from metaprior.tasks.explained import ExplainedTasks
+from metaprior.training import init_state
 from metaprior.types import Batch, Learner
 
 KEY = jax.random.key(0)
@@ -353,9 +356,6 @@ def test_novelty_refuses(pool):
 
 # -- the command line --------------------------------------------------------------------------------------------------
 
-SMALL = ["training.chunk=5", "training.meta_batch=4", "training.validate_every=5", "training.validation_tasks=4"]
-
-
 def run(*args, code=0):
     with pytest.raises(SystemExit) as exit_:
         main([str(a) for a in args])
@@ -368,15 +368,17 @@ def _keep_the_test_cache(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
 
 
-@pytest.fixture(scope="module")
-def ambiguous_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "ambiguous"
-    run("train", "ambiguous", "--learner", "maml", "--steps", 5, "--out", folder, "--set", *SMALL, "learner.steps=1")
+def untrained(folder, recipe):
+    """A run folder as training leaves it, at meta-step 0: what a study does does not depend on how good a run is."""
+    experiment = build(recipe)
+    state = init_state(experiment.learner, experiment.splits.train, experiment.training)
+    Run.create(folder, as_dict(recipe)).record(state, {"step": 0}, best=True)
     return folder
 
 
-def test_study_ambiguity_and_active(ambiguous_run, tmp_path, capsys):
-    twin = tmp_path / "twin"
+def test_study_ambiguity_and_active(tmp_path, capsys):
+    recipe = with_overrides(load_recipe("ambiguous"), "maml", {"learner.steps": 1, "network.hidden": [8]})
+    ambiguous_run, twin = untrained(tmp_path / "ambiguous", recipe), tmp_path / "twin"
     shutil.copytree(ambiguous_run, twin)
     out = tmp_path / "out"
     run("study", "ambiguity", ambiguous_run, twin, "--out", out, "--tasks", 8)
@@ -398,28 +400,15 @@ def test_study_ambiguity_and_active(ambiguous_run, tmp_path, capsys):
 def test_study_novelty(tmp_path, capsys):
     images, counts = pictures(side=8)
     np.savez(tmp_path / "pictures.npz", images=images, labels=np.repeat(range(len(counts)), counts))
-    (tmp_path / "pictures.toml").write_text(
-        f"""description = "patterns"
-learner = "protonet"
-[tasks]
-name = "images"
-path = "{tmp_path / "pictures.npz"}"
-way = 2
-shot = 2
-query = 3
-test_query = 3
-size = 8
-channels = 1
-split = [0.34, 0.33, 0.33]
-[network]
-name = "mlp"
-hidden = [8]
-[likelihood]
-name = "categorical"
-"""
+    tasks = {"name": "images", "path": str(tmp_path / "pictures.npz"), "way": 2, "shot": 2, "query": 3, "test_query": 3}
+    recipe = Recipe(
+        "patterns",
+        learner="protonet",
+        tasks=tasks | {"size": 8, "channels": 1, "split": [0.34, 0.33, 0.33]},
+        network={"name": "mlp", "hidden": [8]},
+        likelihood={"name": "categorical"},
     )
-    folder = tmp_path / "run"
-    run("train", tmp_path / "pictures.toml", "--steps", 5, "--out", folder, "--set", *SMALL)
+    folder = untrained(tmp_path / "run", recipe)
     run("study", "novelty", folder, "--out", tmp_path / "out", "--tasks", 6)
     assert "AUROC" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "novelty.json").read_text())["protonet"]

@@ -31,13 +31,18 @@ def explanations(
     figure, axes = _figure(
         3.1 * len(learners), side * show, len(learners), show, sharex="row", sharey="row", squeeze=False
     )
+
+    def drawing(learner: Learner) -> Any:
+        return jax.jit(lambda params, support, x: learner.predict(params, learner.adapt(params, support, key), x, key))
+
+    draw = {name: drawing(learner) for name, (learner, _) in learners.items()}
     for j, row in enumerate(axes):
         support = jax.tree.map(lambda leaf, j=j: leaf[j], tasks.support)
         task = Task(support, jax.tree.map(lambda leaf, j=j: leaf[j], tasks.query))
         x = _square(task) if flat else _grid(task)
         truth = np.asarray(source.explanations(support, x), float)
-        for ax, (name, (learner, params)) in zip(row, learners.items(), strict=True):
-            predictive = learner.predict(params, learner.adapt(params, support, key), x, key)
+        for ax, (name, (_, params)) in zip(row, learners.items(), strict=True):
+            predictive = draw[name](params, support, x)
             if flat:
                 _borders(ax, x, truth, colours=[ORANGE, GREEN], linestyles="--", linewidths=1.6)
                 p = np.exp(np.asarray(predictive.log_probs[..., 1]))
