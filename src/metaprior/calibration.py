@@ -52,6 +52,17 @@ def brier(probabilities: Float[Array, "n c"], y: Int[Array, " n"]) -> Float[Arra
     return ((probabilities - jax.nn.one_hot(y, probabilities.shape[-1])) ** 2).sum(-1)
 
 
+def auroc(higher: Float[Array, " n"], lower: Float[Array, " m"]) -> Scalar:
+    """P(a score of `higher` is above one of `lower`), ties counted half: the area under the ROC curve, exactly.
+
+    By ranks, in (n + m) log m (Hanley & McNeil 1982: it is the Mann-Whitney statistic over n m).
+    """
+    ordered = jnp.sort(lower)
+    below, upto = (jnp.searchsorted(ordered, higher, side=side) for side in ("left", "right"))
+    # In whole numbers up to here, so that ties give exactly 1/2.
+    return (below + upto).sum() / (2 * higher.shape[0] * lower.shape[0])
+
+
 class Calibration(NamedTuple):
     """Scalars of a posterior fitted on validation tasks, and the mean query nll before and after."""
 

@@ -1,4 +1,4 @@
-"""The command line: `metaprior train | evaluate | adapt | plot | list | demo | truth`."""
+"""The command line: `metaprior train | evaluate | adapt | plot | list | demo | truth | study`."""
 
 import sys
 
@@ -10,12 +10,14 @@ from metaprior.cli.demo import demo
 from metaprior.cli.evaluate import evaluate
 from metaprior.cli.listing import listing
 from metaprior.cli.plot import plot
+from metaprior.cli.study import study
 from metaprior.cli.train import train
 from metaprior.cli.truth import truth
 from metaprior.training import NonFiniteLoss
 
 COMMANDS = {
-    "train": train, "evaluate": evaluate, "adapt": adapt, "plot": plot, "list": listing, "demo": demo, "truth": truth
+    "train": train, "evaluate": evaluate, "adapt": adapt, "plot": plot, "list": listing, "demo": demo, "truth": truth,
+    "study": study,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from metaprior.tasks.ambiguous import ambiguous, linear, three_families
 from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.distort import Distorted, affine, distorted
+from metaprior.tasks.explained import two_circles, wave_or_line
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.hidden import HiddenLabels, ask_for, hide_labels
 from metaprior.tasks.images import images, miniimagenet
@@ -27,6 +28,8 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "sinusoid_hard": sinusoid_hard,
     "linear": linear,
     "ambiguous": ambiguous,
+    "wave_or_line": wave_or_line,
+    "two_circles": two_circles,
     "linear_gaussian": linear_gaussian,
     "three_families": three_families,
     "omniglot": omniglot,
@@ -95,4 +98,6 @@ __all__ = [
     "sleepstudy",
     "table",
     "three_families",
+    "two_circles",
+    "wave_or_line",
 ]

@@ -1,0 +1,212 @@
+"""metaprior study: trained learners held beside each other on one question, see docs/studies.md."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Union
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from metaprior.cli.evaluate import open_run
+from metaprior.evaluation import Figure
+from metaprior.learners import LEARNERS
+from metaprior.named import option_names
+from metaprior.recipe import recipe_from_dict
+from metaprior.runs import Run, write_atomically
+from metaprior.studies import active, ambiguity, novelty, referee
+from metaprior.studies.pictures import acquisitions, explanations, novelty_bars
+from metaprior.types import Learner
+
+Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
+Posterior = Literal["point", "implicit", "laplace"] | None
+MOST_SHOWN = 6  # learners in a picture of draws
+TRUTH = "the truth"
+
+
+def study_ambiguity(
+    runs: Runs,
+    /,
+    out: Path = Path("study"),
+    tasks: int = 600,
+    near: float = 1 / 3,
+    posterior: Posterior = None,
+    draws: int | None = None,
+    seed: int = 1234,
+    set: tuple[str, ...] = (),
+) -> int:
+    """Where two explanations fit, does the posterior hold both? Needs runs of the recipes ambiguous or ambiguous-2d.
+
+    Args:
+        runs: the folders that `train` wrote.
+        out: folder of ambiguity.json and ambiguity.png.
+        tasks: how many new ones.
+        near: a draw is close to an explanation within this share of the explanations' distance, below 1/2.
+        posterior: what is put around phi_k (default: each learner's own).
+        draws: networks drawn from that posterior.
+        seed: of tasks and draws.
+        set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
+    """
+    opened, key = _open(runs, set, posterior, draws), jax.random.key(seed)
+    source = next(iter(opened.values())).source
+    found = {TRUTH: referee(source, key, tasks=tasks, near=near)}
+    for name, it in opened.items():
+        found[name] = ambiguity(it.learner, it.params, it.source, key, tasks=tasks, near=near)
+    table = _table(f"two explanations, {tasks} tasks", "covered", "explaining", "NLL", "joint NLL", "draws")
+    for name, row in found.items():
+        table.add_row(name, *map(_shown, row))
+    shown = {name: (it.learner, it.params) for name, it in list(opened.items())[:MOST_SHOWN]}
+    picture = explanations(source, shown, key)
+    return _keep(out, "ambiguity", {n: row._asdict() for n, row in found.items()}, picture, table)
+
+
+def study_active(
+    runs: Runs,
+    /,
+    out: Path = Path("study"),
+    tasks: int = 200,
+    start: int = 2,
+    pool: int = 50,
+    points: int = 8,
+    posterior: Posterior = None,
+    draws: int | None = None,
+    steps: int | None = None,
+    seed: int = 1234,
+    set: tuple[str, ...] = (),
+) -> int:
+    """Is the next point better chosen by predictive variance than at random? Needs runs on regression tasks.
+
+    Args:
+        runs: the folders that `train` wrote.
+        out: folder of active.json and active.png.
+        tasks: how many new ones.
+        start: labelled points to begin with.
+        pool: candidates, taken from the task's query; its other points test.
+        points: how many to choose, one by one.
+        posterior: what is put around phi_k (default: each learner's own; a point has no variance to choose by).
+        draws: networks drawn from that posterior; 0 is the linearised predictive in closed form.
+        steps: inner steps on a new task.
+        seed: of tasks and choices.
+        set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
+    """
+    opened, key = _open(runs, set, posterior, draws, steps), jax.random.key(seed)
+    found = {
+        name: active(it.learner, it.params, it.source, key, tasks=tasks, start=start, pool=pool, points=points)
+        for name, it in opened.items()
+    }
+    table = _table(f"MSE by points seen, {tasks} tasks", "points", "at random", "by variance", "difference")
+    for name, result in found.items():
+        for row in zip(*result._asdict().values(), strict=True):
+            seen, informed, random, difference = map(_shown, row)
+            table.add_row(name, seen, random, informed, difference)
+    return _keep(out, "active", {n: row._asdict() for n, row in found.items()}, acquisitions(found), table)
+
+
+def study_novelty(
+    runs: Runs,
+    /,
+    out: Path = Path("study"),
+    tasks: int = 200,
+    posterior: Posterior = None,
+    draws: int | None = None,
+    transductive: bool = False,
+    seed: int = 1234,
+    set: tuple[str, ...] = (),
+) -> int:
+    """Does uncertainty tell known classes from other classes, turned images and noise? Needs runs on images.
+
+    Args:
+        runs: the folders that `train` wrote.
+        out: folder of novelty.json and novelty.png.
+        tasks: how many new ones.
+        posterior: what is put around phi_k (default: each learner's own).
+        draws: networks drawn from that posterior.
+        transductive: let queries be normalised together, strangers with strangers; else each comes alone.
+        seed: of tasks and draws.
+        set: options of the tasks or the learners by name, e.g. --set tasks.test_query=5
+    """
+    opened = _open(runs, set, posterior, draws, transductive=None if transductive else False)
+    found = {
+        name: novelty(it.learner, it.params, it.source, jax.random.key(seed), tasks=tasks)
+        for name, it in opened.items()
+    }
+    kinds = list(next(iter(next(iter(found.values())).auroc.values())))
+    table = _table(f"AUROC of uncertainty, {tasks} tasks", "accuracy", "score", *kinds)
+    for name, result in found.items():
+        for score, row in result.auroc.items():
+            table.add_row(name, _shown(result.accuracy), score, *map(_shown, row.values()))
+    return _keep(out, "novelty", {n: row._asdict() for n, row in found.items()}, novelty_bars(found), table)
+
+
+Study = Union[  # noqa: UP007 (a union of subcommands, which tyro reads at run time)
+    Annotated[Any, tyro.conf.subcommand(name="ambiguity", constructor=study_ambiguity)],
+    Annotated[Any, tyro.conf.subcommand(name="active", constructor=study_active)],
+    Annotated[Any, tyro.conf.subcommand(name="novelty", constructor=study_novelty)],
+]
+
+
+def study(status: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Study]]) -> int:
+    """Hold trained learners beside each other on one question."""
+    return status
+
+
+class Opened(NamedTuple):
+    """What a study needs of a run."""
+
+    learner: Learner
+    params: Any
+    source: Any
+
+
+def _open(
+    runs: tuple[Path, ...],
+    overrides: tuple[str, ...],
+    posterior: str | None,
+    draws: int | None,
+    steps: int | None = None,
+    transductive: bool | None = None,
+) -> dict[str, Opened]:
+    """Each run by its learner's name, or by its folder's where two have one learner."""
+    if not runs:
+        raise ValueError("runs: came none, needs the folder of at least one run")
+    options: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
+    if draws is not None and posterior not in (None, "point"):
+        options["draws"] = draws
+    learners = [recipe_from_dict(Run.open(folder).recipe).learner for folder in runs]
+    opened = {}
+    for folder, learner in zip(runs, learners, strict=True):
+        alone = transductive is not None and "transductive" in option_names(LEARNERS[learner])
+        settings = (*overrides, f"learner.transductive={str(transductive).lower()}") if alone else overrides
+        _, _, experiment, params = open_run(folder, steps, settings, **options)
+        name = learner if learners.count(learner) == 1 else folder.name
+        opened[name if name not in opened else str(folder)] = Opened(experiment.learner, params, experiment.splits.test)
+    return opened
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("learner")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "score" else "right")
+    return table
+
+
+def _shown(value: Any) -> str:
+    return f"{value.mean:.3f} ± {value.interval:.3f}" if isinstance(value, Figure) else str(value)
+
+
+def _keep(out: Path, name: str, found: dict[str, Any], picture: Any, table: Table) -> int:
+    console = Console()
+    console.print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / f"{name}.json", json.dumps(found, indent=2, default=_plain) + "\n")
+    picture.savefig(out / f"{name}.png")
+    console.print(f"written: {out / name}.json and {out / name}.png", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Figure):
+        return {"mean": value.mean, "interval": value.interval}
+    raise TypeError(f"no JSON form of {type(value).__name__}")
