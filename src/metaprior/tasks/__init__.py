@@ -7,6 +7,7 @@ from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.images import images, miniimagenet
+from metaprior.tasks.labelled import Texts, read_texts
 from metaprior.tasks.labels import check_labels, encode_labels
 from metaprior.tasks.linear_gaussian import linear_gaussian
 from metaprior.tasks.omniglot import omniglot
@@ -16,6 +17,7 @@ from metaprior.tasks.pool import ClassPool, class_pool, pool_splits
 from metaprior.tasks.reading import Examples, check_same_form, read_examples
 from metaprior.tasks.sinusoid import sinusoid, sinusoid_hard
 from metaprior.tasks.table import radon, sleepstudy, table
+from metaprior.tasks.texts import TextPool, banking77, clinc150, texts
 from metaprior.types import Splits
 
 SOURCES: dict[str, Callable[..., Splits]] = {
@@ -29,6 +31,9 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "miniimagenet": miniimagenet,
     "images": images,
     "table": table,
+    "texts": texts,
+    "clinc150": clinc150,
+    "banking77": banking77,
     "sleepstudy": sleepstudy,
     "radon": radon,
     "quadratics": quadratics,
@@ -43,11 +48,15 @@ __all__ = [
     "Examples",
     "FixedTasks",
     "Scaling",
+    "TextPool",
+    "Texts",
     "ambiguous",
     "array_tasks",
+    "banking77",
     "check_labels",
     "check_same_form",
     "class_pool",
+    "clinc150",
     "digits",
     "encode_labels",
     "images",
@@ -61,9 +70,11 @@ __all__ = [
     "quadratics",
     "radon",
     "read_examples",
+    "read_texts",
     "sinusoid",
     "sinusoid_hard",
     "sleepstudy",
     "table",
+    "texts",
     "three_families",
 ]
