@@ -10,6 +10,8 @@ from metaprior.networks.mlp import mlp
 from metaprior.networks.token_lstm import token_lstm
 from metaprior.types import Model
 
-NETWORKS: dict[str, Callable[..., Model]] = {"linear": linear, "mlp": mlp, "conv4": conv4, "bag": bag, "token_lstm": token_lstm}
+NETWORKS: dict[str, Callable[..., Model]] = {
+    "linear": linear, "mlp": mlp, "conv4": conv4, "bag": bag, "token_lstm": token_lstm,
+}  # fmt: skip
 
 __all__ = ["NETWORKS", "bag", "conv4", "from_equinox", "from_flax", "linear", "mlp", "token_lstm"]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from metaprior.tasks.ambiguous import ambiguous, linear, three_families
 from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.cloze import ClozePool, cloze
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.images import images, miniimagenet
 from metaprior.tasks.labelled import Texts, read_texts
@@ -34,6 +35,7 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "texts": texts,
     "clinc150": clinc150,
     "banking77": banking77,
+    "cloze": cloze,
     "sleepstudy": sleepstudy,
     "radon": radon,
     "quadratics": quadratics,
@@ -44,6 +46,7 @@ __all__ = [
     "SOURCES",
     "ArrayTasks",
     "ClassPool",
+    "ClozePool",
     "DataError",
     "Examples",
     "FixedTasks",
@@ -57,6 +60,7 @@ __all__ = [
     "check_same_form",
     "class_pool",
     "clinc150",
+    "cloze",
     "digits",
     "encode_labels",
     "images",

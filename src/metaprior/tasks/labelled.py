@@ -1,4 +1,4 @@
-"""Labelled texts from the user's files: CSV, TSV, JSON, JSON lines, plain lines, or a folder by class; packed or not."""
+"""Labelled texts from the user's files: CSV, TSV, JSON, JSON lines, plain lines, or a folder by class."""
 
 import csv
 import io
