@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 from scipy.optimize import minimize
+from scipy.stats import rankdata
 
 from metaprior.types import Learner, TaskSource
 
@@ -106,3 +107,17 @@ def calibrate(
     found = minimize(objective, start, method="Nelder-Mead", options=options)
     fitted = dict(zip(names, np.exp(found.x).tolist(), strict=True))
     return Calibration(fitted, objective(start), float(found.fun))
+
+
+def auroc(scores_in: Float[np.ndarray, " n"], scores_out: Float[np.ndarray, " m"]) -> float:
+    """The probability that one of `scores_in` is above one of `scores_out`, a tie counting half (Mann & Whitney 1947).
+
+    Raises:
+        ValueError: either is empty or holds NaN.
+    """
+    inside, outside = np.ravel(scores_in), np.ravel(scores_out)
+    for name, values in (("scores_in", inside), ("scores_out", outside)):
+        if not values.size or np.isnan(values).any():
+            raise ValueError(f"{name}: came {'no score' if not values.size else 'NaN'}, needs one number at least")
+    ranks = rankdata(np.concatenate([inside, outside]))
+    return float((ranks[: inside.size].sum() - inside.size * (inside.size + 1) / 2) / (inside.size * outside.size))

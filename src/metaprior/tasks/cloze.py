@@ -158,7 +158,7 @@ def cloze(
     hidden = np.concatenate(parts[1:]) if hide else np.zeros(0, int)
     shown = _shown(words[part_of_sentence[sentences] == 0], len(names), hidden, vocabulary)
     encode = Window({name: int(number) for name, number in zip(names, shown, strict=True)}, reach)
-    shared = jnp.asarray(words), jnp.asarray(sentences), jnp.asarray(shown)
+    on_device = [jnp.asarray(array) for array in (words, sentences, shown)]
 
     def pool(k: int, title: str, way: int, query: int, own: bool) -> ClozePool:
         here = first[(part_of_sentence[sentences[first]] == k) & np.isin(words[first], parts[k])]
@@ -169,8 +169,8 @@ def cloze(
         here = here[np.isin(words[here], kept)]
         places = here[np.argsort(words[here], kind="stable")]
         starts = np.cumsum(counts[kept]) - counts[kept]
-        rows = (jnp.asarray(a, jnp.int32) for a in (places, starts, counts[kept]))
-        return ClozePool(*shared, *rows, encode, way, shot, query, own)
+        own_rows = [jnp.asarray(array, jnp.int32) for array in (places, starts, counts[kept])]
+        return ClozePool(*on_device, *own_rows, encode=encode, way=way, shot=shot, query=query, own_labels=own)
 
     return Splits(
         pool(0, "the training part", train_way, query, train_labels == "class"),

@@ -100,7 +100,7 @@ def texts(
         f"texts-{Path(path).stem}", [fingerprint(path), text, label], lambda: read_texts(path, text=text, label=label),
         outside=outside, way=way, shot=shot, query=query, test_query=test_query, train_way=train_way,
         train_labels=train_labels, split=split, seed=seed, drop_small=drop_small,
-        encode=Hashing(words, tuple(characters), length),
+        encode=Hashing(words, characters, length),
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def clinc150(
     return _splits(
         "clinc150", fingerprint(file), lambda: read_texts(file), outside="oos", way=way, shot=shot, query=query,
         test_query=test_query, train_way=train_way, train_labels=train_labels, split=split, seed=seed,
-        drop_small=False, encode=Hashing(words, tuple(characters), length),
+        drop_small=False, encode=Hashing(words, characters, length),
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def banking77(
     return _splits(
         "banking77", [fingerprint(file) for file in files], read, outside=None, way=way, shot=shot, query=query,
         test_query=test_query, train_way=train_way, train_labels=train_labels, split=split, seed=seed,
-        drop_small=False, encode=Hashing(words, tuple(characters), length),
+        drop_small=False, encode=Hashing(words, characters, length),
     )  # fmt: skip
 
 

@@ -79,8 +79,9 @@ class Hashing:
     def __post_init__(self) -> None:
         check_count("words", self.words)
         check_count("length", self.length)
-        if len(self.characters) != 2 or not 0 <= self.characters[0] <= self.characters[1]:
-            raise ValueError(f"characters: came {self.characters!r}, needs the least and largest n, or (0, 0) for none")
+        given = self.characters
+        if not isinstance(given, tuple) or len(given) != 2 or not 0 <= given[0] <= given[1]:
+            raise ValueError(f"characters: came {given!r}, needs (least n, largest n), or (0, 0) for none")
 
     def grams(self, text: str) -> list[str]:
         """The different n-grams of a text, those of words first."""
