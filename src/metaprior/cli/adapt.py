@@ -57,6 +57,8 @@ def adapt(
         (x, labels, _), (x_query, _, names) = _from_examples(run, recipe, like.x.shape[2:], support, query)
     else:
         (x, labels, _), (x_query, _, names) = _from_texts(recipe, encode, support, query)
+    if labels is None:
+        raise ValueError(f"--support: {support} has no labels; give class-named folders, or a last column of labels")
     learner, key = experiment.learner, jax.random.key(seed)
     classify = jnp.issubdtype(like.y.dtype, jnp.integer)
     if classify:
@@ -90,8 +92,6 @@ def _from_examples(
     # Omniglot's tasks show ink as 1 on 0; people's scans are dark ink on light paper.
     image |= {"invert": True} if recipe.tasks["name"] == "omniglot" else {}
     shown = read_examples(support, labelled=True, **image)
-    if shown.labels is None:
-        raise ValueError(f"--support: {support} has no labels; give class-named folders, or a last column of labels")
     asked = read_examples(query, labelled=False, **image)
     for argument, given in (("--support", shown.x), ("--query", asked.x)):
         if given.shape[1:] != shape:

@@ -149,11 +149,11 @@ def cloze(
     file = _file(path)
     arrays = cached(f"cloze-{file.stem}", {"version": 1, "origin": stamp(file)}, lambda: _parse(file))
     words, sentences, names = (np.asarray(arrays[name]) for name in ("words", "sentences", "names"))
-    part_of_sentence = _share_sentences(int(sentences.max()) + 1, sentence_split, seed)
     first = _first_in_sentence(words, sentences)
     frequent = np.flatnonzero(np.bincount(words[first], minlength=len(names)) >= least)
-    if len(frequent) < 3:
+    if len(frequent) < 3 * way:
         raise DataError(_too_few(file, len(frequent), sentences, least, "the text", way))
+    part_of_sentence = _share_sentences(int(sentences.max()) + 1, sentence_split, seed)
     parts = [frequent[part] for part in split_groups(names[frequent].tolist(), split, seed, "word")]
     hidden = np.concatenate(parts[1:]) if hide else np.zeros(0, int)
     shown = _shown(words[part_of_sentence[sentences] == 0], len(names), hidden, vocabulary)
