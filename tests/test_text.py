@@ -392,13 +392,15 @@ def test_the_best_threshold_is_the_best_of_all():
     best = best_threshold(Scored(inside, correct, counted, outside))
     assert gain(best) == max(gain(t) for t in np.arange(-0.5, 10))
     assert best_threshold(Scored(outside, correct & False, counted, inside)) == np.inf
-    found = Scored(np.array([[5.0, 6.0, 9.0]]), np.array([[True, False, True]]), np.array([[True, True, False]]),
-                   np.array([[1.0, 2.0, 7.0]]))  # fmt: skip
+    found = Scored(
+        np.array([[5.0, 6.0, 8.0, 9.0]]), np.array([[True, True, False, True]]), np.array([[True, True, True, False]]),
+        np.array([[1.0, 2.0, 7.0]]),
+    )  # fmt: skip
     report = rejection(found, found)
     assert report.threshold == 3.5
-    assert report.accuracy.mean == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert report.accuracy.mean == pytest.approx(2 / 3)
     assert (report.kept.mean, report.rejected.mean) == (1, pytest.approx(2 / 3))
-    assert report.auroc.mean == pytest.approx(4 / 6)
+    assert report.auroc.mean == pytest.approx(7 / 9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,7 +491,8 @@ def test_war_and_peace_learns(learner, data_dir):
 def test_own_text_from_the_command_line(story, tmp_path, capsys):
     folder = tmp_path / "run"
     small = (f"tasks.path={story}", "tasks.way=2", "tasks.query=2", "tasks.test_query=2", "tasks.least=4",
-             "tasks.split=[0.5, 0.25, 0.25]", "training.chunk=5", "training.meta_batch=4", "training.validation_tasks=5")  # fmt: skip
+             "tasks.split=[0.5, 0.25, 0.25]", "training.chunk=5", "training.meta_batch=4",
+             "training.validation_tasks=5")  # fmt: skip
     run("train", "war-and-peace-5way-1shot", "--out", folder, "--steps", 5, "--set", *small)
     support = write_csv(tmp_path / "support.csv", [("The ___ sees noun1 now3", "A"), ("The noun2 sees ___ now4", "B")])
     query = write_csv(tmp_path / "query.csv", [("The noun3 sees ___ now9",)], ("text",))
