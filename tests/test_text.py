@@ -437,7 +437,8 @@ def test_training_learns_which_words_matter(tmp_path):
     rows = [(" ".join([*rng.sample(filler, 5), f"key{c}"]), f"c{c:02d}") for c in range(20) for _ in range(30)]
     rows = list(dict.fromkeys(rows))
     file = write_csv(tmp_path / "t.csv", rows)
-    splits = texts(path=file, query=5, test_query=5, words=1, characters=(0, 0), length=8)
+    small = {"query": 5, "test_query": 5, "split": (0.5, 0.25, 0.25)}
+    splits = texts(path=file, **small, words=1, characters=(0, 0), length=8)
     learner = make_learner("protonet", bag(buckets=512, width=32, head=False), Categorical(), way=5, distance="cosine",
                            temperature=0.1)  # fmt: skip
     training = Training(steps=150, meta_batch=4, rate=3e-2, chunk=50, validation_tasks=20)
