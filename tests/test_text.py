@@ -459,13 +459,13 @@ def run(*args, code=0):
 @pytest.mark.data
 def test_intents_from_the_command_line(data_dir, tmp_path, capsys):
     folder = tmp_path / "run"
-    small = ("tasks.length=24", "network.width=32", "training.chunk=20", "training.validation_tasks=20")
-    run("train", "intents-5way-1shot", "--out", folder, "--steps", 20, "--set", *small)
+    small = ("network.width=128", "training.rate=1e-2", "training.chunk=20", "training.validation_tasks=20")
+    run("train", "intents-5way-1shot", "--out", folder, "--steps", 60, "--set", *small)
     run("evaluate", folder, "--tasks", 40)
     report = json.loads((folder / "report-own.json").read_text())
-    assert report["figures"]["accuracy"]["mean"] > 0.4
+    assert report["figures"]["accuracy"]["mean"] > 0.65
     assert set(report["rejection"]) == {"confidence", "closeness"}
-    assert report["rejection"]["confidence"]["auroc"]["mean"] > 0.5
+    assert report["rejection"]["confidence"]["auroc"]["mean"] > 0.65
     support = write_csv(tmp_path / "support.csv", [("what is my balance", "balance"), ("play a song", "music")])
     (tmp_path / "query.txt").write_text("tell me my balance please\nplay another song\n")
     capsys.readouterr()
@@ -479,7 +479,7 @@ def test_intents_from_the_command_line(data_dir, tmp_path, capsys):
 
 @pytest.mark.data
 @pytest.mark.parametrize("learner", ["matching", "protonet"])
-def test_war_and_peace_learns(learner, data_dir):
+def test_war_and_peace_makes_tasks_for_either_learner(learner, data_dir):
     recipe = with_overrides(load_recipe("war-and-peace-5way-1shot"), learner)
     experiment = build(recipe)
     task = jax.tree.map(lambda leaf: leaf[0], experiment.splits.test.sample(jax.random.key(0), 1))
