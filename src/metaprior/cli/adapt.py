@@ -1,6 +1,8 @@
 """metaprior adapt: a trained run meets a user's own few examples."""
 
 import csv
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,8 +15,8 @@ from rich.table import Table
 
 from metaprior.cli.evaluate import open_run
 from metaprior.likelihoods import Categories
-from metaprior.recipe import most_ways
-from metaprior.tasks import encode_labels, read_examples
+from metaprior.recipe import Recipe, most_ways
+from metaprior.tasks import Examples, encode_labels, read_examples, read_texts
 from metaprior.types import Attributes, Batch
 
 SHOWN = 50  # rows of the table on screen; --out holds all
@@ -36,8 +38,9 @@ def adapt(
     Args:
         run: the folder that `train` wrote.
         support: labelled examples: a folder of class-named folders of images, a CSV file (last column: label or target)
-            or an NPZ file (x and y).
-        query: what to predict: an image, a folder of images, a CSV or an NPZ file.
+            or an NPZ file (x and y). For a run on texts: a CSV, TSV or JSON file (columns text and label, or those the
+            run was trained on) or a folder of class folders of text files; a missing word is written ___.
+        query: what to predict: an image, a folder of images, a CSV or an NPZ file; texts also one a line (.txt).
         posterior: what is put around phi_k (default: the learner's own).
         draws: networks drawn from the posterior; 0 is the linearised predictive.
         steps: inner steps.
@@ -54,20 +57,13 @@ def adapt(
             f"{run}: its support is class attributes, which files of examples do not hold; give learner.adapt a "
             "Batch(Attributes(...), labels) in Python"
         )
-    shape = like.x.shape[2:]
-    image = {"size": shape[0], "channels": shape[-1]} if len(shape) == 3 else {}
-    # Omniglot's tasks show ink as 1 on 0; people's scans are dark ink on light paper.
-    image |= {"invert": True} if recipe.tasks["name"] == "omniglot" else {}
-    x, labels, _ = read_examples(support, labelled=True, **image)
+    encode = getattr(experiment.splits.train, "encode", None)
+    if encode is None:
+        (x, labels, _), (x_query, _, names) = _from_examples(run, recipe, like.x.shape[2:], support, query)
+    else:
+        (x, labels, _), (x_query, _, names) = _from_texts(recipe, encode, support, query)
     if labels is None:
         raise ValueError(f"--support: {support} has no labels; give class-named folders, or a last column of labels")
-    x_query, _, names = read_examples(query, labelled=False, **image)
-    for argument, given in (("--support", x), ("--query", x_query)):
-        if given.shape[1:] != shape:
-            raise ValueError(
-                f"{argument}: examples of shape {given.shape[1:]} came, but {run} was trained on {shape}; give the "
-                "same features in the same order, or images (which are resized)"
-            )
     learner, key = experiment.learner, jax.random.key(seed)
     classify = jnp.issubdtype(like.y.dtype, jnp.integer)
     if classify:
@@ -92,6 +88,33 @@ def adapt(
             writer.writeheader()
             writer.writerows(rows)
     return 0
+
+
+def _from_examples(
+    run: Path, recipe: Recipe, shape: tuple[int, ...], support: Path, query: Path
+) -> tuple[Examples, Examples]:
+    image: dict[str, Any] = {"size": shape[0], "channels": shape[-1]} if len(shape) == 3 else {}
+    # Omniglot's tasks show ink as 1 on 0; people's scans are dark ink on light paper.
+    image |= {"invert": True} if recipe.tasks["name"] == "omniglot" else {}
+    shown = read_examples(support, labelled=True, **image)
+    asked = read_examples(query, labelled=False, **image)
+    for argument, given in (("--support", shown.x), ("--query", asked.x)):
+        if given.shape[1:] != shape:
+            raise ValueError(
+                f"{argument}: examples of shape {given.shape[1:]} came, but {run} was trained on {shape}; give the "
+                "same features in the same order, or images (which are resized)"
+            )
+    return shown, asked
+
+
+def _from_texts(recipe: Recipe, encode: Callable[..., Any], support: Path, query: Path) -> tuple[Examples, Examples]:
+    def read(path: Path, labelled: bool) -> Examples:
+        # The user's files have the columns that the run was trained on.
+        usual = {name: recipe.tasks[name] for name in ("text", "label") if name in recipe.tasks}
+        found = read_texts(path, labelled=labelled, **usual)
+        return Examples(encode(found.texts), found.labels, [textwrap.shorten(text, 60) for text in found.texts])
+
+    return read(support, True), read(query, False)
 
 
 def class_rows(predictive: Categories, names: list[str], classes: list[Any]) -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
 """metaprior evaluate: judge a run on new tasks."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from metaprior.calibration import calibrate
 from metaprior.evaluation import Report
@@ -26,10 +28,12 @@ from metaprior.recipe import (
     training_of,
     with_overrides,
 )
+from metaprior.rejection import Rejection, closeness, confidence, rejection, scored
 from metaprior.runs import Run, write_atomically
 from metaprior.runtime import configure
 from metaprior.tasks import FixedTasks, one_shot_source
 from metaprior.training import init_state
+from metaprior.types import Learner
 
 
 def open_run(
@@ -142,9 +146,12 @@ def evaluate(
         metrics=metrics,
     )
     name = "-".join(["report", posterior or "own", *(["calibrated"] if fitted else []), *([split] * (split != "test"))])
-    _keep(opened, name, report, {"posterior": posterior, "draws": draws, "fitted": fitted, "split": split})
+    told = _outsiders(learner, params, recipe, experiment, split, number, settings.seed if seed is None else seed)
+    _keep(opened, name, report, {"posterior": posterior, "draws": draws, "fitted": fitted, "split": split}, told)
     kind = "official runs" if split == "one_shot" else "tasks"
     console.print(report.table(f"{recipe.name}, {recipe.learner}, {posterior or 'own'} posterior, {number} {kind}"))
+    if told:
+        console.print(rejection_table(told))
     if (curve := report.curve_table()) is not None:
         console.print(curve)
     if (published := recipe.published.get(recipe.learner)) is not None:
@@ -173,8 +180,42 @@ def one_shot_runs_for(recipe: Recipe) -> FixedTasks:
     return one_shot_source(size=tasks.get("size", 28))
 
 
-def _keep(run: Run, name: str, report: Report, settings: dict[str, Any]) -> None:
+def _outsiders(
+    learner: Learner, params: Any, recipe: Recipe, experiment: Experiment, split: str, tasks: int, seed: int
+) -> dict[str, Rejection]:
+    """By score, how well texts of no class are told apart, where the tasks come with such texts."""
+    judged: Any = getattr(experiment.splits, split, None)
+    validation: Any = experiment.splits.validation
+    if getattr(judged, "outside", None) is None:
+        return {}
+    scores = {"confidence": confidence(learner)}
+    if hasattr(params, "embedding"):
+        options = recipe.learners.get(recipe.learner, {})
+        distance = "cosine" if recipe.learner == "matching" else options.get("distance", "euclidean")
+        scores["closeness"] = closeness(experiment.model, most_ways(recipe) or judged.way, distance)
+    found = {}
+    for name, score in scores.items():
+        fitted, seen = (
+            scored(learner, score, params, source, source.outside, jax.random.key(s), tasks=n)
+            for source, s, n in ((validation, seed + 1, min(tasks, 200)), (judged, seed, tasks))
+        )
+        found[name] = rejection(fitted, seen)
+    return found
+
+
+def rejection_table(told: dict[str, Rejection]) -> Table:
+    """A row a score: AUROC, and what its validated threshold does."""
+    table = Table(title="texts of no class, as many as queries", title_justify="left", header_style="bold")
+    for name in ("score", "AUROC", "accuracy with rejection", "queries kept", "outsiders rejected"):
+        table.add_column(name, justify="left" if name == "score" else "right")
+    for name, row in told.items():
+        table.add_row(name, *(str(figure) for figure in (row.auroc, row.accuracy, row.kept, row.rejected)))
+    return table
+
+
+def _keep(run: Run, name: str, report: Report, settings: dict[str, Any], told: dict[str, Rejection]) -> None:
     table = json.loads(report.to_json()) | {"settings": settings}
+    table |= {"rejection": {score: asdict(row) for score, row in told.items()}} if told else {}
     write_atomically(run.folder / f"{name}.json", json.dumps(table, indent=2) + "\n")
     plots = run.folder / "plots"
     plots.mkdir(exist_ok=True)

@@ -3,12 +3,27 @@
 from collections.abc import Callable
 
 from metaprior.networks.adapters import from_equinox, from_flax, known_noise
+from metaprior.networks.bag import bag
 from metaprior.networks.conv4 import conv4
 from metaprior.networks.linear import linear
 from metaprior.networks.mlp import mlp
+from metaprior.networks.token_lstm import token_lstm
 from metaprior.networks.twin import twin
 from metaprior.types import Model
 
-NETWORKS: dict[str, Callable[..., Model]] = {"linear": linear, "mlp": mlp, "conv4": conv4, "twin": twin}
+NETWORKS: dict[str, Callable[..., Model]] = {
+    "linear": linear, "mlp": mlp, "conv4": conv4, "twin": twin, "bag": bag, "token_lstm": token_lstm,
+}  # fmt: skip
 
-__all__ = ["NETWORKS", "conv4", "from_equinox", "from_flax", "known_noise", "linear", "mlp", "twin"]
+__all__ = [
+    "NETWORKS",
+    "bag",
+    "conv4",
+    "from_equinox",
+    "from_flax",
+    "known_noise",
+    "linear",
+    "mlp",
+    "token_lstm",
+    "twin",
+]

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from metaprior.tasks.ambiguous import ambiguous, linear, three_families
 from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.cloze import ClozePool, cloze
 from metaprior.tasks.distort import Distorted, affine, distorted
 from metaprior.tasks.explained import two_circles, wave_or_line
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.hidden import HiddenLabels, ask_for, hide_labels
 from metaprior.tasks.images import images, miniimagenet
+from metaprior.tasks.labelled import Texts, read_texts
 from metaprior.tasks.labels import check_labels, encode_labels
 from metaprior.tasks.linear_gaussian import linear_gaussian
 from metaprior.tasks.omniglot import omniglot
@@ -21,6 +23,7 @@ from metaprior.tasks.reading import Examples, check_same_form, read_examples
 from metaprior.tasks.sinusoid import sinusoid, sinusoid_hard
 from metaprior.tasks.strokes import DescribedTasks, omniglot_strokes
 from metaprior.tasks.table import radon, sleepstudy, table
+from metaprior.tasks.texts import TextPool, banking77, clinc150, texts
 from metaprior.types import Splits
 
 SOURCES: dict[str, Callable[..., Splits]] = {
@@ -37,6 +40,10 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "miniimagenet": miniimagenet,
     "images": images,
     "table": table,
+    "texts": texts,
+    "clinc150": clinc150,
+    "banking77": banking77,
+    "cloze": cloze,
     "sleepstudy": sleepstudy,
     "radon": radon,
     "radon_all": radon_all,
@@ -59,6 +66,7 @@ __all__ = [
     "SOURCES",
     "ArrayTasks",
     "ClassPool",
+    "ClozePool",
     "DataError",
     "DescribedTasks",
     "Distorted",
@@ -66,14 +74,19 @@ __all__ = [
     "FixedTasks",
     "HiddenLabels",
     "Scaling",
+    "TextPool",
+    "Texts",
     "affine",
     "ambiguous",
     "around",
     "array_tasks",
     "ask_for",
+    "banking77",
     "check_labels",
     "check_same_form",
     "class_pool",
+    "clinc150",
+    "cloze",
     "digits",
     "distorted",
     "eight_schools",
@@ -93,10 +106,12 @@ __all__ = [
     "radon",
     "radon_all",
     "read_examples",
+    "read_texts",
     "sinusoid",
     "sinusoid_hard",
     "sleepstudy",
     "table",
+    "texts",
     "three_families",
     "two_circles",
     "wave_or_line",

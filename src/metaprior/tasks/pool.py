@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped, UInt8
 
 from metaprior.tasks.checks import DataError, check_count
 from metaprior.types import Batch, Splits, Task
@@ -39,6 +39,58 @@ def rotate(images: UInt8[Array, "w m h h c"], turns: Int[Array, " w"]) -> UInt8[
     images = jnp.where(turns % 2 == 1, jnp.swapaxes(images, 2, 3), images)
     images = jnp.where((turns == 1) | (turns == 2), images[:, :, ::-1], images)
     return jnp.where((turns == 2) | (turns == 3), images[:, :, :, ::-1], images)
+
+
+def draw_rows(
+    key: PRNGKeyArray,
+    starts: Int[Array, " classes"],
+    counts: Int[Array, " classes"],
+    way: int,
+    size: int,
+    turns: int = 1,
+) -> tuple[Int[Array, "way size"], Int[Array, " way"]]:
+    """`size` different rows of each of `way` different classes, and which classes, below turns * classes.
+
+    Class i's rows are starts[i] .. starts[i] + counts[i]; i + classes, i + 2 classes, ... are the same rows.
+    """
+    key_class, key_row = jax.random.split(key)
+    chosen = distinct(key_class, starts.shape[0] * turns, way)
+    place = chosen % starts.shape[0]
+    draw = jax.vmap(lambda k, count: distinct(k, count, size))
+    return starts[place, None] + draw(jax.random.split(key_row, way), counts[place]), chosen
+
+
+def as_task(x: Shaped[Array, "way m ..."], labels: Int[Array, " way"], shot: int) -> Task:
+    """A task, class by class: the first `shot` examples of each class are the support, the others the query."""
+
+    def batch(x: Array) -> Batch:
+        return Batch(x.reshape(-1, *x.shape[2:]), jnp.repeat(labels, x.shape[1]))
+
+    return Task(batch(x[:, :shot]), batch(x[:, shot:]))
+
+
+def check_enough(
+    classes: np.ndarray,
+    counts: np.ndarray,
+    names: Sequence[str] | None,
+    way: int,
+    shot: int,
+    query: int,
+    kind: str,
+    turns: int = 1,
+) -> None:
+    """A DataError where a split has fewer classes than `way`, or one of them fewer examples than shot + query."""
+    if len(classes) * turns < way:
+        raise DataError(
+            f"way: came {way}, but this split has {len(classes) * turns} classes; lower way or give it more classes"
+        )
+    small = classes[counts[classes] < shot + query]
+    if len(small):
+        name = names[small[0]] if names is not None else f"number {small[0]}"
+        raise DataError(
+            f"shot + query: came {shot} + {query}, but class {name} has {counts[small[0]]} {kind} and so have "
+            f"{len(small)} classes too few; lower shot or query, or leave those classes out"
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -73,25 +125,16 @@ class ClassPool:
         return jax.vmap(self._gather)(*jax.vmap(self._draw)(jax.random.split(key, n)))
 
     def _draw(self, key: PRNGKeyArray) -> tuple[Int[Array, "way m"], Int[Array, " way"], Int[Array, " way"]]:
-        key_class, key_image = jax.random.split(key)
-        size = self.starts.shape[0]
-        chosen = distinct(key_class, size * self.rotations, self.way)
+        rows, chosen = draw_rows(key, self.starts, self.counts, self.way, self.shot + self.query, self.rotations)
         labels = chosen if self.own_labels else jnp.arange(self.way, dtype=jnp.int32)
-        turns, chosen = chosen // size, chosen % size
-        keys = jax.random.split(key_image, self.way)
-        draw = jax.vmap(lambda k, count: distinct(k, count, self.shot + self.query))
-        return self.starts[chosen, None] + draw(keys, self.counts[chosen]), turns, labels.astype(jnp.int32)
+        return rows, chosen // self.starts.shape[0], labels.astype(jnp.int32)
 
     def _gather(self, rows: Int[Array, "way m"], turns: Int[Array, " way"], labels: Int[Array, " way"]) -> Task:
         images = self.images[rows]
         if self.rotations > 1:
             images = rotate(images, turns)
         x = (images.astype(jnp.float32) / 255 - self.mean) / self.deviation
-
-        def batch(x: Array) -> Batch:
-            return Batch(x.reshape(-1, *x.shape[2:]), jnp.repeat(labels, x.shape[1]))
-
-        return Task(batch(x[:, : self.shot]), batch(x[:, self.shot :]))
+        return as_task(x, labels, self.shot)
 
 
 def class_pool(
@@ -131,17 +174,7 @@ def class_pool(
     turns = 4 if rotations else 1
     if rotations and images.shape[1] != images.shape[2]:
         raise DataError(f"rotations: came images of {images.shape[1]} x {images.shape[2]}, needs square ones")
-    if len(classes) * turns < way:
-        raise DataError(
-            f"way: came {way}, but this split has {len(classes) * turns} classes; lower way or give it more classes"
-        )
-    small = classes[counts[classes] < shot + query]
-    if len(small):
-        name = names[small[0]] if names is not None else f"number {small[0]}"
-        raise DataError(
-            f"shot + query: came {shot} + {query}, but class {name} has {counts[small[0]]} images and so have "
-            f"{len(small)} classes too few; lower shot or query, or leave those classes out"
-        )
+    check_enough(classes, counts, names, way, shot, query, "images", turns)
     scale = [np.broadcast_to(np.asarray(v, np.float32), images.shape[-1]) for v in (mean, deviation)]
     if not (scale[1] > 0).all():
         raise ValueError(f"deviation: came {deviation!r}, needs numbers above 0")

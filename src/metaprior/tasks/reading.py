@@ -13,7 +13,7 @@ LABELS = ("label", "labels", "class", "target", "y")
 
 
 class Examples(NamedTuple):
-    """Examples as read: x float32 [n, h, w, c] in 0..1 or [n, d]; a label and a name for each."""
+    """Examples as read: x float32 [n, h, w, c] in 0..1 or [n, d], or int32 [n, length]; a label and a name for each."""
 
     x: np.ndarray
     labels: list[Any] | None
