@@ -11,6 +11,7 @@ from rich.console import Console
 from metaprior.calibration import calibrate
 from metaprior.evaluation import Report
 from metaprior.evaluation import evaluate as evaluate_learner
+from metaprior.inference.normalised import settled
 from metaprior.likelihoods import Gaussian, Likelihood
 from metaprior.plots import adaptation_curve, pit_histogram, reliability_diagram
 from metaprior.recipe import (
@@ -39,6 +40,10 @@ def open_run(
     steps = evaluation_of(recipe).steps if steps is None else steps
     experiment = build(recipe, steps=steps, **posterior)
     params = run.params(init_state(experiment.learner, experiment.splits.train, experiment.training))
+    if experiment.model.statistics == "running":
+        model = settled(experiment.model, params, experiment.splits.train, jax.random.key(experiment.training.seed))
+        learner = recipe_learner(recipe, model, experiment.likelihood, steps=steps, **posterior)
+        experiment = experiment._replace(model=model, learner=learner)
     return run, recipe, experiment, params
 
 
@@ -120,7 +125,7 @@ def evaluate(
         )
     course = learner
     if posterior not in (None, "point") and learner.path is not None:
-        course = build(recipe, posterior="point", steps=steps, splits=experiment.splits).learner
+        course = recipe_learner(recipe, experiment.model, experiment.likelihood, posterior="point", steps=steps)
     report = evaluate_learner(
         learner,
         params,

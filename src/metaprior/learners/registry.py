@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from metaprior.inference.normalised import of_support
 from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.bmaml import bmaml
@@ -63,5 +64,12 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
 
 
 def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any) -> Learner:
-    """A learner by its registered name; unknown names and options are ValueErrors that suggest the nearest."""
-    return construct("learner", name, LEARNERS, model, likelihood, **options)
+    """A learner by its registered name; unknown names and options are ValueErrors that suggest the nearest.
+
+    A model whose batch norm goes by the support (norm="task") is told the support in every function.
+    """
+
+    def make(network: Model) -> Learner:
+        return construct("learner", name, LEARNERS, network, likelihood, **options)
+
+    return of_support(make, model) if model.statistics == "task" else make(model)
