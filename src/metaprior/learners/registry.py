@@ -15,7 +15,7 @@ from metaprior.learners.imaml import imaml
 from metaprior.learners.l2l import l2l
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
-from metaprior.learners.mann import lstm, mann
+from metaprior.learners.mann import lstm, mann, ntm
 from metaprior.learners.matching import matching
 from metaprior.learners.meta_lstm import meta_lstm
 from metaprior.learners.mixture import gem_mixture
@@ -57,6 +57,7 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "snail": snail,
     "mann": mann,
     "lstm": lstm,
+    "ntm": ntm,
     "gnn": gnn,
     "l2l": l2l,
     "meta_lstm": meta_lstm,

@@ -1,4 +1,4 @@
-"""Four convolution blocks: the embedding of most few-shot image papers (Vinyals et al. 2016; Finn et al. 2017), and six."""
+"""Four convolution blocks, the embedding of most few-shot papers (Vinyals et al. 2016; Finn et al. 2017), or six."""
 
 import jax
 import jax.numpy as jnp

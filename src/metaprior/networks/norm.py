@@ -74,7 +74,7 @@ def normalise(
 
 
 def moments(x: Float[Array, "n *space c"], weight: Float[Array, " n"]) -> Statistics:
-    """Each channel's mean and variance over the examples, in proportion to their weights; 0 and 1 where there is none."""
+    """Each channel's mean and variance over the examples, in proportion to their weights; 0 and 1 over none."""
     total = weight.sum()
     share = (weight / jnp.where(total > 0, total, 1)).reshape(-1, *[1] * (x.ndim - 1))
     space = tuple(range(1, x.ndim - 1))

@@ -1,10 +1,9 @@
-"""ResNet-12, the large embedding of few-shot image papers (Mishra et al. 2018; Oreshkin et al. 2018; Lee et al. 2019)."""
+"""ResNet-12, the large embedding of few-shot papers (Mishra et al. 2018; Oreshkin et al. 2018; Lee et al. 2019)."""
 
 from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.networks.conv import max_pool
