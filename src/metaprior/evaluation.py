@@ -5,7 +5,8 @@ query examples of all tasks.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,17 +119,25 @@ def evaluate(
     tasks: int = 600,
     chunk: int = 20,
     course: Learner | None = None,
+    metrics: Sequence[str] = (),
 ) -> Report:
     """Adapt to `tasks` new tasks and judge the predictions of their queries.
 
     chunk: tasks in memory at once. course: the learner whose `path` gives the figures after each inner step (default:
-    the learner itself, if it has one; a cheaper posterior may be wanted there).
+    the learner itself, if it has one; a cheaper posterior may be wanted there). metrics: names of the learner's own, of
+    its loss on the test tasks, to report besides: a learner that is judged all along an episode has some.
     """
     if tasks < 1:
         raise ValueError(f"tasks: came {tasks}, needs at least 1")
     course = learner if course is None else course
 
-    def one(params: PyTree, source: TaskSource, key: PRNGKeyArray) -> tuple[dict[str, Array], dict[str, Array], Array]:
+    def own(params: PyTree, task: Task, key: PRNGKeyArray) -> dict[str, Array]:
+        has = learner.loss(params, task, key)[1] if metrics else {}
+        if unknown := [name for name in metrics if name not in has]:
+            raise ValueError(f"metrics: came {', '.join(unknown)}, but on these tasks the loss has {', '.join(has)}")
+        return {name: has[name] for name in metrics}
+
+    def one(params: PyTree, source: TaskSource, key: PRNGKeyArray) -> tuple[Any, ...]:
         key_task, key_adapt, key_predict = jax.random.split(key, 3)
         task: Task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
         x, y = task.query.x, task.query.y
@@ -140,14 +149,15 @@ def evaluate(
             path = course.path(params, task.support, key_adapt)
             later = jax.vmap(lambda p: brief_score(course.predict(params, p, x, key_predict), y))(path)
             steps = jax.tree.map(lambda s: task_mean(s, weight), later)
-        return scores, steps, weight
+        return scores, steps, weight, own(params, task, key_adapt)
 
     @jax.jit
     def run(params: PyTree, source: TaskSource, keys: PRNGKeyArray) -> Any:
         return jax.lax.map(lambda k: one(params, source, k), keys, batch_size=min(chunk, tasks))
 
-    scores, steps, weight = jax.device_get(run(params, source, jax.random.split(key, tasks)))
-    return summarise(scores, steps, weight)
+    scores, steps, weight, others = jax.device_get(run(params, source, jax.random.split(key, tasks)))
+    report = summarise(scores, steps, weight)
+    return replace(report, figures=report.figures | {name: figure_of(values) for name, values in others.items()})
 
 
 def brief_score(predictive: Any, y: Array) -> dict[str, Array]:

@@ -134,6 +134,7 @@ def evaluate(
         tasks=number,
         chunk=experiment.training.task_chunk or 20,
         course=course,
+        metrics=settings.metrics,
     )
     name = "-".join(["report", posterior or "own", *(["calibrated"] if fitted else [])])
     _keep(opened, name, report, {"posterior": posterior, "draws": draws, "fitted": fitted, "split": split})

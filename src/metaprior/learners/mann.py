@@ -82,8 +82,7 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
     """A controller of `hidden` units that walks through an episode with this kind of memory."""
     if hidden < 1:
         raise ValueError(f"hidden: came {hidden}, needs at least 1 unit of the controller")
-    heads, reads = memory.start.read.shape[0], memory.start.read.shape[0] * memory.start.content.shape[1]
-    embed = embedding(model)
+    embed, reads = embedding(model), memory.heads * memory.width
 
     def init(key: PRNGKeyArray, task: Task) -> Mann:
         keys, x = jax.random.split(key, 5), task.support.x
@@ -94,7 +93,7 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
             theta,
             dense_init(keys[1], embed(theta, x).shape[1], 4 * hidden),
             lstm_init(keys[2], t + reads, hidden),
-            dense_init(keys[3], hidden, heads * memory.numbers) if heads else None,
+            dense_init(keys[3], hidden, memory.heads * memory.numbers) if memory.heads else None,
             dense_init(keys[4], hidden + reads, outputs),
         )
 
@@ -104,7 +103,7 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
         h, cell = gated(drive + dense("recurrent", params.recurrent, before[None])[0], state.cell)
         after = state.memory
         if params.address is not None:
-            after = memory.step(after, dense("address", params.address, h[None]).reshape(heads, memory.numbers))
+            after = memory.step(after, dense("address", params.address, h[None]).reshape(memory.heads, -1))
         out = dense("head", params.head, jnp.concatenate([h, found(after)])[None])[0]
         return State(h, cell, after, state.label), out
 
@@ -118,7 +117,7 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
 
     def run(params: Mann, shown: tuple[Array, Array, Array]) -> tuple[State, Float[Array, "n c"]]:
         """Through a whole sequence: the state at its end and the outputs at each time. Padding is passed over."""
-        nothing = State(jnp.zeros(hidden), jnp.zeros(hidden), memory.start, jnp.zeros(shown[1].shape[1]))
+        nothing = State(jnp.zeros(hidden), jnp.zeros(hidden), memory.start(), jnp.zeros(shown[1].shape[1]))
 
         def see(state: State, now: tuple[Array, Array, Array]) -> tuple[State, Array]:
             drive, label, there = now

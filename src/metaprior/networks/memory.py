@@ -31,10 +31,12 @@ class Tape(NamedTuple):
 
 
 class Access(NamedTuple):
-    """A kind of memory: how many numbers a head asks, the memory at first, and (memory, asked) -> memory."""
+    """A kind of memory: its heads, each of which asks `numbers` and reads `width`; how it starts and how it goes on."""
 
+    heads: int
+    width: int
     numbers: int
-    start: PyTree
+    start: Callable[[], PyTree]
     step: Callable[[PyTree, Float[Array, "heads numbers"]], PyTree]
 
 
@@ -58,7 +60,7 @@ def least_used(slots: int, width: int, heads: int, decay: float = 0.95, sharpen:
         sharpness = 1 + jax.nn.softplus(asked[:, -1]) if sharpen else jnp.ones(heads)
         return access(memory, jnp.tanh(asked[:, :width]), jax.nn.sigmoid(asked[:, -2]), sharpness, decay)
 
-    return Access(width + 2, blank(slots, width, heads), step)
+    return Access(heads, width, width + 2, lambda: blank(slots, width, heads), step)
 
 
 def turing(slots: int, width: int, heads: int) -> Access:
@@ -67,7 +69,10 @@ def turing(slots: int, width: int, heads: int) -> Access:
     The tape starts blank with head i at slot i: a blank tape looks the same everywhere, so content finds no place.
     """
     check_sizes(slots, width, heads)
-    address, place = width + 3 + len(SHIFTS), jnp.eye(heads, slots)
+    address = width + 3 + len(SHIFTS)
+
+    def start() -> Tape:
+        return Tape(jnp.zeros((slots, width)), jnp.eye(heads, slots), jnp.eye(heads, slots))
 
     def step(tape: Tape, asked: Float[Array, "heads numbers"]) -> Tape:
         to_write, to_read, wipe, add = jnp.split(asked, [address, 2 * address, 2 * address + width], -1)
@@ -75,7 +80,7 @@ def turing(slots: int, width: int, heads: int) -> Access:
         content = written(tape.content, write, jax.nn.sigmoid(wipe), jnp.tanh(add))
         return Tape(content, locate(content, tape.read, to_read), write)
 
-    return Access(2 * address + 2 * width, Tape(jnp.zeros((slots, width)), place, place), step)
+    return Access(heads, width, 2 * address + 2 * width, start, step)
 
 
 def blank(slots: int, width: int, heads: int) -> Memory:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from metaprior.tasks.ambiguous import ambiguous, linear, three_families
 from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
+from metaprior.tasks.augment import Augmented, augmented
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.images import images, miniimagenet
@@ -38,6 +39,7 @@ SOURCES: dict[str, Callable[..., Splits]] = {
 __all__ = [
     "SOURCES",
     "ArrayTasks",
+    "Augmented",
     "ClassPool",
     "DataError",
     "Examples",
@@ -45,6 +47,7 @@ __all__ = [
     "Scaling",
     "ambiguous",
     "array_tasks",
+    "augmented",
     "check_labels",
     "check_same_form",
     "class_pool",
