@@ -2,7 +2,8 @@
 
 Tables: [tasks], [network], [likelihood] (a `name` and the factory's options), `learner` (the default one),
 [learners.NAME] (options of each learner in this experiment), [augmentation] (of training images), [training],
-[evaluation], [published.NAME] (the paper's figures). [tasks.NAME], [likelihood.NAME] and [training.NAME] are what a learner has otherwise.
+[evaluation], [published.NAME] (the paper's figures). [tasks.NAME], [likelihood.NAME] and [training.NAME] are what a
+learner has otherwise.
 """
 
 import tomllib
@@ -19,7 +20,6 @@ from metaprior.networks import NETWORKS
 from metaprior.tasks import SOURCES, augmented
 from metaprior.training import Training
 from metaprior.types import Learner, Model, Splits
-
 
 TABLES = ("tasks", "network", "likelihood", "augmentation", "training", "evaluation")  # whose options can be set
 

@@ -49,7 +49,7 @@ class Matching(NamedTuple):
 class Memory(NamedTuple):
     """The support as the queries see it: embeddings g, log weights, and weights in the columns of the classes.
 
-    beside: the support inputs, where queries are judged one at a time. tuned: the embedding, where it was fitted to them.
+    beside: the support inputs, where queries are judged one at a time. tuned: the embedding if fitted to them.
     """
 
     keys: Float[Array, "n d"]
@@ -102,7 +102,7 @@ def matching(
     if reads < 1:
         raise ValueError(f"reads: came {reads}, needs at least 1")
     if tune_steps < 0 or tune_rate <= 0:
-        raise ValueError(f"tune_steps, tune_rate: came {tune_steps}, {tune_rate}; needs 0 or more steps at a rate above 0")
+        raise ValueError(f"tune_steps, tune_rate: came {tune_steps}, {tune_rate}; needs >= 0 steps at a rate above 0")
     embed = embedding(model)
 
     def init(key: PRNGKeyArray, task: Task) -> Matching:

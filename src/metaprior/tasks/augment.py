@@ -37,8 +37,8 @@ class Augmented:
         if self.flip:
             image = jnp.where(jax.random.bernoulli(key_flip), image[:, ::-1], image)
         if self.jitter:
-            light, contrast, colour = jax.random.uniform(key_jitter, (3,), minval=1 - self.jitter, maxval=1 + self.jitter)
-            image = recoloured(image, light, contrast, colour)
+            factors = 1 + self.jitter * jax.random.uniform(key_jitter, (3,), minval=-1, maxval=1)
+            image = recoloured(image, *factors)
         return image
 
 
