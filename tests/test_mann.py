@@ -128,7 +128,7 @@ def test_accuracy_is_told_by_how_often_a_class_was_seen():
     y = jnp.array([0, 1, 0, 1, 9, 0])
     outputs = jax.nn.one_hot(jnp.array([1, 1, 0, 0, 0, 0]), 2)
     figures = by_instance(outputs, y, jnp.array([1.0, 1, 1, 1, 0, 1]))
-    assert figures == {"instance_1": 0.5, "instance_2": 0.5}
+    assert figures == {"instance_1": 0.5, "instance_2": 0.5, "instance_3": 1.0}
     third = by_instance(jnp.tile(outputs, (4, 1)), jnp.tile(y, 4), jnp.ones(24))
     assert set(third) == {f"instance_{k}" for k in range(1, 11)}
 
