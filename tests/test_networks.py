@@ -134,7 +134,7 @@ def test_settled_statistics_are_those_of_all_examples_of_the_tasks(pool):
     tasks = jax.vmap(lambda k: pool.sample(k, 1))(jax.random.split(KEY, 5))
     x = jnp.concatenate([batch.x.reshape(-1, 8, 8, 1) for batch in tasks])
     params = model.init(KEY, x)
-    w = params["block1"]["w"]
+    w, x = params["block1"]["w"], x.astype(float)
     s = lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).reshape(-1, 3)
     expected = jnp.maximum((s - s.mean(0)) / jnp.sqrt(s.var(0) + 1e-5), 0).reshape(-1, 4, 2, 4, 2, 3).max((2, 4))
     fixed = settled(model, params, pool, KEY, tasks=5)
