@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metaprior.evaluation import evaluate
 from metaprior.inference.amortised import by_instance
 from metaprior.learners import lstm, mann, ntm
 from metaprior.likelihoods import Categorical
 from metaprior.networks.memory import access, blank, locate, written
+from metaprior.tasks import FixedTasks
 from metaprior.types import Task
 from scenarios import BARE, KEY, answer, batch, start
 
@@ -131,6 +133,17 @@ def test_accuracy_is_told_by_how_often_a_class_was_seen():
     assert figures == {"instance_1": 0.5, "instance_2": 0.5, "instance_3": 1.0}
     third = by_instance(jnp.tile(outputs, (4, 1)), jnp.tile(y, 4), jnp.ones(24))
     assert set(third) == {f"instance_{k}" for k in range(1, 11)}
+
+
+def test_a_report_shows_accuracy_by_instance_where_asked():
+    learner, task = lstm(BARE, Categorical(), hidden=5, shuffle=False), Task(batch(6), batch(3, 2))
+    params, source = start(learner, task.support), FixedTasks(jax.tree.map(lambda leaf: leaf[None], task))
+    report = evaluate(learner, params, source, KEY, tasks=2, metrics=("instance_2",))
+    expected = learner.loss(params, task, KEY)[1]["instance_2"]
+    np.testing.assert_allclose(report.figures["instance_2"].mean, expected, rtol=1e-6)
+    assert "instance_1" not in report.figures
+    with pytest.raises(ValueError, match="metrics: came instance_7, but on these tasks the loss has nll, accuracy"):
+        evaluate(learner, params, source, KEY, tasks=2, metrics=("instance_7",))
 
 
 def test_bad_input_is_named():
