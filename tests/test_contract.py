@@ -84,7 +84,7 @@ OPTIONS = {
     "snail": {"filters": 8, "attention": ((8, 8), (8, 8), (8, 8))},
     "mann": {"hidden": 16, "slots": 16, "width": 8, "heads": 2},
     "lstm": {"hidden": 16},
-    "ntm": {"hidden": 16, "slots": 16, "width": 8, "heads": 2},
+    "ntm": {"hidden": 32, "slots": 16, "width": 8, "heads": 1},
     "gnn": {"layers": 2, "filters": 8},
     "l2l": {"start": "learned", "steps": 10, "unroll": 5},
 }
