@@ -59,6 +59,13 @@ def test_train_evaluate_plot(sinusoid_run, capsys):
     assert {"training.png", "tasks.png", "report-own-pit.png", "report-own-adaptation.png"} <= pictures
 
 
+def test_learned_gates_are_drawn(tmp_path):
+    folder = tmp_path / "run"
+    run("train", "sinusoid", "--learner", "meta_lstm", "--steps", 20, "--out", folder, "--set", *SMALL)
+    run("plot", folder)
+    assert {"training.png", "tasks.png", "gates.png"} <= {p.name for p in (folder / "plots").iterdir()}
+
+
 def test_adapt_from_csv(sinusoid_run, tmp_path, capsys):
     x = np.linspace(-4, 4, 6)
     (tmp_path / "support.csv").write_text("x,y\n" + "".join(f"{a},{np.sin(a)}\n" for a in x))

@@ -102,6 +102,7 @@ OPTIONS = {
     "snail": {"filters": 8, "attention": ((8, 8), (8, 8), (8, 8))},
     "mann": {"hidden": 16, "slots": 16, "width": 8, "heads": 2},
     "lstm": {"hidden": 16},
+    "ntm": {"hidden": 32, "slots": 16, "width": 8, "heads": 1},
     "gnn": {"layers": 2, "filters": 8},
     "l2l": {"start": "learned", "steps": 10, "unroll": 5},
 }
@@ -120,9 +121,9 @@ PRETRAINED = ("nearest_neighbour", "fine_tune")
 # Learners to which a class is its attributes.
 DESCRIBED = ("zero_shot",)
 # Learners whose network reads labels as inputs: that names mean nothing is taught by tasks, not built in.
-READS_NAMES = ("cnp", "anp", "snail", "mann", "lstm", "gnn")
+READS_NAMES = ("cnp", "anp", "snail", "mann", "lstm", "ntm", "gnn")
 # Learners to which the support is a sequence.
-ORDERED = ("snail", "mann", "lstm")
+ORDERED = ("snail", "mann", "lstm", "ntm")
 # The outer rate of Reptile multiplies phi - theta, not a gradient.
 OUTER = {"reptile": optax.sgd(0.7)}
 # Their steps are said by a network and follow no gradient at any rate: they imply no prior.

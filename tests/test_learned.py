@@ -14,6 +14,7 @@ from metaprior.learners.meta_lstm import cell_optimizer, gates, init_cell
 from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import linear, mlp
 from metaprior.networks.lstm import lstm, lstm_init, lstm_start
+from metaprior.plots import gate_values
 from metaprior.tasks import digits, quadratics
 from metaprior.training import Training, init_state, run_chunk
 from metaprior.types import Batch, Task
@@ -361,3 +362,16 @@ def test_the_cell_names_what_it_lacks():
     theta = jnp.ones(2)
     with pytest.raises(ValueError, match="value=loss"):
         optimizer.update(theta, optimizer.init(theta), theta)
+
+
+def test_gates_are_drawn_a_line_a_layer():
+    forget = {"layer1": {"w": jnp.full((2, 3, 4), 0.9), "b": jnp.full((2, 3, 1), 0.9)}, "head": jnp.full((2, 3), 1.0)}
+    spread = jnp.linspace(0, 1, 11) * jnp.array([1.0, 2, 4])[None, :, None]
+    input = {"layer1": {"w": jnp.concatenate([spread, spread]), "b": jnp.zeros((2, 3, 0))}, "head": jnp.zeros((2, 3))}
+    left, right = gate_values(forget, input).axes
+    assert [line.get_label() for line in right.lines] == ["head", "layer1"]
+    np.testing.assert_allclose(left.lines[1].get_ydata(), [0.9] * 3, rtol=1e-6)
+    np.testing.assert_allclose(right.lines[1].get_ydata(), [0.5, 1, 2], rtol=1e-6)
+    np.testing.assert_allclose(right.lines[1].get_xdata(), [1, 2, 3])
+    band = right.collections[1].get_paths()[0].vertices
+    np.testing.assert_allclose([band[:, 1].min(), band[:, 1].max()], [0.1, 3.6], atol=1e-6)

@@ -5,15 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaprior.learners import lstm, mann
-from metaprior.learners.mann import by_instance
+from metaprior.evaluation import evaluate
+from metaprior.inference.amortised import by_instance
+from metaprior.learners import lstm, mann, ntm
 from metaprior.likelihoods import Categorical
-from metaprior.networks.memory import access, blank
+from metaprior.networks.memory import access, blank, locate, written
+from metaprior.tasks import FixedTasks
 from metaprior.types import Task
 from scenarios import BARE, KEY, answer, batch, start
 
 SMALL = {"hidden": 5, "slots": 6, "width": 4, "heads": 2}
-BOTH = pytest.mark.parametrize(("factory", "options"), [(mann, SMALL), (lstm, {"hidden": 5})])
+ALL = pytest.mark.parametrize(("factory", "options"), [(mann, SMALL), (ntm, SMALL), (lstm, {"hidden": 5})])
 
 
 @pytest.mark.usefixtures("x64")
@@ -46,7 +48,37 @@ def test_two_heads_wipe_and_write_the_two_least_used_slots():
 
 
 @pytest.mark.usefixtures("x64")
-@BOTH
+def test_a_turing_machines_head_goes_by_the_equations():
+    rng = np.random.default_rng(0)
+    content, before, asked = rng.normal(size=(4, 2)), rng.dirichlet(np.ones(4), 1), rng.normal(size=(1, 8))
+    softplus = lambda v: np.log1p(np.exp(v))  # noqa: E731
+    key = np.tanh(asked[0, :2])
+    similarity = content @ key / np.linalg.norm(content, axis=1) / np.linalg.norm(key)
+    w = np.exp(softplus(asked[0, 2]) * similarity)
+    gate = 1 / (1 + np.exp(-asked[0, 3]))
+    w = gate * w / w.sum() + (1 - gate) * before[0]
+    share = np.exp(asked[0, 5:]) / np.exp(asked[0, 5:]).sum()
+    w = np.array([sum(share[s + 1] * w[(i - s) % 4] for s in (-1, 0, 1)) for i in range(4)])
+    w = w ** (1 + softplus(asked[0, 4]))
+    np.testing.assert_allclose(locate(content, before, asked)[0], w / w.sum(), rtol=1e-7)
+
+
+def test_a_turing_machine_wipes_then_adds():
+    content, write = jnp.ones((3, 2)), jnp.array([[1.0, 0, 0], [0.5, 0.5, 0]])
+    after = written(content, write, jnp.array([[1.0, 0], [1, 1]]), jnp.array([[3.0, 0], [0, 2]]))
+    np.testing.assert_allclose(after, [[0 + 3, 0.5 + 1], [0.5, 0.5 + 1], [1, 1]])
+
+
+def test_a_turing_machine_walks():
+    """A head that asks for nothing and shifts by one walks along the tape."""
+    walk, asked = jnp.eye(1, 4), jnp.array([[0.0, 0, 0, -40, 0, -20, -20, 20]])
+    for place in (1, 2, 3, 0):
+        walk = locate(jnp.zeros((4, 2)), walk, asked)
+        assert walk[0].argmax() == place
+
+
+@pytest.mark.usefixtures("x64")
+@ALL
 def test_a_query_is_the_next_step_of_the_episode_whatever_the_other_queries_are(factory, options):
     learner = factory(BARE, Categorical(), **options)
     support, query = batch(4), batch(3, 2)
@@ -59,7 +91,7 @@ def test_a_query_is_the_next_step_of_the_episode_whatever_the_other_queries_are(
 
 
 @pytest.mark.usefixtures("x64")
-@BOTH
+@ALL
 def test_the_loss_is_the_nll_at_every_step_of_the_episode(factory, options):
     learner = factory(BARE, Categorical(), shuffle=False, **options)
     episode = batch(5)
@@ -81,7 +113,7 @@ def test_the_loss_is_the_nll_at_every_step_of_the_episode(factory, options):
 
 
 @pytest.mark.usefixtures("x64")
-@BOTH
+@ALL
 def test_padding_is_passed_over_wherever_it_stands_and_order_matters(factory, options):
     learner = factory(BARE, Categorical(), **options)
     support, x = batch(5), batch(3, 2).x
@@ -98,15 +130,27 @@ def test_accuracy_is_told_by_how_often_a_class_was_seen():
     y = jnp.array([0, 1, 0, 1, 9, 0])
     outputs = jax.nn.one_hot(jnp.array([1, 1, 0, 0, 0, 0]), 2)
     figures = by_instance(outputs, y, jnp.array([1.0, 1, 1, 1, 0, 1]))
-    assert figures == {"instance_1": 0.5, "instance_2": 0.5}
+    assert figures == {"instance_1": 0.5, "instance_2": 0.5, "instance_3": 1.0}
     third = by_instance(jnp.tile(outputs, (4, 1)), jnp.tile(y, 4), jnp.ones(24))
-    assert set(third) == {"instance_1", "instance_2", "instance_5", "instance_10"}
+    assert set(third) == {f"instance_{k}" for k in range(1, 11)}
+
+
+def test_a_report_shows_accuracy_by_instance_where_asked():
+    learner, task = lstm(BARE, Categorical(), hidden=5, shuffle=False), Task(batch(6), batch(3, 2))
+    params, source = start(learner, task.support), FixedTasks(jax.tree.map(lambda leaf: leaf[None], task))
+    report = evaluate(learner, params, source, KEY, tasks=2, metrics=("instance_2",))
+    expected = learner.loss(params, task, KEY)[1]["instance_2"]
+    np.testing.assert_allclose(report.figures["instance_2"].mean, expected, rtol=1e-6)
+    assert "instance_1" not in report.figures
+    with pytest.raises(ValueError, match="metrics: came instance_7, but on these tasks the loss has nll, accuracy"):
+        evaluate(learner, params, source, KEY, tasks=2, metrics=("instance_7",))
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="came 5, 4, 7, 6"):
-        mann(BARE, Categorical(), **SMALL | {"heads": 7})
-    with pytest.raises(ValueError, match="came 0, 40, 0, 128"):
+    for factory in (mann, ntm):
+        with pytest.raises(ValueError, match="slots, width, heads: came 6, 4, 7"):
+            factory(BARE, Categorical(), **SMALL | {"heads": 7})
+    with pytest.raises(ValueError, match="hidden: came 0"):
         lstm(BARE, Categorical(), hidden=0)
     learner, none = mann(BARE, Categorical(), **SMALL), batch(0)
     with pytest.raises(ValueError, match="support: came no example"):

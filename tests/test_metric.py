@@ -350,3 +350,29 @@ def test_an_embedding_without_a_head_needs_the_number_of_classes():
     learner = protonet(PLAIN, Categorical())
     with pytest.raises(ValueError, match="way: came None"):
         learner.adapt(learner.init(KEY, TASK), TASK.support, KEY)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("context", [False, True])
+def test_matching_is_tuned_on_the_support_after_training_only(context):
+    linear = Model(lambda key, x: jax.random.normal(key, (D, D)), lambda w, x: x @ w)
+    task = jax.tree.map(lambda leaf: leaf.astype(float) if leaf.dtype.kind == "f" else leaf, TASK)
+    plain, tuned = (
+        matching(linear, Categorical(), temperature=0.3, context=context, way=WAY, tune_steps=n, tune_rate=0.1)
+        for n in (0, 1)
+    )
+    params = plain.init(KEY, task)
+
+    def nll(w):
+        moved = params._replace(embedding=w)
+        p = plain.predict(moved, plain.adapt(moved, task.support, KEY), task.support.x, KEY)
+        return -p.log_prob(task.support.y).mean()
+
+    value, slope = jax.value_and_grad(nll)(params.embedding)
+    by_hand = params._replace(embedding=params.embedding - 0.1 * slope)
+    assert nll(by_hand.embedding) < value
+    expected = answer(plain, by_hand, task.support, task.query.x).mean()
+    np.testing.assert_allclose(answer(tuned, params, task.support, task.query.x).mean(), expected, rtol=1e-8)
+    assert tuned.loss(params, task, KEY)[0] == plain.loss(params, task, KEY)[0]
+    with pytest.raises(ValueError, match="tune_steps, tune_rate: came -1"):
+        matching(linear, Categorical(), way=WAY, tune_steps=-1)

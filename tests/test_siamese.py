@@ -110,7 +110,7 @@ def test_given_tasks_are_judged_once_each_with_the_loss_s_own_figures():
     y = jnp.array([[0, 1], [0, 1], [1, 0]])
     x = jnp.broadcast_to(jnp.array([[0.0, 0.0], [5.0, 0.0]]), (3, 2, 2))
     tasks = Task(Batch(x, jnp.broadcast_to(jnp.arange(2), (3, 2))), Batch(x, y))
-    report = evaluate(SIAMESE, PARAMS, FixedTasks(tasks), KEY, tasks=3, metrics=True)
+    report = evaluate(SIAMESE, PARAMS, FixedTasks(tasks), KEY, tasks=3, metrics=("verification",))
     np.testing.assert_allclose(report.figures["accuracy"].mean, 2 / 3)
     # Right pairs: all six, or, where the queries' labels are exchanged, of two same none and of four different two.
     np.testing.assert_allclose(report.figures["verification"].mean, (1 + 1 + 0.25) / 3, rtol=1e-6)

@@ -5,6 +5,7 @@ query examples of all tasks.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,18 +119,24 @@ def evaluate(
     tasks: int = 600,
     chunk: int = 20,
     course: Learner | None = None,
-    metrics: bool = False,
+    metrics: Sequence[str] = (),
 ) -> Report:
     """Adapt to `tasks` new tasks and judge the predictions of their queries.
 
     chunk: tasks in memory at once. course: the learner whose `path` gives the figures after each inner step (default:
-    the learner itself, if it has one; a cheaper posterior may be wanted there). metrics: report what the learner's loss
-    measures on these tasks, too, where the report has no such figure (`verification` of siamese, say). A source of
+    the learner itself, if it has one; a cheaper posterior may be wanted there). metrics: names of the learner's own, of
+    its loss on the test tasks, to report besides: a learner that is judged all along an episode has some. A source of
     given tasks (one with a `total`) shows as many different ones.
     """
     if tasks < 1:
         raise ValueError(f"tasks: came {tasks}, needs at least 1")
     course = learner if course is None else course
+
+    def own(params: PyTree, task: Task, key: PRNGKeyArray) -> dict[str, Array]:
+        has = learner.loss(params, task, key)[1] if metrics else {}
+        if unknown := [name for name in metrics if name not in has]:
+            raise ValueError(f"metrics: came {', '.join(unknown)}, but on these tasks the loss has {', '.join(has)}")
+        return {name: has[name] for name in metrics}
 
     # Drawn one at a time, given tasks would come twice and others never.
     given = source.sample(key, tasks) if hasattr(source, "total") else None
@@ -146,16 +153,15 @@ def evaluate(
             path = course.path(params, task.support, key_adapt)
             later = jax.vmap(lambda p: brief_score(course.predict(params, p, x, key_predict), y))(path)
             steps = jax.tree.map(lambda s: task_mean(s, weight), later)
-        own = learner.loss(params, task, key_adapt)[1] if metrics else {}
-        return scores, steps, {name: value for name, value in own.items() if name not in scores}, weight
+        return scores, steps, weight, own(params, task, key_adapt)
 
     @jax.jit
     def run(params: PyTree, source: TaskSource, keys: PRNGKeyArray, given: Task | None) -> Any:
         return jax.lax.map(lambda drawn: one(params, source, *drawn), (keys, given), batch_size=min(chunk, tasks))
 
-    scores, steps, own, weight = jax.device_get(run(params, source, jax.random.split(key, tasks), given))
+    scores, steps, weight, others = jax.device_get(run(params, source, jax.random.split(key, tasks), given))
     report = summarise(scores, steps, weight)
-    return replace(report, figures=report.figures | {name: figure_of(values) for name, values in own.items()})
+    return replace(report, figures=report.figures | {name: figure_of(values) for name, values in others.items()})
 
 
 def brief_score(predictive: Any, y: Array) -> dict[str, Array]:

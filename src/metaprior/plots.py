@@ -15,6 +15,7 @@ from metaprior.types import Learner, Task
 
 # Okabe & Ito's palette, told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+LAYERS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)  # of many lines in one picture
 DPI = 160
 
 
@@ -163,3 +164,31 @@ def prior_functions(
     ax.set(xlabel="x", ylabel="y")
     ax.legend(frameon=False)
     return figure
+
+
+def gate_values(forget: PyTree, input: PyTree) -> Figure:
+    """A learned update rule's gates at each step, a line a layer: leaves [tasks, steps, ...] as phi's parameters are.
+
+    The median over a layer's parameters and the tasks, and the range of the middle 80 % (Ravi & Larochelle 2017,
+    fig. 2). A forget gate below 1 is weight decay, an input gate is the rate at which the gradient is followed.
+    """
+    figure, axes = _figure(9.2, 3.4, columns=2)
+    for ax, title, values in zip(axes, ("forget gate", "input gate"), (forget, input), strict=True):
+        for i, (name, layer) in enumerate(_by_layer(values).items()):
+            low, middle, high = np.percentile(layer, (10, 50, 90), axis=1)
+            steps, colour = np.arange(1, len(middle) + 1), LAYERS[i % len(LAYERS)]
+            ax.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+            ax.plot(steps, middle, "o-", color=colour, markersize=4, linewidth=1.4, label=name)
+        ax.set(xlabel="inner step", ylabel=title)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _by_layer(values: PyTree) -> dict[str, np.ndarray]:
+    """[steps, parameters and tasks] of each layer, which is the first name in a leaf's path."""
+    layers: dict[str, list[np.ndarray]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(values):
+        name = jax.tree_util.keystr(path[:1], simple=True) or "parameters"
+        layers.setdefault(name, []).append(np.moveaxis(np.asarray(leaf), 1, 0).reshape(leaf.shape[1], -1))
+    return {name: np.concatenate(leaves, 1) for name, leaves in layers.items()}

@@ -1,8 +1,9 @@
 """A recipe: everything an experiment is made of, as data. One TOML file a published experiment, in `recipes/`.
 
 Tables: [tasks], [network], [likelihood] (a `name` and the factory's options), `learner` (the default one),
-[learners.NAME] (options of each learner in this experiment), [training], [evaluation], [published.NAME] (the paper's
-figures). [tasks.NAME], [likelihood.NAME] and [training.NAME] are what a learner has otherwise.
+[learners.NAME] (options of each learner in this experiment), [augmentation] (of training images), [training],
+[evaluation], [published.NAME] (the paper's figures). [tasks.NAME], [likelihood.NAME] and [training.NAME] are what a
+learner has otherwise.
 """
 
 import tomllib
@@ -16,18 +17,22 @@ from metaprior.learners.registry import LEARNERS, READ_ATTRIBUTES, READ_UNLABELL
 from metaprior.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.named import construct, lookup, nearest, option_names
 from metaprior.networks import NETWORKS
-from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, around
+from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, around, augmented
 from metaprior.training import Training
 from metaprior.types import Learner, Model, Splits
+
+TABLES = ("tasks", "network", "likelihood", "augmentation", "training", "evaluation")  # whose options can be set
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a run is judged: test tasks, inner steps (None: the learner's own) and the seed of the test tasks."""
+    """How a run is judged: test tasks, inner steps (None: the learner's own), the seed of the test tasks, and metrics
+    of the learner's loss to report besides."""
 
     tasks: int = 600
     steps: int | None = None
     seed: int = 1234
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Recipe:
     network: dict[str, Any] = field(default_factory=dict)
     likelihood: dict[str, Any] = field(default_factory=dict)
     learners: dict[str, dict[str, Any]] = field(default_factory=dict)
+    augmentation: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     published: dict[str, Any] = field(default_factory=dict)
@@ -96,10 +102,10 @@ def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[s
         table, _, option = name.partition(".")
         if table == "learner" and option:
             tables["learners"].setdefault(learner, {})[option] = value
-        elif table in ("tasks", "network", "likelihood", "training", "evaluation") and option:
+        elif table in TABLES and option:
             tables[table][option] = value
         else:
-            known = ["learner", "tasks", "network", "likelihood", "training", "evaluation"]
+            known = ["learner", *TABLES]
             raise ValueError(
                 f"--set {name}: needs TABLE.OPTION=VALUE with TABLE one of {', '.join(known)}{nearest(table, known)}"
             )
@@ -161,6 +167,9 @@ def build(
     learner = recipe_learner(recipe, model, likelihood, posterior=posterior, steps=steps, **posterior_options)
     check_support(recipe)
     sources = task_sources(own_table(recipe.tasks, recipe.learner)) if splits is None else splits
+    if recipe.augmentation:
+        _check("augmentation", recipe.augmentation, option_names(augmented)[1:])
+        sources = augmented(sources, **recipe.augmentation)
     return Experiment(learner, model, likelihood, sources, training_of(recipe), evaluation_of(recipe))
 
 

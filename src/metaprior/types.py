@@ -41,11 +41,16 @@ class Model(NamedTuple):
 
     `features(params, x)` gives what the last layer (the head) sees; NIL, the metric learners and last-layer
     posteriors need it, the others do not.
+
+    `statistics`: whose statistics its batch norm goes by: "batch" (of what comes together, or it has none), "task" (of
+    the support) or "running" (of training tasks). A model knows neither support nor training tasks, so with the last
+    two its functions take them as a further argument, which `networks/statistics.py` provides.
     """
 
     init: Callable[[PRNGKeyArray, PyTree], PyTree]
     apply: Callable[..., PyTree]
-    features: Callable[[PyTree, PyTree], Array] | None = None
+    features: Callable[..., Array] | None = None
+    statistics: str = "batch"
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from rich.table import Table
 from metaprior.calibration import calibrate
 from metaprior.evaluation import Report
 from metaprior.evaluation import evaluate as evaluate_learner
+from metaprior.inference.normalised import settled
 from metaprior.likelihoods import Gaussian, Likelihood
 from metaprior.plots import adaptation_curve, pit_histogram, reliability_diagram
 from metaprior.recipe import (
@@ -46,6 +47,10 @@ def open_run(
     steps = evaluation_of(recipe).steps if steps is None else steps
     experiment = build(recipe, steps=steps, **posterior)
     params = run.params(init_state(experiment.learner, experiment.splits.train, experiment.training))
+    if experiment.model.statistics == "running":
+        model = settled(experiment.model, params, experiment.splits.train, jax.random.key(experiment.training.seed))
+        learner = recipe_learner(recipe, model, experiment.likelihood, steps=steps, **posterior)
+        experiment = experiment._replace(model=model, learner=learner)
     return run, recipe, experiment, params
 
 
@@ -68,7 +73,6 @@ def evaluate(
     tasks: int | None = None,
     split: Literal["validation", "test", "one_shot"] = "test",
     seed: int | None = None,
-    metrics: bool = False,
     set: tuple[str, ...] = (),
 ) -> int:
     """Judge a run on new tasks: a table, a JSON file and pictures in its folder.
@@ -84,8 +88,8 @@ def evaluate(
         tasks: how many (default: the recipe's, usually 600).
         split: the tasks' split; one_shot is Omniglot's official 20 runs of 20 ways, 1 shot.
         seed: of the tasks.
-        metrics: report what the learner's loss measures, too, e.g. the verification accuracy of siamese.
-        set: options of the tasks or the learner by name, e.g. --set tasks.shot=5
+        set: options of the tasks or the learner by name, e.g. --set tasks.shot=5; evaluation.metrics names
+            figures of the learner's loss to report besides.
     """
     options: dict[str, Any] = {}
     if posterior is not None:
@@ -134,7 +138,7 @@ def evaluate(
         )
     course = learner
     if posterior not in (None, "point") and learner.path is not None:
-        course = build(recipe, posterior="point", steps=steps, splits=experiment.splits).learner
+        course = recipe_learner(recipe, experiment.model, experiment.likelihood, posterior="point", steps=steps)
     report = evaluate_learner(
         learner,
         params,
@@ -143,7 +147,7 @@ def evaluate(
         tasks=number,
         chunk=experiment.training.task_chunk or 20,
         course=course,
-        metrics=metrics,
+        metrics=settings.metrics,
     )
     name = "-".join(["report", posterior or "own", *(["calibrated"] if fitted else []), *([split] * (split != "test"))])
     told = _outsiders(learner, params, recipe, experiment, split, number, settings.seed if seed is None else seed)

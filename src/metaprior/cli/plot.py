@@ -5,14 +5,18 @@ from typing import Annotated
 
 import jax
 import tyro
+from jaxtyping import PyTree
 from rich.console import Console
 
 from metaprior.cli.evaluate import open_run
-from metaprior.plots import regression_tasks, training_curve
+from metaprior.inference.learned import P
+from metaprior.learners.meta_lstm import gates
+from metaprior.plots import gate_values, regression_tasks, training_curve
+from metaprior.types import Learner, Task
 
 
 def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
-    """Draw a run's training curve and, for regression on a line, what its posterior says of new tasks.
+    """Draw a run's training curve, for regression on a line what its posterior says of new tasks, and learned gates.
 
     Args:
         run: the folder that `train` wrote.
@@ -27,5 +31,19 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
     if recipe.likelihood["name"] == "gaussian" and getattr(x, "shape", (0,))[-1] == 1 and x.ndim == 3:
         written.append(plots / "tasks.png")
         regression_tasks(experiment.learner, params, task, jax.random.key(0)).savefig(written[-1])
+    if recipe.learner == "meta_lstm":
+        model, likelihood, options = experiment.model, experiment.likelihood, recipe.learners.get("meta_lstm", {})
+        steps, p = steps_of(experiment.learner, params, task), options.get("p", P)
+        shown = jax.jit(jax.vmap(lambda support: gates(model, likelihood, params, support, steps, p=p)))(task.support)
+        written.append(plots / "gates.png")
+        gate_values(*shown).savefig(written[-1])
     Console().print("\n".join(f"written: {path}" for path in written), soft_wrap=True)
     return 0
+
+
+def steps_of(learner: Learner, params: PyTree, tasks: Task) -> int:
+    """The number of inner steps that the learner takes on a task."""
+    assert learner.path is not None
+    support = jax.tree.map(lambda leaf: leaf[0], tasks.support)
+    course = jax.eval_shape(learner.path, params, support, jax.random.key(0))
+    return jax.tree.leaves(course)[0].shape[0] - 1

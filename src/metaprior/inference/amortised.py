@@ -16,6 +16,8 @@ from metaprior.inference.gradient import mean_nll
 from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.types import Batch, Learner, Model, Task, examples
 
+INSTANCES = range(1, 11)  # whose accuracy is shown, as in the paper's figure 2 and table 1
+
 
 def embedding(model: Model) -> Callable[[PyTree, PyTree], Float[Array, "n d"]]:
     """(params, x) -> the model's features, or its outputs where it has none, flat; x may hold no example."""
@@ -67,3 +69,12 @@ def amortised_learner(
         return mean_nll(likelihood, predicted, task.query), fit_metrics(likelihood, predicted, task.query)
 
     return Learner(init, adapt, predict, loss)
+
+
+def by_instance(outputs: Float[Array, "n way"], y: Array, weight: Float[Array, " n"]) -> dict[str, Scalar]:
+    """The accuracy where a class is seen for the 1st, 2nd, ... time; 0 where no class is seen so often."""
+    hot = jax.nn.one_hot(y, outputs.shape[1]) * (weight > 0)[:, None]
+    seen = (jnp.cumsum(hot, 0) * hot).sum(-1)
+    shown = [k for k in INSTANCES if k * outputs.shape[1] <= outputs.shape[0]]
+    hits = {k: ((outputs.argmax(-1) == y) & (seen == k)).sum() for k in shown}
+    return {f"instance_{k}": hits[k] / jnp.maximum((seen == k).sum(), 1) for k in shown}

@@ -11,7 +11,7 @@ from metaprior.learners.imaml import imaml
 from metaprior.learners.l2l import l2l, learned_optimizer
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
-from metaprior.learners.mann import lstm, mann
+from metaprior.learners.mann import lstm, mann, ntm
 from metaprior.learners.matching import matching
 from metaprior.learners.meta_lstm import meta_lstm
 from metaprior.learners.mixture import gem_mixture
@@ -28,6 +28,6 @@ from metaprior.learners.zero_shot import zero_shot
 __all__ = [
     "LEARNERS", "amortized_bml", "anil", "anp", "bmaml", "cnp", "fine_tune", "fomaml", "gem_bml", "gem_bml_plus",
     "gem_mixture", "gnn", "imaml", "kl_chaser", "l2l", "learned_optimizer", "llama", "lslr", "lstm", "make_learner",
-    "maml", "maml_noise", "mann", "matching", "meta_lstm", "meta_sgd", "nearest_neighbour", "nil", "platipus",
-    "preconditioned", "protonet", "reptile", "siamese", "snail", "zero_shot",
+    "maml", "maml_noise", "mann", "matching", "meta_lstm", "meta_sgd", "nearest_neighbour", "nil", "ntm",
+    "platipus", "preconditioned", "protonet", "reptile", "siamese", "snail", "zero_shot",
 ]  # fmt: skip

@@ -1,9 +1,10 @@
-"""Memory-augmented networks (Santoro, Bartunov, Botvinick, Wierstra & Lillicrap 2016), and an LSTM without the memory.
+"""Memory-augmented networks (Santoro, Bartunov, Botvinick, Wierstra & Lillicrap 2016) and the paper's two ablations.
 
 At time t of an episode the network sees (x_t, y_{t-1}), the label one step late, and must say y_t: it has to store what
 it saw until the label comes, and find it again (sec. 2). An LSTM controller writes to and reads from an external memory
-(sec. 3); its state and what was read give the outputs. The loss is the nll at every time step of the episode, support
-and query in random order, here its mean. The posterior is the state after the support; each query goes on from it.
+(sec. 3); its state and what was read give the outputs. `ntm` has the neural Turing machine's memory instead, `lstm`
+none. The loss is the nll at every time step of the episode, support and query in random order, here its mean. The
+posterior is the state after the support; each query goes on from it.
 """
 
 from typing import Any, NamedTuple
@@ -12,16 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import as_inputs, embedding, output_width, weights
+from metaprior.inference.amortised import as_inputs, by_instance, embedding, output_width, weights
 from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.gradient import mean_nll
 from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import gated, lstm_init
-from metaprior.networks.memory import Memory, access, blank
+from metaprior.networks.memory import Access, found, least_used, turing
 from metaprior.types import Batch, Learner, Model, Task, examples
-
-INSTANCES = (1, 2, 5, 10)  # whose accuracy is shown, as in the paper's table 1
 
 
 class Mann(NamedTuple):
@@ -39,7 +38,7 @@ class State(NamedTuple):
 
     hidden: Float[Array, " h"]
     cell: Float[Array, " h"]
-    memory: Memory | None
+    memory: PyTree
     label: Float[Array, " t"]
 
 
@@ -57,15 +56,33 @@ def mann(
 ) -> Learner:
     """Meta-learn to remember labelled examples, on the model's features.
 
-    hidden: units of the controller. slots, width, heads, decay: of the memory; heads=0 is none. sharpen: the controller
+    hidden: units of the controller. slots, width, heads, decay: of the memory. sharpen: the controller
     sets how sharply each head reads; the paper's softmax of bare cosines (False) is nearly even. shuffle: train on
     episodes in random order. The order of the support matters; so do class names as far as training has not taught
     otherwise. A weight above 0 counts as 1. ValueError where there is no example before a query.
     """
-    if min(hidden, width) < 1 or not 0 <= heads <= slots:
-        came = f"{hidden}, {width}, {heads}, {slots}"
-        raise ValueError(f"hidden, width, heads, slots: came {came}; needs hidden, width >= 1 and 0 <= heads <= slots")
-    embed = embedding(model)
+    memory = least_used(slots, width, heads, decay, sharpen)
+    return remembering(model, likelihood, memory, hidden=hidden, shuffle=shuffle)
+
+
+def ntm(
+    model: Model, likelihood: Likelihood, *, hidden: int = 200, slots: int = 128, width: int = 40, heads: int = 4,
+    shuffle: bool = True,
+) -> Learner:  # fmt: skip
+    """As `mann`, with a neural Turing machine's memory: heads go by content, by where they were, and by shifts."""
+    return remembering(model, likelihood, turing(slots, width, heads), hidden=hidden, shuffle=shuffle)
+
+
+def lstm(model: Model, likelihood: Likelihood, *, hidden: int = 200, shuffle: bool = True) -> Learner:
+    """The controller of `mann` without its memory (the paper's baseline)."""
+    return remembering(model, likelihood, least_used(0, 0, 0), hidden=hidden, shuffle=shuffle)
+
+
+def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden: int, shuffle: bool) -> Learner:
+    """A controller of `hidden` units that walks through an episode with this kind of memory."""
+    if hidden < 1:
+        raise ValueError(f"hidden: came {hidden}, needs at least 1 unit of the controller")
+    embed, reads = embedding(model), memory.heads * memory.width
 
     def init(key: PRNGKeyArray, task: Task) -> Mann:
         keys, x = jax.random.split(key, 5), task.support.x
@@ -75,24 +92,20 @@ def mann(
         return Mann(
             theta,
             dense_init(keys[1], embed(theta, x).shape[1], 4 * hidden),
-            lstm_init(keys[2], t + heads * width, hidden),
-            dense_init(keys[3], hidden, heads * (width + 2)) if heads else None,
-            dense_init(keys[4], hidden + heads * width, outputs),
+            lstm_init(keys[2], t + reads, hidden),
+            dense_init(keys[3], hidden, memory.heads * memory.numbers) if memory.heads else None,
+            dense_init(keys[4], hidden + reads, outputs),
         )
 
     def step(params: Mann, state: State, drive: Float[Array, " g"]) -> tuple[State, Float[Array, " c"]]:
         """One time step on a projected x: the controller, the memory, the outputs."""
-        read = [] if state.memory is None else [(state.memory.read @ state.memory.content).reshape(-1)]
-        before = jnp.concatenate([state.label, *read, state.hidden])
+        before = jnp.concatenate([state.label, found(state.memory), state.hidden])
         h, cell = gated(drive + dense("recurrent", params.recurrent, before[None])[0], state.cell)
-        memory = state.memory
-        if memory is not None and params.address is not None:
-            asked = dense("address", params.address, h[None]).reshape(heads, width + 2)
-            sharpness = 1 + jax.nn.softplus(asked[:, -1]) if sharpen else jnp.ones(heads)
-            memory = access(memory, jnp.tanh(asked[:, :width]), jax.nn.sigmoid(asked[:, -2]), sharpness, decay)
-            read = [(memory.read @ memory.content).reshape(-1)]
-        out = dense("head", params.head, jnp.concatenate([h, *read])[None])[0]
-        return State(h, cell, memory, state.label), out
+        after = state.memory
+        if params.address is not None:
+            after = memory.step(after, dense("address", params.address, h[None]).reshape(memory.heads, -1))
+        out = dense("head", params.head, jnp.concatenate([h, found(after)])[None])[0]
+        return State(h, cell, after, state.label), out
 
     def project(params: Mann, x: PyTree) -> Float[Array, "n g"]:
         return dense("inputs", params.inputs, embed(params.embedding, x))
@@ -104,8 +117,7 @@ def mann(
 
     def run(params: Mann, shown: tuple[Array, Array, Array]) -> tuple[State, Float[Array, "n c"]]:
         """Through a whole sequence: the state at its end and the outputs at each time. Padding is passed over."""
-        memory = blank(slots, width, heads) if heads else None
-        nothing = State(jnp.zeros(hidden), jnp.zeros(hidden), memory, jnp.zeros(shown[1].shape[1]))
+        nothing = State(jnp.zeros(hidden), jnp.zeros(hidden), memory.start(), jnp.zeros(shown[1].shape[1]))
 
         def see(state: State, now: tuple[Array, Array, Array]) -> tuple[State, Array]:
             drive, label, there = now
@@ -134,17 +146,3 @@ def mann(
         return mean_nll(likelihood, outputs, episode), metrics
 
     return Learner(init, adapt, predict, loss)
-
-
-def lstm(model: Model, likelihood: Likelihood, *, hidden: int = 200, shuffle: bool = True) -> Learner:
-    """The controller of `mann` without its memory (the paper's baseline)."""
-    return mann(model, likelihood, hidden=hidden, heads=0, shuffle=shuffle)
-
-
-def by_instance(outputs: Float[Array, "n way"], y: Array, weight: Float[Array, " n"]) -> dict[str, Scalar]:
-    """The accuracy where a class is seen for the 1st, 2nd, ... time; 0 where no class is seen so often."""
-    hot = jax.nn.one_hot(y, outputs.shape[1]) * (weight > 0)[:, None]
-    seen = (jnp.cumsum(hot, 0) * hot).sum(-1)
-    shown = [k for k in INSTANCES if k * outputs.shape[1] <= outputs.shape[0]]
-    hits = {k: ((outputs.argmax(-1) == y) & (seen == k)).sum() for k in shown}
-    return {f"instance_{k}": hits[k] / jnp.maximum((seen == k).sum(), 1) for k in shown}

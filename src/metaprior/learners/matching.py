@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.amortised import embedding, weights
+from metaprior.inference.gradient import descend, make_optimizer, mean_nll
 from metaprior.inference.metric import (
     ABSENT,
     check_classification,
@@ -48,13 +49,14 @@ class Matching(NamedTuple):
 class Memory(NamedTuple):
     """The support as the queries see it: embeddings g, log weights, and weights in the columns of the classes.
 
-    beside: the support inputs, where queries are judged one at a time.
+    beside: the support inputs, where queries are judged one at a time. tuned: the embedding if fitted to them.
     """
 
     keys: Float[Array, "n d"]
     log_weight: Float[Array, " n"]
     shares: Float[Array, "n way"]
     beside: PyTree
+    tuned: PyTree
 
 
 def support_in_context(context: Context, g: Float[Array, "n d"], weight: Float[Array, " n"]) -> Float[Array, "n d"]:
@@ -82,6 +84,8 @@ def matching(
     reads: int = 5,
     temperature: float = 1.0,
     learn_temperature: bool = False,
+    tune_steps: int = 0,
+    tune_rate: float = 0.01,
     way: int | None = None,
     transductive: bool = True,
 ) -> Learner:
@@ -89,13 +93,16 @@ def matching(
 
     context: full context embeddings, with `reads` K of the query; the order of the support then matters. temperature:
     divides the cosines (the paper's is 1, and keeps probabilities near each other), and is where a learned one starts.
-    way, transductive: as in `protonet`.
+    tune_steps: of gradient descent on a new task's embedding at `tune_rate`, after training (sec. 4.1), by the mean nll
+    of the support examples under the support, themselves included. way, transductive: as in `protonet`.
     """
     check_classification("matching", likelihood, way)
     if temperature <= 0:
         raise ValueError(f"temperature: came {temperature}, needs a positive number")
     if reads < 1:
         raise ValueError(f"reads: came {reads}, needs at least 1")
+    if tune_steps < 0 or tune_rate <= 0:
+        raise ValueError(f"tune_steps, tune_rate: came {tune_steps}, {tune_rate}; needs >= 0 steps at a rate above 0")
     embed = embedding(model)
 
     def init(key: PRNGKeyArray, task: Task) -> Matching:
@@ -112,10 +119,21 @@ def matching(
         if params.context is not None:
             keys = support_in_context(params.context, keys, weight)
         log_weight = jnp.where(weight > 0, jnp.log(jnp.where(weight > 0, weight, 1)), ABSENT)
-        return Memory(keys, log_weight, shares, None if transductive else support.x)
+        return Memory(keys, log_weight, shares, None if transductive else support.x, None)
+
+    def tune(params: Matching, support: Batch, key: PRNGKeyArray) -> Memory:
+        """`adapt` after the embedding was fitted to the support."""
+
+        def fit(tuned: PyTree) -> Scalar:
+            moved = params._replace(embedding=tuned)
+            return mean_nll(likelihood, logits(moved, adapt(moved, support, key), support.x), support)
+
+        tuned = descend(fit, params.embedding, make_optimizer("sgd", tune_rate), tune_steps, first_order=True).phi
+        return adapt(params._replace(embedding=tuned), support, key)._replace(tuned=tuned)
 
     def logits(params: Matching, memory: Memory, x: PyTree) -> Float[Array, "m way"]:
-        f = embed_query(embed, params.embedding, x, memory.beside)
+        theta = params.embedding if memory.tuned is None else memory.tuned
+        f = embed_query(embed, theta, x, memory.beside)
         if params.context is not None:
             f = query_in_context(params.context, f, memory, reads)
         scale = temperature if params.log_temperature is None else jnp.exp(params.log_temperature)
@@ -123,4 +141,5 @@ def matching(
         hot = memory.shares > 0
         return present(jnp.log(attention @ hot + jnp.finfo(f.dtype).tiny), hot.any(0))
 
-    return scored_by_query(init, adapt, logits)
+    learner = scored_by_query(init, adapt, logits)
+    return learner._replace(adapt=tune) if tune_steps else learner

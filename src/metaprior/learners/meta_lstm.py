@@ -25,6 +25,7 @@ from metaprior.inference.learned import P, log_sign
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start
+from metaprior.networks.statistics import beside
 from metaprior.types import Batch, Learner, Model, Task
 
 
@@ -134,6 +135,8 @@ def gates(
     model: Model, likelihood: Likelihood, params: MetaLSTM, support: Batch, steps: int, *, p: float = P
 ) -> Gates:
     """The forget and input gates of every parameter while phi is fitted to a support (the paper's Figure 2)."""
+    if model.statistics == "task":
+        model = beside(model, support.x, support.weight)
     adaptation = _adaptation(model, 1, 0.5, p)
     fit = support_loss(adaptation, likelihood, params, support)
     course = trajectory(fit, params.theta, adaptation.optimizer(params), steps).state

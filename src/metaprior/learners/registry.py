@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from metaprior.inference.normalised import of_support
 from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.bmaml import bmaml
@@ -14,7 +15,7 @@ from metaprior.learners.imaml import imaml
 from metaprior.learners.l2l import l2l
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
-from metaprior.learners.mann import lstm, mann
+from metaprior.learners.mann import lstm, mann, ntm
 from metaprior.learners.matching import matching
 from metaprior.learners.meta_lstm import meta_lstm
 from metaprior.learners.mixture import gem_mixture
@@ -60,6 +61,7 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "snail": snail,
     "mann": mann,
     "lstm": lstm,
+    "ntm": ntm,
     "gnn": gnn,
     "l2l": l2l,
     "meta_lstm": meta_lstm,
@@ -72,5 +74,12 @@ READ_ATTRIBUTES = ("zero_shot",)
 
 
 def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any) -> Learner:
-    """A learner by its registered name; unknown names and options are ValueErrors that suggest the nearest."""
-    return construct("learner", name, LEARNERS, model, likelihood, **options)
+    """A learner by its registered name; unknown names and options are ValueErrors that suggest the nearest.
+
+    A model whose batch norm goes by the support (norm="task") is told the support in every function.
+    """
+
+    def make(network: Model) -> Learner:
+        return construct("learner", name, LEARNERS, network, likelihood, **options)
+
+    return of_support(make, model) if model.statistics == "task" else make(model)

@@ -21,7 +21,7 @@ def from_flax(module: Any) -> Model:
             raise ValueError(
                 f"module: has the collections {', '.join(extra)} beside params; a task's parameters are all that is "
                 "adapted, so use layers without running state, e.g. BatchNorm(use_running_average=False) replaced by "
-                "GroupNorm, or metaprior.networks.layers.batch_norm"
+                "GroupNorm, or metaprior.networks.norm.batch_norm"
             )
         return variables
 

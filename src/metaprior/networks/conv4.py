@@ -1,11 +1,12 @@
-"""Four convolution blocks: the embedding of most few-shot image papers (Vinyals et al. 2016; Finn et al. 2017)."""
+"""Four convolution blocks, the embedding of most few-shot papers (Vinyals et al. 2016; Finn et al. 2017), or six."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from metaprior.networks.conv import conv2d, max_pool, patches
-from metaprior.networks.layers import Tap, batch_norm, dense, dense_init, flat
+from metaprior.networks.conv import max_pool
+from metaprior.networks.layers import Tap, check_images, convolve, dense, dense_init, flat
+from metaprior.networks.norm import By, check_norm, norm_init, normalise, source_of
 from metaprior.types import Model
 
 
@@ -17,36 +18,37 @@ def conv4(
     readout: str = "flatten",
     gain: bool = False,
     head: bool = True,
+    norm: str = "batch",
+    halvings: int | None = None,
 ) -> Model:
     """`blocks` x [3x3 convolution, batch norm, ReLU, halving], then a linear head, on images [n, h, w, c].
 
     downsample: "max_pool" (2x2) or "stride" (MAML's Omniglot network: stride 2, same padding). readout: "flatten", or
     "mean" over space. gain: learn the norm's stretch besides its shift (MAML's code learns the shift alone).
-    head=False ends at the embedding. Batch norm uses the statistics of the batch at hand.
+    head=False ends at the embedding. norm: "batch" (of the batch at hand), "running", "task", "layer", "group" or
+    "none". halvings: so many first blocks halve (default: all).
     """
     if downsample not in ("max_pool", "stride"):
         raise ValueError(f"downsample: came {downsample!r}, needs 'max_pool' or 'stride'")
     if readout not in ("flatten", "mean"):
         raise ValueError(f"readout: came {readout!r}, needs 'flatten' or 'mean'")
+    check_norm(norm)
     names = [f"block{i + 1}" for i in range(blocks)]
-    stride = 2 if downsample == "stride" else 1
+    halving = names[: blocks if halvings is None else halvings]
 
-    def block(name: str, layer: dict[str, Array], x: Array, tap: Tap | None) -> Array:
-        s = conv2d(x, layer["w"], stride)
-        if tap is not None:
-            s = tap(name, patches(x, (3, 3), stride), s)
-        s = jax.nn.relu(batch_norm(s, layer["shift"], layer.get("gain")))
-        return max_pool(s) if downsample == "max_pool" else s
+    def block(name: str, layer: dict[str, Array], x: Array, tap: Tap | None, by: By) -> Array:
+        stride = 2 if downsample == "stride" and name in halving else 1
+        s = jax.nn.relu(normalise(norm, name, layer, convolve(name, layer, x, tap, stride), by))
+        return max_pool(s) if downsample == "max_pool" and name in halving else s
 
-    def features(params: dict, x: Array, tap: Tap | None = None) -> Float[Array, "n d"]:
-        if x.ndim != 4:
-            raise ValueError(f"x: came shape {x.shape}, needs images [n, height, width, channels]")
+    def features(params: dict, x: Array, tap: Tap | None = None, by: By = None) -> Float[Array, "n d"]:
+        check_images(x)
         for name in names:
-            x = block(name, params[name], x, tap)
+            x = block(name, params[name], x, tap, by)
         return x.mean((1, 2)) if readout == "mean" else flat(x)
 
-    def apply(params: dict, x: Array, tap: Tap | None = None) -> Array:
-        f = features(params, x, tap)
+    def apply(params: dict, x: Array, tap: Tap | None = None, by: By = None) -> Array:
+        f = features(params, x, tap, by)
         return dense("head", params["head"], f, tap) if head else f
 
     def init(key: PRNGKeyArray, x: Array) -> dict:
@@ -54,12 +56,23 @@ def conv4(
         width, params = x.shape[-1], {}
         for name, k in zip(names, keys[:-1], strict=True):
             w = jax.nn.initializers.glorot_uniform()(k, (3, 3, width, filters))
-            params[name] = {"w": w, "shift": jnp.zeros(filters)} | ({"gain": jnp.ones(filters)} if gain else {})
+            params[name] = {"w": w} | norm_init(filters, gain)
             width = filters
         if head:
-            size = jax.eval_shape(features, params, x).shape[-1]
+            size = jax.eval_shape(features, params, x, None, jnp.ones(x.shape[0])).shape[-1]
             params["head"] = dense_init(keys[-1], size, outputs)
         return params
 
-    return Model(init, apply, features)
+    return Model(init, apply, features, source_of(norm))
 
+
+def conv6(
+    outputs: int = 5,
+    filters: int = 64,
+    readout: str = "flatten",
+    gain: bool = False,
+    head: bool = True,
+    norm: str = "batch",
+) -> Model:
+    """Conv4 and two more blocks that do not halve (Chen, Liu, Kira, Wang & Huang 2019); options as `conv4`."""
+    return conv4(outputs, filters, 6, readout=readout, gain=gain, head=head, norm=norm, halvings=4)

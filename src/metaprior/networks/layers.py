@@ -1,11 +1,13 @@
 """The layers our networks are made of. A `tap` sees each linear map: K-FAC records and probes through it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from metaprior.networks.conv import conv2d, patches
 
 Tap = Callable[[str, Array, Array], Array]
 
@@ -33,19 +35,16 @@ def dense(name: str, layer: dict[str, Array], x: Float[Array, "n i"], tap: Tap |
     return s if tap is None else tap(name, x, s)
 
 
-def batch_norm(
-    x: Float[Array, "n *space c"], shift: Float[Array, " c"], gain: Float[Array, " c"] | None = None
-) -> Float[Array, "n *space c"]:
-    """Normalise each channel with the statistics of the batch at hand, then shift (and stretch).
-
-    No running statistics: a query set is normalised by itself, which makes predictions transductive, as in MAML.
-    """
-    axes = tuple(range(x.ndim - 1))
-    centred = x - x.mean(axes)
-    normal = centred * jax.lax.rsqrt((centred**2).mean(axes) + 1e-5)
-    return normal * gain + shift if gain is not None else normal + shift
+def convolve(
+    name: str, layer: Mapping[str, Array], x: Float[Array, "n h w i"], tap: Tap | None = None, stride: int = 1
+) -> Float[Array, "n h2 w2 o"]:
+    """The convolution with the layer's weights, same padding and no bias, seen by the tap."""
+    w = layer["w"]
+    s = conv2d(x, w, stride)
+    return s if tap is None else tap(name, patches(x, (w.shape[0], w.shape[1]), stride), s)
 
 
-def head_names(params: dict) -> str:
-    """The name of the last layer."""
-    return list(params)[-1]
+def check_images(x: Array) -> None:
+    """A ValueError unless x is a batch of images."""
+    if x.ndim != 4:
+        raise ValueError(f"x: came shape {x.shape}, needs images [n, height, width, channels]")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from metaprior.networks.layers import Tap, batch_norm, dense, dense_init, flat
+from metaprior.networks.layers import Tap, dense, dense_init, flat
+from metaprior.networks.norm import batch_norm
 from metaprior.types import Model
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from metaprior.tasks.ambiguous import ambiguous, linear, three_families
 from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
+from metaprior.tasks.augment import Augmented, augmented
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.cloze import ClozePool, cloze
 from metaprior.tasks.distort import Distorted, affine, distorted
@@ -65,6 +66,7 @@ __all__ = [
     "DESCRIBED_SOURCES",
     "SOURCES",
     "ArrayTasks",
+    "Augmented",
     "ClassPool",
     "ClozePool",
     "DataError",
@@ -81,6 +83,7 @@ __all__ = [
     "around",
     "array_tasks",
     "ask_for",
+    "augmented",
     "banking77",
     "check_labels",
     "check_same_form",

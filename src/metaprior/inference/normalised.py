@@ -1,0 +1,85 @@
+"""Learners over networks whose batch norm goes by the support (`of_support`) or by training tasks (`settled`)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree, Scalar
+
+from metaprior.inference.gradient import joined
+from metaprior.networks.norm import Statistics
+from metaprior.networks.statistics import beside, given, statistics_of
+from metaprior.types import Batch, Learner, Model, Task, TaskSource
+
+
+class Supported(NamedTuple):
+    """A learner's posterior, and the support that its queries are normalised by."""
+
+    posterior: PyTree
+    support: Batch
+
+
+def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
+    """The learner that `make` builds, with every batch of a task normalised by its support, in training as later.
+
+    MetaBN of Bronskill, Gordon, Requeima, Nowozin & Turner (2020, sec. 3.2): no prediction depends on another query.
+    """
+
+    def at(support: Batch) -> Learner:
+        return make(beside(model, support.x, support.weight))
+
+    def init(key: PRNGKeyArray, task: Task) -> PyTree:
+        return at(task.support).init(key, task)
+
+    def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Supported:
+        return Supported(at(support).adapt(params, support, key), support)
+
+    def predict(params: PyTree, posterior: Supported, x: PyTree, key: PRNGKeyArray) -> PyTree:
+        return at(posterior.support).predict(params, posterior.posterior, x, key)
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        return at(task.support).loss(params, task, key)
+
+    def path(params: PyTree, support: Batch, key: PRNGKeyArray) -> Supported:
+        course = at(support).path
+        assert course is not None
+        steps = course(params, support, key)
+        length = jax.tree.leaves(steps)[0].shape[0]
+        return Supported(steps, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (length, *leaf.shape)), support))
+
+    return Learner(init, adapt, predict, loss, None if make(model).path is None else path)
+
+
+def settled(model: Model, params: PyTree, source: TaskSource, key: PRNGKeyArray, tasks: int = 100) -> Model:
+    """A "running" model under the statistics of `tasks` training tasks at a learner's trained params.
+
+    Gathered once, after training (Ioffe & Szegedy 2015, algorithm 2), not followed on the way: each task is normalised
+    by itself as it was in training, and the variance is that within tasks and that between their means.
+    Raises ValueError where the learner's params hold no parameters of this network as they are.
+    """
+
+    def one(key: PRNGKeyArray) -> dict[str, Statistics]:
+        data = joined(jax.tree.map(lambda leaf: leaf[0], source.sample(key, 1)))
+        return statistics_of(model, part_like(model, params, data.x), data.x, data.weight)
+
+    each = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, tasks))
+    pooled = {name: Statistics(s.mean.mean(0), s.variance.mean(0) + s.mean.var(0)) for name, s in each.items()}
+    return given(model, pooled)
+
+
+def part_like(model: Model, params: PyTree, x: PyTree) -> PyTree:
+    """The first part of a learner's params that has the form of the model's own."""
+    form = jax.eval_shape(model.init, jax.random.key(0), x)
+    structure, shapes = jax.tree.structure(form), [leaf.shape for leaf in jax.tree.leaves(form)]
+
+    def same(node: PyTree) -> bool:
+        return jax.tree.structure(node) == structure and [jnp.shape(leaf) for leaf in jax.tree.leaves(node)] == shapes
+
+    for node in jax.tree.leaves(params, is_leaf=same):
+        if same(node):
+            return node
+    raise ValueError(
+        "norm: 'running' needs the statistics of one network, but this learner's parameters hold none as it is (of "
+        "several particles, for instance); use norm='task', 'layer' or 'group'"
+    )

@@ -1,0 +1,72 @@
+"""ResNet-12, the large embedding of few-shot papers (Mishra et al. 2018; Oreshkin et al. 2018; Lee et al. 2019)."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from metaprior.networks.conv import max_pool
+from metaprior.networks.layers import Tap, check_images, convolve, dense, dense_init
+from metaprior.networks.norm import By, check_norm, norm_init, normalise, source_of
+from metaprior.types import Model
+
+CONVOLUTIONS = ("conv1", "conv2", "conv3")
+
+
+def resnet12(
+    outputs: int = 5,
+    widths: Sequence[int] = (64, 160, 320, 640),
+    gain: bool = True,
+    head: bool = True,
+    norm: str = "batch",
+) -> Model:
+    """A residual block a width, the mean over space, then a linear head, on images [n, h, w, c] of 16 pixels or more.
+
+    A block: three [3x3 convolution, norm], leaky ReLU (0.1) after the first two; beside them [1x1 convolution, norm];
+    their sum, leaky ReLU, 2x2 max-pooling. widths: those of Lee et al. 2019; Oreshkin et al. 2018 have (64, 128, 256,
+    512). No DropBlock. gain, head, norm: as `conv4`.
+    """
+    check_norm(norm)
+    if not widths or min(widths) < 1:
+        raise ValueError(f"widths: came {tuple(widths)}, needs a number of channels a block")
+    blocks = [f"block{i + 1}" for i in range(len(widths))]
+    leaky = partial(jax.nn.leaky_relu, negative_slope=0.1)
+
+    def layer(params: dict, name: str, x: Array, tap: Tap | None, by: By) -> Array:
+        return normalise(norm, name, params[name], convolve(name, params[name], x, tap), by)
+
+    def block(params: dict, name: str, x: Array, tap: Tap | None, by: By) -> Array:
+        first, second, third = (f"{name}_{conv}" for conv in CONVOLUTIONS)
+        y = leaky(layer(params, first, x, tap, by))
+        y = leaky(layer(params, second, y, tap, by))
+        y = layer(params, third, y, tap, by) + layer(params, f"{name}_skip", x, tap, by)
+        return max_pool(leaky(y))
+
+    def features(params: dict, x: Array, tap: Tap | None = None, by: By = None) -> Float[Array, "n d"]:
+        check_images(x)
+        for name in blocks:
+            x = block(params, name, x, tap, by)
+        return x.mean((1, 2))
+
+    def apply(params: dict, x: Array, tap: Tap | None = None, by: By = None) -> Array:
+        f = features(params, x, tap, by)
+        return dense("head", params["head"], f, tap) if head else f
+
+    def init(key: PRNGKeyArray, x: Array) -> dict:
+        check_images(x)
+        he = jax.nn.initializers.variance_scaling(2 / 1.01, "fan_out", "normal")  # 1 + 0.1^2: the leaky ReLU's
+        *keys_of_blocks, key_head = jax.random.split(key, len(widths) + 1)
+        width, params = x.shape[-1], {}
+        for name, after, key_block in zip(blocks, widths, keys_of_blocks, strict=True):
+            keys = jax.random.split(key_block, 4)
+            sides = dict(zip((*CONVOLUTIONS, "skip"), ((3, width), (3, after), (3, after), (1, width)), strict=True))
+            for (part, (side, inputs)), k in zip(sides.items(), keys, strict=True):
+                w = he(k, (side, side, inputs, after))
+                params[f"{name}_{part}"] = {"w": w} | norm_init(after, gain)
+            width = after
+        if head:
+            params["head"] = dense_init(key_head, width, outputs)
+        return params
+
+    return Model(init, apply, features, source_of(norm))
