@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Tests compile far more than they run, so the compiler's dearest passes do not pay here.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
 import jax
 import pytest
 

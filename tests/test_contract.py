@@ -156,8 +156,29 @@ def problem(name, **options):
 
 
 def tasks_and_params(learner, source, n=3):
-    tasks = source.sample(jax.random.key(1), n)
-    return tasks, learner.init(jax.random.key(2), jax.tree.map(lambda leaf: leaf[0], tasks))
+    @jax.jit
+    def start(source):
+        tasks = source.sample(jax.random.key(1), n)
+        return tasks, learner.init(jax.random.key(2), first(tasks))
+
+    return start(source)
+
+
+def first(tasks):
+    return jax.tree.map(lambda leaf: leaf[0], tasks)
+
+
+def answer_of(learner):
+    """(params, support, x, key) -> the predictive mean; one and the same program in all tests, so compiled once."""
+
+    def answer(params, support, x, key):
+        return learner.predict(params, learner.adapt(params, support, key), x, key).mean()
+
+    return answer
+
+
+def loss_of(learner):
+    return lambda params, task, key: learner.loss(params, task, key)[0]
 
 
 def close(a, b, tolerance=2e-5):
@@ -171,15 +192,16 @@ def test_a_batch_of_tasks_is_its_tasks_one_by_one(name):
     tasks, params = tasks_and_params(learner, source)
     keys = jax.random.split(jax.random.key(3), 3)
 
-    def answer(task, key):
-        posterior = learner.adapt(params, task.support, key)
-        return learner.predict(params, posterior, task.query.x, key).mean(), learner.loss(params, task, key)[0]
-
-    together = jax.jit(jax.vmap(answer))(tasks, keys)
-    alone = jax.jit(answer)
+    answer, loss = answer_of(learner), loss_of(learner)
+    together = (
+        jax.jit(jax.vmap(answer, (None, 0, 0, 0)))(params, tasks.support, tasks.query.x, keys),
+        jax.jit(jax.vmap(loss, (None, 0, 0)))(params, tasks, keys),
+    )
+    answer, loss = jax.jit(answer), jax.jit(jax.value_and_grad(loss))
     for i in range(3):
-        one = alone(jax.tree.map(lambda leaf, i=i: leaf[i], tasks), keys[i])
-        close(one, jax.tree.map(lambda leaf, i=i: leaf[i], together))
+        task, key = jax.tree.map(lambda leaf, i=i: leaf[i], tasks), keys[i]
+        alone = answer(params, task.support, task.query.x, key), loss(params, task, key)[0]
+        close(alone, jax.tree.map(lambda leaf, i=i: leaf[i], together))
 
 
 @pytest.mark.usefixtures("x64")
@@ -243,14 +265,9 @@ def test_a_small_budget_of_training_lowers_the_test_loss(name, make):
 def test_the_same_key_gives_the_same_bits(name):
     learner, source = problem(name)
     tasks, params = tasks_and_params(learner, source)
-    task = jax.tree.map(lambda leaf: leaf[0], tasks)
-    gradient = jax.jit(jax.grad(lambda p, k: learner.loss(p, task, k)[0]))
-    for a, b in zip(
-        jax.tree.leaves(gradient(params, jax.random.key(7))),
-        jax.tree.leaves(gradient(params, jax.random.key(7))),
-        strict=True,
-    ):
-        assert (a == b).all()
+    gradient = jax.jit(jax.value_and_grad(loss_of(learner)))
+    once, again = (gradient(params, first(tasks), jax.random.key(7)) for _ in range(2))
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), once, again))
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, tasks_and_params(learner, source)[1]))
 
 
@@ -261,15 +278,12 @@ def test_the_order_of_examples_does_not_matter(name):
     task, key = jax.tree.map(lambda leaf: leaf[0], tasks), jax.random.key(8)
     turn, back = (jax.random.permutation(k, task.support.y.shape[0]) for k in jax.random.split(key))
     shuffled = jax.tree.map(lambda leaf: leaf[turn], task.support)
-    query = task.query.x[back % task.query.x.shape[0]]
-
-    @jax.jit
-    def answer(support, x):
-        return learner.predict(params, learner.adapt(params, support, key), x, key).mean()
-
+    back = back[jnp.arange(task.query.y.shape[0]) % back.size] % task.query.y.shape[0]
+    answer = jax.jit(answer_of(learner))
+    plain = answer(params, task.support, task.query.x, key)
     if name not in ORDERED:
-        close(answer(shuffled, task.query.x), answer(task.support, task.query.x))
-    close(answer(task.support, query), answer(task.support, task.query.x)[back % task.query.x.shape[0]])
+        close(answer(params, shuffled, task.query.x, key), plain)
+    close(answer(params, task.support, task.query.x[back], key), plain[back])
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNERS if name not in READS_NAMES])
@@ -282,13 +296,9 @@ def test_renaming_the_classes_renames_the_answers(name):
         lambda path, leaf: jnp.zeros_like(leaf) if "'head'" in str(path) and _is_weight(path) else leaf, params
     )
     rename = jnp.array([2, 0, 1])
-
-    @jax.jit
-    def answer(support):
-        return learner.predict(params, learner.adapt(params, support, key), task.query.x, key).mean()
-
-    renamed = answer(task.support._replace(y=rename[task.support.y]))
-    close(renamed[:, rename], answer(task.support), 1e-4)
+    answer = jax.jit(answer_of(learner))
+    renamed = answer(params, task.support._replace(y=rename[task.support.y]), task.query.x, key)
+    close(renamed[:, rename], answer(params, task.support, task.query.x, key), 1e-4)
 
 
 def _is_weight(path):
@@ -306,10 +316,8 @@ def test_padding_changes_nothing(name):
     padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:2] + 1]), support)
     padded = padded._replace(weight=jnp.concatenate([jnp.ones(n), jnp.zeros(2)]))
     x = jax.tree.map(lambda leaf: leaf[0], tasks).query.x
-    plain, with_padding = (
-        learner.predict(params, learner.adapt(params, s, key), x, key).mean() for s in (support, padded)
-    )
-    close(with_padding, plain)
+    answer = jax.jit(answer_of(learner))
+    close(answer(params, padded, x, key), answer(params, support, x, key))
 
 
 OWNERS = [n for n in LEARNERS if "posterior" in option_names(LEARNERS[n]) and n != "nil"]
@@ -327,19 +335,23 @@ def test_every_gradient_learner_owns_a_posterior(name, rule):
     sampler, _ = regression(name, posterior=make(draws=64))
 
     @jax.jit
-    def variance(params, x):
-        return learner.predict(params, learner.adapt(params, task.support, key), x, key).variance() - 0.5
+    def answers(params, task):
+        posterior, course = learner.adapt(params, task.support, key), learner.path(params, task.support, key)
 
-    near = variance(params, task.support.x).mean()
-    far = variance(params, jnp.full((1, 1), 12.0)).mean()
+        def at(posterior, x):
+            return learner.predict(params, posterior, x, key)
+
+        near, far = (at(posterior, x).variance().mean() - 0.5 for x in (task.support.x, jnp.full((1, 1), 12.0)))
+        along = jax.vmap(lambda p: at(p, task.query.x).mean())(course)
+        drawn = sampler.predict(params, sampler.adapt(params, task.support, key), task.support.x, key).mean()
+        return near, far, along, at(posterior, task.query.x).mean(), drawn
+
+    near, far, along, end, drawn = answers(params, task)
     assert 0 < near < far
-    drawn = jax.jit(lambda: sampler.predict(params, sampler.adapt(params, task.support, key), task.support.x, key))()
-    assert jnp.isfinite(drawn.mean()).all()
-    # After no step nothing was learned: the course of posteriors has k + 1 entries and all predict.
-    course = learner.path(params, task.support, key)
-    means = jax.vmap(lambda p: learner.predict(params, p, task.query.x, key).mean())(course)
-    assert jnp.isfinite(means).all()
-    close(means[-1], learner.predict(params, learner.adapt(params, task.support, key), task.query.x, key).mean())
+    assert jnp.isfinite(drawn).all()
+    # The course of posteriors goes from before the first step to after the last, and all of them predict.
+    assert jnp.isfinite(along).all()
+    close(along[-1], end)
 
 
 @pytest.mark.parametrize("name", NO_DESCENT)
