@@ -10,7 +10,8 @@ test -x "$VENV/bin/python" || "$PYTHON" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip "$@"; }
 pip install --quiet --upgrade pip setuptools wheel
 pip install --quiet "torch==2.13.0"
-pip install --quiet numpy higher torchopt
+# torch is named again: laplace-torch would else bring the newest build of it.
+pip install --quiet "torch==2.13.0" numpy higher torchopt laplace-torch
 # learn2learn's source build needs Cython and an old setuptools, and fails on Python 3.11: say so and go on.
 if ! pip install --quiet learn2learn >"$VENV/learn2learn.log" 2>&1; then
   echo "learn2learn: does not build here; its last words (whole log: $VENV/learn2learn.log):"
@@ -18,7 +19,7 @@ if ! pip install --quiet learn2learn >"$VENV/learn2learn.log" 2>&1; then
 fi
 "$VENV/bin/python" - <<'PY'
 import importlib
-for name in ("torch", "higher", "torchopt", "learn2learn"):
+for name in ("torch", "higher", "torchopt", "laplace", "learn2learn"):
     try:
         module = importlib.import_module(name)
         print(f"{name}: {getattr(module, '__version__', 'installed')}")

@@ -15,6 +15,18 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+CLEARED_EVERY = 20
+_done = 0
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Compiled programs of tests gone by are rarely of use again, and gigabytes by the hundred."""
+    global _done
+    _done += 1
+    if _done % CLEARED_EVERY == 0:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Float64 for one test."""

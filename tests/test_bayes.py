@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from metaprior.inference.gaussian import DiagonalGaussian, around, cross_entropy, entropy, kl
+from metaprior.inference.gradient import descend
 from metaprior.inference.particles import stein_direction
-from metaprior.inference.variational import Variational, expected_nll, infer
+from metaprior.inference.variational import Variational, expected_nll, infer, natural_descent
 from metaprior.learners import gem_bml, make_learner, maml
 from metaprior.learners.amortized_bml import hyper_nll
 from metaprior.learners.gem_bml import gem_gradient, natural
@@ -45,6 +47,21 @@ def exact(prior, batch, noise):
 def close(a, b, tolerance):
     for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(u, v, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("stiff", [0.1, 10.0, 1e5])
+def test_natural_steps_reach_the_posterior_however_far_it_is_where_adam_does_not(stiff):
+    prior = gaussian([0.5, -1.0], [1.0, 0.3])
+
+    def energy(q):
+        # The expectation of stiff (phi - 2)^2 / 2 under q, in closed form.
+        return 0.5 * stiff * ((q.mean - 2) ** 2 + jnp.exp(2 * q.log_sd)).sum() + kl(q, prior)
+
+    precision = stiff + jnp.exp(-2 * prior.log_sd)
+    truth = gaussian((2 * stiff + prior.mean * jnp.exp(-2 * prior.log_sd)) / precision, precision**-0.5)
+    close(descend(energy, prior, natural_descent(1.0), 12).phi, truth, 1e-5)
+    assert kl(descend(energy, prior, optax.adam(0.01), 12).phi, truth) > 1e-4
 
 
 @pytest.mark.usefixtures("x64")

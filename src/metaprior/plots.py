@@ -19,7 +19,7 @@ LAYERS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)  # of many
 DPI = 160
 
 
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+def panels(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, **options))
     for ax in axes.ravel():
@@ -31,7 +31,7 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **opti
 
 def reliability_diagram(report: Report) -> Figure:
     """Accuracy against confidence, with binomial 95 % intervals, over the number of predictions in each bin."""
-    figure, (top, low) = _figure(4.6, 5.2, rows=2, sharex=True, height_ratios=(3, 1))
+    figure, (top, low) = panels(4.6, 5.2, rows=2, sharex=True, height_ratios=(3, 1))
     rows = [r for r in report.reliability if r["count"] > 0]
     count, confidence, accuracy = (np.array([r[k] for r in rows]) for k in ("count", "confidence", "accuracy"))
     half = 1.96 * np.sqrt(np.maximum(accuracy * (1 - accuracy), 1e-4) / count)
@@ -47,7 +47,7 @@ def reliability_diagram(report: Report) -> Figure:
 
 def pit_histogram(pit: Sequence[float]) -> Figure:
     """Density of the probability integral transform: flat where the predictive is calibrated."""
-    figure, (ax,) = _figure(4.6, 3.0)
+    figure, (ax,) = panels(4.6, 3.0)
     bins = len(pit)
     ax.bar((np.arange(bins) + 0.5) / bins, pit, width=0.9 / bins, color=BLUE)
     ax.axhline(1.0, color=GREY, linestyle="--", linewidth=1, label="calibrated")
@@ -59,7 +59,7 @@ def pit_histogram(pit: Sequence[float]) -> Figure:
 def adaptation_curve(report: Report) -> Figure:
     """Each figure of the per-step curve with its 95 % interval."""
     names = list(report.curve[0])
-    figure, axes = _figure(4.2 * len(names), 3.2, columns=len(names))
+    figure, axes = panels(4.2 * len(names), 3.2, columns=len(names))
     steps = np.arange(len(report.curve))
     for ax, name in zip(axes, names, strict=True):
         mean = np.array([row[name].mean for row in report.curve])
@@ -78,7 +78,7 @@ def training_curve(rows: Sequence[dict[str, float]]) -> Figure:
     names = [n for n in ("accuracy", "mse", "nll", "loss") if f"train/{n}" in rows[0] or f"validation/{n}" in rows[0]]
     # The loss of a likelihood learner is its nll: once is enough.
     names = names[:2] if len(names) > 1 else names
-    figure, axes = _figure(4.6 * len(names), 3.2, columns=len(names))
+    figure, axes = panels(4.6 * len(names), 3.2, columns=len(names))
     for ax, name in zip(axes, names, strict=True):
         for split, colour in (("train", GREY), ("validation", BLUE)):
             points = [(r["step"], r[f"{split}/{name}"]) for r in rows if f"{split}/{name}" in r]
@@ -96,7 +96,7 @@ def _bands(ax: Axes, x: np.ndarray, predictive: Any, colour: str) -> None:
     ax.plot(x, np.asarray(predictive.mean())[:, 0], color=colour, linewidth=1.6, label="mean")
 
 
-def _grid(task: Task) -> jax.Array:
+def inputs_over(task: Task) -> jax.Array:
     x = jnp.concatenate([task.support.x.reshape(-1), task.query.x.reshape(-1)])
     return jnp.linspace(x.min(), x.max(), 200)[:, None]
 
@@ -113,11 +113,11 @@ def regression_tasks(learner: Learner, params: PyTree, tasks: Task, key: PRNGKey
     """Mean and 50/95 % bands on [n, 1] inputs for each task of a stack: before adapting, after one step, at the end."""
     number = jax.tree.leaves(tasks.support.y)[0].shape[0]
     columns = 1 if learner.path is None else 3
-    figure, axes = _figure(3.9 * columns, 2.9 * number, columns, number, sharey="row", squeeze=False)
+    figure, axes = panels(3.9 * columns, 2.9 * number, columns, number, sharey="row", squeeze=False)
     axes = axes.reshape(number, columns)
     for j in range(number):
         task = jax.tree.map(lambda leaf, j=j: leaf[j], tasks)
-        x = _grid(task)
+        x = inputs_over(task)
         if learner.path is None:
             stages = {"adapted": learner.adapt(params, task.support, key)}
         else:
@@ -148,9 +148,9 @@ def prior_functions(
     learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyArray, show: int = 12
 ) -> Figure:
     """What the learned prior knows: the start of every task, and where the supports of `show` tasks lead it."""
-    figure, (ax,) = _figure(5.4, 3.4)
+    figure, (ax,) = panels(5.4, 3.4)
     first = jax.tree.map(lambda leaf: leaf[0], tasks)
-    x = _grid(first)
+    x = inputs_over(first)
 
     def mean(support: Any) -> jax.Array:
         return learner.predict(params, learner.adapt(params, support, key), x, key).mean()[:, 0]
@@ -172,7 +172,7 @@ def gate_values(forget: PyTree, input: PyTree) -> Figure:
     The median over a layer's parameters and the tasks, and the range of the middle 80 % (Ravi & Larochelle 2017,
     fig. 2). A forget gate below 1 is weight decay, an input gate is the rate at which the gradient is followed.
     """
-    figure, axes = _figure(9.2, 3.4, columns=2)
+    figure, axes = panels(9.2, 3.4, columns=2)
     for ax, title, values in zip(axes, ("forget gate", "input gate"), (forget, input), strict=True):
         for i, (name, layer) in enumerate(_by_layer(values).items()):
             low, middle, high = np.percentile(layer, (10, 50, 90), axis=1)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.gradient import count
@@ -53,23 +52,27 @@ def bandwidth(squared: Float[Array, "m m"]) -> Scalar:
     return jax.lax.stop_gradient(jnp.where(same, 1.0, middle / log(m)))
 
 
-def stein_direction(
-    particles: Float[Array, "m p"], gradients: Float[Array, "m p"], repulsion: float | Array = 1.0
-) -> Float[Array, "m p"]:
+def stein_direction(particles: PyTree, gradients: PyTree, repulsion: float | Array = 1.0) -> PyTree:
     """The ascent (1/m) sum_j k(j, i) grad_j log p + grad_j k(j, i), with k the RBF kernel of median bandwidth.
 
-    gradients: of log p at each particle. repulsion: the weight of the second term; 1/n where log p is a mean over n
-    examples. One particle follows its own gradient.
+    particles: m of them along the leading axis of each leaf. gradients: of log p at each. repulsion: the weight of the
+    second term; 1/n where log p is a mean over n examples. One particle follows its own gradient.
     """
-    m = particles.shape[0]
+    rows = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(particles)]
+    m = rows[0].shape[0]
     if m == 1:
         return gradients
-    norms = (particles**2).sum(-1)
-    squared = jnp.maximum(norms[:, None] + norms[None] - 2 * particles @ particles.T, 0)
+    norms = sum((row**2).sum(-1) for row in rows)
+    squared = jnp.maximum(norms[:, None] + norms[None] - 2 * sum(row @ row.T for row in rows), 0)
     h = bandwidth(squared)
-    kernel = jnp.exp(-squared / h)
-    apart = 2 / h * (kernel.sum(1, keepdims=True) * particles - kernel @ particles)
-    return (kernel @ gradients + repulsion * apart) / m
+    kernel, apart = jnp.exp(-squared / h), 2 * repulsion / h
+
+    def leaf(g: Array, phi: Array) -> Array:
+        # sum_j k_ij g_j + apart (phi_i - phi_j), with one product a leaf.
+        drawn = kernel @ (g - apart * phi).reshape(m, -1) + apart * kernel.sum(1, keepdims=True) * phi.reshape(m, -1)
+        return drawn.reshape(g.shape) / m
+
+    return jax.tree.map(leaf, gradients, particles)
 
 
 def stein(data: Batch) -> optax.GradientTransformation:
@@ -79,10 +82,9 @@ def stein(data: Batch) -> optax.GradientTransformation:
     """
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], params))[1]
-        flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])
-        along = -stein_direction(flat(params), -flat(updates), 1 / count(data))
+        downhill = jax.tree.map(jnp.negative, updates)
+        along = stein_direction(params, downhill, 1 / count(data))
         some = examples(data) > 0 if data.weight is None else data.weight.sum() > 0
-        return jax.vmap(unravel)(jnp.where(some, along, 0)), state
+        return jax.tree.map(lambda leaf: jnp.where(some, -leaf, 0), along), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)  # pyright: ignore[reportArgumentType]

@@ -29,7 +29,7 @@ class Variational:
     """How a task's Gaussian is fitted.
 
     steps, test_steps (None: as many): optimiser steps in training and on a new task. rate, optimizer: any of optax, or
-    "natural" (see `natural`).
+    "natural" (see `natural_descent`).
     samples: reparametrised draws a step. kl_weight: 1 is Bayes' rule, less trusts the data more. local: draw each
     linear map's outputs in place of its weights (Kingma, Salimans & Welling 2015), for networks with a `tap`: less
     noise, but noise that depends on the order of the examples. remat: backward memory grows with sqrt(steps).
@@ -51,19 +51,21 @@ class Variational:
 
     def transformation(self) -> Any:
         """The inner optimiser."""
-        return natural(self.rate) if self.optimizer == "natural" else make_optimizer(self.optimizer, self.rate)
+        return natural_descent(self.rate) if self.optimizer == "natural" else make_optimizer(self.optimizer, self.rate)
 
 
-def natural(rate: float) -> optax.GradientTransformation:
+def natural_descent(rate: float) -> optax.GradientTransformation:
     """Steps of a diagonal Gaussian along its natural gradient: precision first, then the mean over the new precision.
 
     On the mean loss of n examples, rate / n is the share of the way that the precision goes to its target in a step,
-    however far that is; the improved Bayesian learning rule keeps it positive (Lin, Schmidt & Khan 2020, eq. 8).
+    however far that is (Khan & Rue 2023, the Bayesian learning rule). Where it falls, the second-order term of Lin,
+    Schmidt & Khan 2020 keeps it positive.
     """
 
     def update(g: DiagonalGaussian, state: optax.EmptyState, q: DiagonalGaussian | None = None) -> tuple[Any, Any]:
         assert q is not None
-        log_sd = jax.tree.map(lambda g: -0.5 * jnp.log1p(rate * g + 0.5 * (rate * g) ** 2), g.log_sd)
+        # d loss / d log sd is the precision's relative distance from its target.
+        log_sd = jax.tree.map(lambda g: -0.5 * jnp.log1p(rate * g + 0.5 * jnp.minimum(rate * g, 0) ** 2), g.log_sd)
         mean = jax.tree.map(lambda g, s, ds: -rate * jnp.exp(2 * (s + ds)) * g, g.mean, q.log_sd, log_sd)
         return DiagonalGaussian(mean, log_sd), state
 

@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metaprior.plots import BLUE, GREEN, GREY, ORANGE, _figure, _grid
+from metaprior.plots import BLUE, GREEN, GREY, ORANGE, inputs_over, panels
 from metaprior.studies.active import Acquisition
 from metaprior.studies.novelty import Novelty
 from metaprior.tasks.explained import ExplainedTasks
@@ -28,7 +28,7 @@ def explanations(
     tasks = source.sample(key, show)
     flat = tasks.support.x.shape[-1] == 2
     side = 2.9 if flat else 2.5
-    figure, axes = _figure(
+    figure, axes = panels(
         3.1 * len(learners), side * show, len(learners), show, sharex="row", sharey="row", squeeze=False
     )
 
@@ -39,7 +39,7 @@ def explanations(
     for j, row in enumerate(axes):
         support = jax.tree.map(lambda leaf, j=j: leaf[j], tasks.support)
         task = Task(support, jax.tree.map(lambda leaf, j=j: leaf[j], tasks.query))
-        x = _square(task) if flat else _grid(task)
+        x = _square(task) if flat else inputs_over(task)
         truth = np.asarray(source.explanations(support, x), float)
         for ax, (name, (_, params)) in zip(row, learners.items(), strict=True):
             predictive = draw[name](params, support, x)
@@ -75,7 +75,7 @@ def _borders(ax: Axes, x: jax.Array, levels: np.ndarray, colours: list[str], **s
 
 def acquisitions(found: dict[str, Acquisition]) -> Figure:
     """Error over the number of points seen, chosen by variance and at random, one panel a learner."""
-    figure, axes = _figure(4.2 * len(found), 3.2, len(found), sharey=True)
+    figure, axes = panels(4.2 * len(found), 3.2, len(found), sharey=True)
     for ax, (name, result) in zip(axes, found.items(), strict=True):
         for label, curve, colour in (("at random", result.at_random, GREY), ("by variance", result.by_variance, BLUE)):
             mean, half = (np.array([getattr(f, part) for f in curve]) for part in ("mean", "interval"))
@@ -92,7 +92,7 @@ def novelty_bars(found: dict[str, Novelty]) -> Figure:
     rows = {
         f"{name}, {score}": kinds for name, result in found.items() for score, kinds in result.auroc.items()
     }  # fmt: skip
-    figure, (ax,) = _figure(6.4, 3.4)
+    figure, (ax,) = panels(6.4, 3.4)
     width = 0.8 / len(rows)
     for i, (label, kinds) in enumerate(rows.items()):
         at = np.arange(len(kinds)) + (i - (len(rows) - 1) / 2) * width
