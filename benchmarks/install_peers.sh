@@ -12,6 +12,8 @@ pip install --quiet --upgrade pip setuptools wheel
 pip install --quiet "torch==2.13.0"
 # torch is named again: laplace-torch would else bring the newest build of it.
 pip install --quiet "torch==2.13.0" numpy higher torchopt laplace-torch
+# laplace-torch asks for torchvision and works without; the one that comes is built for another torch and breaks imports.
+pip uninstall --quiet --yes torchvision
 # learn2learn's source build needs Cython and an old setuptools, and fails on Python 3.11: say so and go on.
 if ! pip install --quiet learn2learn >"$VENV/learn2learn.log" 2>&1; then
   echo "learn2learn: does not build here; its last words (whole log: $VENV/learn2learn.log):"
