@@ -138,12 +138,12 @@ def test_accuracy_is_told_by_how_often_a_class_was_seen():
 def test_a_report_shows_accuracy_by_instance_where_asked():
     learner, task = lstm(BARE, Categorical(), hidden=5, shuffle=False), Task(batch(6), batch(3, 2))
     params, source = start(learner, task.support), FixedTasks(jax.tree.map(lambda leaf: leaf[None], task))
-    report = evaluate(learner, params, source, KEY, tasks=2, metrics=("instance_2",))
+    report = evaluate(learner, params, source, KEY, tasks=1, metrics=("instance_2",))
     expected = learner.loss(params, task, KEY)[1]["instance_2"]
     np.testing.assert_allclose(report.figures["instance_2"].mean, expected, rtol=1e-6)
     assert "instance_1" not in report.figures
     with pytest.raises(ValueError, match="metrics: came instance_7, but on these tasks the loss has nll, accuracy"):
-        evaluate(learner, params, source, KEY, tasks=2, metrics=("instance_7",))
+        evaluate(learner, params, source, KEY, tasks=1, metrics=("instance_7",))
 
 
 def test_bad_input_is_named():
