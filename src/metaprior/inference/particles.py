@@ -62,8 +62,9 @@ def stein_direction(particles: PyTree, gradients: PyTree, repulsion: float | Arr
     m = rows[0].shape[0]
     if m == 1:
         return gradients
-    norms = sum((row**2).sum(-1) for row in rows)
-    squared = jnp.maximum(norms[:, None] + norms[None] - 2 * sum(row @ row.T for row in rows), 0)
+    products = jnp.asarray(sum(row @ row.T for row in rows))
+    norms = jnp.diagonal(products)
+    squared = jnp.maximum(norms[:, None] + norms[None] - 2 * products, 0)
     h = bandwidth(squared)
     kernel, apart = jnp.exp(-squared / h), 2 * repulsion / h
 
