@@ -34,6 +34,12 @@ def x64():
         yield
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Decoded data are cached in a folder of the test's own."""
+    monkeypatch.setenv("METAPRIOR_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder that METAPRIOR_DATA names; tests that need it are skipped where it is absent."""

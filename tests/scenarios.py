@@ -1,8 +1,12 @@
 """Shared problems, small enough to train in a second."""
 
+import csv
+
 import jax
 import jax.numpy as jnp
+import pytest
 
+from metaprior.cli import main
 from metaprior.learners import maml
 from metaprior.likelihoods import Gaussian
 from metaprior.networks import mlp
@@ -49,3 +53,17 @@ def answer(learner, params, support, x):
 def start(learner, support):
     """The learner's parameters before training."""
     return jax.jit(learner.init)(KEY, Task(support, support))
+
+
+def write_csv(path, rows, header=("text", "label")):
+    """A CSV file of these rows; its path."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def run_cli(*args, code=0):
+    """The command line, which must end with this code."""
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in args])
+    assert end.value.code == code

@@ -1,4 +1,4 @@
-"""Texts by class, missing words, the networks that read rows of words, and queries of no class."""
+"""Texts by class, the networks that read rows of words, and queries of no class."""
 
 import csv
 import dataclasses
@@ -12,17 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaprior.cli import main
 from metaprior.evaluation import evaluate
 from metaprior.learners import make_learner
 from metaprior.likelihoods import Categorical
 from metaprior.networks import bag, token_lstm
-from metaprior.recipe import build, load_recipe, with_overrides
 from metaprior.rejection import Scored, best_threshold, closeness, confidence, rejection, scored
 from metaprior.tasks import DataError, clinc150, cloze, read_texts, texts
 from metaprior.tasks.words import Hashing, read_text, sentences_of, words_of
 from metaprior.training import Training, fit
 from metaprior.types import Batch, Task
+from scenarios import run_cli, write_csv
 
 TOPICS = {
     "weather": ("rain", "snow", "storm"), "money": ("card", "loan", "bank"), "music": ("song", "drum", "band"),
@@ -36,20 +35,12 @@ def lines(topic, n=6):
     return [f"please tell me about the {w} number {i}" for i in range(n // 3) for w in TOPICS[topic]]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("METAPRIOR_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
 def rows():
     return [(text, topic) for topic in TOPICS for text in lines(topic)]
-
-
-def write_csv(path, rows, header=("text", "label")):
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
 
 
 # Reading
@@ -218,100 +209,6 @@ def test_files_that_are_not_there(tmp_path, monkeypatch):
         cloze(path=tmp_path / "none.txt")
 
 
-# Missing words
-
-NOUNS = [f"noun{i}" for i in range(12)]
-
-
-@pytest.fixture
-def story(tmp_path):
-    """600 sentences of five words; 'the' and 'sees' stand in all of them, a noun twice in some."""
-    rng = random.Random(0)
-    path = tmp_path / "story.txt"
-    path.write_text(" ".join(f"The {rng.choice(NOUNS)} sees {rng.choice(NOUNS)} now{i}." for i in range(600)))
-    return path
-
-
-def cloze_of(path, **options):
-    small = {"way": 2, "shot": 1, "query": 2, "least": 4, "reach": 3, "split": (0.5, 0.25, 0.25)}
-    return cloze(path=path, **small | options)
-
-
-def names_of(part):
-    """The words that a split leaves blank."""
-    return {list(part.encode.numbers)[int(part.words[p])] for p in np.asarray(part.places)}
-
-
-def test_words_and_sentences_of_a_cloze_test_are_not_seen_in_training(story):
-    splits = cloze_of(story)
-    words, sentences = ([f(part) for part in splits] for f in (names_of, sentences_used))
-    for k, other in ((0, 1), (0, 2), (1, 2)):
-        assert not words[k] & words[other]
-        assert not sentences[k] & sentences[other]
-    held_out = words[1] | words[2]
-    assert all(splits.train.encode.numbers[word] == 2 for word in held_out)
-    assert all(splits.train.encode.numbers[word] > 2 for word in words[0])
-    open_ = cloze_of(story, hide=False).train.encode.numbers
-    assert all(open_[word] > 2 for word in held_out)
-
-
-def sentences_used(part):
-    return set(np.asarray(part.sentences[part.places]).tolist())
-
-
-def test_a_cloze_example_is_its_sentence_with_the_word_blank_wherever_it_stands(story):
-    train = cloze_of(story, hide=False).train
-    written = [words_of(s) for s in story.read_text().split(".") if s.strip()]
-    number = train.encode.numbers
-    order = list(number)
-    task = jax.device_get(train.sample(jax.random.key(3), 30))
-    places = np.asarray(train.places)
-    windows = np.asarray(jax.vmap(train._window)(places)).tolist()
-    marked = [(int(train.sentences[p]), order[int(train.words[p])]) for p in places]
-    rows = dict(zip(map(tuple, windows), marked, strict=True))
-    for row in task.support.x.reshape(-1, 7).tolist():
-        sentence, word = rows[tuple(row)]
-        middle = written[sentence].index(word)
-        expected = [1 if w == word else number[w] for w in written[sentence]]
-        inside = [expected[i] if 0 <= i < 5 else 0 for i in range(middle - 3, middle + 4)]
-        assert row == inside
-        # A user's sentence is encoded alike.
-        shown = " ".join(["___" if i == middle else w for i, w in enumerate(written[sentence])])
-        if written[sentence].count(word) == 1:
-            assert train.encode([shown])[0].tolist() == row
-
-
-def test_a_query_whose_sentence_is_in_the_support_does_not_count(story):
-    part = cloze_of(story, train_way=5, query=4, reach=5, hide=False).train
-    task = jax.device_get(part.sample(jax.random.key(0), 40))
-    # The last word of a sentence is its own and stands in each of its rows.
-    own = {n for word, n in part.encode.numbers.items() if word.startswith("now")}
-    asked, seen = (np.where(np.isin(batch.x, list(own)), batch.x, 0).max(-1) for batch in (task.query, task.support))
-    repeated = (asked[:, :, None] == seen[:, None]).any(-1)
-    np.testing.assert_array_equal(task.query.weight, 1.0 - repeated)
-    assert 0 < repeated.mean() < 0.5
-
-
-@pytest.mark.parametrize(
-    ("text", "options", "message"),
-    [
-        ("The cat sat on the mat. A dog ran far away today.", {}, "too few repeated words: 0 of the text"),
-        (" ".join(f"One two three w{i}." for i in range(90)), {}, "too few repeated words: . of the"),
-        ("Hm. No. Yes!", {}, "no sentence of 4 words"),
-    ],
-)
-def test_a_text_with_too_few_repeated_words(text, options, message, tmp_path):
-    (tmp_path / "short.txt").write_text(text)
-    with pytest.raises(DataError, match=message):
-        cloze_of(tmp_path / "short.txt", **options)
-
-
-def test_a_users_sentence_needs_one_blank(story):
-    encode = cloze_of(story).test.encode
-    with pytest.raises(DataError, match="row 1, with 0 blanks"):
-        encode(["a ___ b", "a b"])
-
-
 # Networks
 
 NETS = {
@@ -441,18 +338,12 @@ def test_training_learns_which_words_matter(tmp_path):
     assert end.figures["accuracy"].mean > 0.95
 
 
-def run(*args, code=0):
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in args])
-    assert end.value.code == code
-
-
 @pytest.mark.data
 def test_intents_from_the_command_line(data_dir, tmp_path, capsys):
     folder = tmp_path / "run"
     small = ("network.width=128", "training.rate=1e-2", "training.chunk=20", "training.validation_tasks=20")
-    run("train", "intents-5way-1shot", "--out", folder, "--steps", 60, "--set", *small)
-    run("evaluate", folder, "--tasks", 40)
+    run_cli("train", "intents-5way-1shot", "--out", folder, "--steps", 60, "--set", *small)
+    run_cli("evaluate", folder, "--tasks", 40)
     report = json.loads((folder / "report-own.json").read_text())
     assert report["figures"]["accuracy"]["mean"] > 0.65
     assert set(report["rejection"]) == {"confidence", "closeness"}
@@ -460,39 +351,9 @@ def test_intents_from_the_command_line(data_dir, tmp_path, capsys):
     support = write_csv(tmp_path / "support.csv", [("what is my balance", "balance"), ("play a song", "music")])
     (tmp_path / "query.txt").write_text("tell me my balance please\nplay another song\n")
     capsys.readouterr()
-    run("adapt", folder, "--support", support, "--query", tmp_path / "query.txt", "--out", tmp_path / "out.csv")
+    run_cli("adapt", folder, "--support", support, "--query", tmp_path / "query.txt", "--out", tmp_path / "out.csv")
     assert "2 support examples, 2 predictions" in capsys.readouterr().out
     assert [row["prediction"] for row in csv.DictReader((tmp_path / "out.csv").open())] == ["balance", "music"]
     wrong = write_csv(tmp_path / "wrong.csv", [("what is my balance", "balance")], ("words", "label"))
-    run("adapt", folder, "--support", wrong, "--query", tmp_path / "query.txt", code=2)
+    run_cli("adapt", folder, "--support", wrong, "--query", tmp_path / "query.txt", code=2)
     assert "'words', 'label'" in capsys.readouterr().err
-
-
-@pytest.mark.data
-@pytest.mark.parametrize("learner", ["matching", "protonet"])
-def test_war_and_peace_makes_tasks_for_either_learner(learner, data_dir):
-    recipe = with_overrides(load_recipe("war-and-peace-5way-1shot"), learner)
-    experiment = build(recipe)
-    task = jax.tree.map(lambda leaf: leaf[0], experiment.splits.test.sample(jax.random.key(0), 1))
-    assert task.support.x.shape == (5, 21)
-    assert len(names_of(experiment.splits.test)) > 50
-    params = experiment.learner.init(jax.random.key(0), task)
-    assert np.isfinite(experiment.learner.loss(params, task, jax.random.key(0))[0])
-
-
-def test_own_text_from_the_command_line(story, tmp_path, capsys):
-    folder = tmp_path / "run"
-    small = (f"tasks.path={story}", "tasks.way=2", "tasks.query=2", "tasks.test_query=2", "tasks.least=4",
-             "tasks.split=[0.5, 0.25, 0.25]", "training.chunk=5", "training.meta_batch=4",
-             "training.validation_tasks=5")  # fmt: skip
-    run("train", "war-and-peace-5way-1shot", "--out", folder, "--steps", 5, "--set", *small)
-    support = write_csv(tmp_path / "support.csv", [("The ___ sees noun1 now3", "A"), ("The noun2 sees ___ now4", "B")])
-    query = write_csv(tmp_path / "query.csv", [("The noun3 sees ___ now9",)], ("text",))
-    run("adapt", folder, "--support", support, "--query", query, "--out", tmp_path / "out.csv")
-    row = next(csv.DictReader((tmp_path / "out.csv").open()))
-    assert float(row["p(A)"]) + float(row["p(B)"]) == pytest.approx(1, abs=1e-3)
-    (tmp_path / "tiny.txt").write_text("The cat sat on the mat. The dog ran away from it.")
-    capsys.readouterr()
-    run("train", "war-and-peace-5way-1shot", "--out", tmp_path / "b", "--set", f"tasks.path={tmp_path / 'tiny.txt'}",
-        code=2)  # fmt: skip
-    assert "too few repeated words" in capsys.readouterr().err
