@@ -14,15 +14,9 @@ from PIL import Image, ImageDraw
 
 from metaprior.cli import main
 from metaprior.recipe import load_recipe, recipe_names, with_overrides
+from scenarios import run_cli
 
 SMALL = ["training.chunk=20", "training.meta_batch=4", "training.validate_every=20", "training.validation_tasks=8"]
-
-
-def run(*args, code=0):
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in args])
-    assert exit_.value.code == code
-    return exit_
 
 
 @pytest.fixture(autouse=True)
@@ -45,24 +39,24 @@ def sinusoid_run(tmp_path_factory):
 def test_train_evaluate_plot(sinusoid_run, capsys):
     assert {"recipe.json", "metrics.jsonl", "checkpoints", "tensorboard"} <= {p.name for p in sinusoid_run.iterdir()}
     assert json.loads((sinusoid_run / "recipe.json").read_text())["training"]["steps"] == 60
-    run("evaluate", sinusoid_run, "--tasks", 10, "--steps", 3)
+    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--steps", 3)
     out = capsys.readouterr().out
     assert "MSE" in out
     assert "after each inner step" in out
-    run("evaluate", sinusoid_run, "--tasks", 10, "--posterior", "implicit", "--calibrated")
+    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--posterior", "implicit", "--calibrated")
     assert "temperature" in capsys.readouterr().out
     report = json.loads((sinusoid_run / "report-implicit-calibrated.json").read_text())
     assert report["tasks"] == 10
     assert report["settings"]["fitted"]["temperature"] > 0
-    run("plot", sinusoid_run)
+    run_cli("plot", sinusoid_run)
     pictures = {p.name for p in (sinusoid_run / "plots").iterdir()}
     assert {"training.png", "tasks.png", "report-own-pit.png", "report-own-adaptation.png"} <= pictures
 
 
 def test_learned_gates_are_drawn(tmp_path):
     folder = tmp_path / "run"
-    run("train", "sinusoid", "--learner", "meta_lstm", "--steps", 20, "--out", folder, "--set", *SMALL)
-    run("plot", folder)
+    run_cli("train", "sinusoid", "--learner", "meta_lstm", "--steps", 20, "--out", folder, "--set", *SMALL)
+    run_cli("plot", folder)
     assert {"training.png", "tasks.png", "gates.png"} <= {p.name for p in (folder / "plots").iterdir()}
 
 
@@ -71,8 +65,8 @@ def test_adapt_from_csv(sinusoid_run, tmp_path, capsys):
     (tmp_path / "support.csv").write_text("x,y\n" + "".join(f"{a},{np.sin(a)}\n" for a in x))
     (tmp_path / "query.csv").write_text("x\n0.5\n1.5\n")
     out = tmp_path / "predictions.csv"
-    run("adapt", sinusoid_run, "--support", tmp_path / "support.csv", "--query", tmp_path / "query.csv", "--posterior",
-        "implicit", "--out", out)  # fmt: skip
+    files = ("--support", tmp_path / "support.csv", "--query", tmp_path / "query.csv", "--out", out)
+    run_cli("adapt", sinusoid_run, *files, "--posterior", "implicit")
     assert "6 support examples" in capsys.readouterr().out
     rows = list(csv.DictReader(out.open()))
     assert len(rows) == 2
@@ -81,10 +75,10 @@ def test_adapt_from_csv(sinusoid_run, tmp_path, capsys):
 
 def test_resume_goes_on_and_an_existing_run_is_kept(sinusoid_run, tmp_path, capsys):
     folder = tmp_path / "run"
-    run("train", "sinusoid", "--steps", 20, "--out", folder, "--set", *SMALL)
-    run("train", "sinusoid", "--out", folder, code=2)
+    run_cli("train", "sinusoid", "--steps", 20, "--out", folder, "--set", *SMALL)
+    run_cli("train", "sinusoid", "--out", folder, code=2)
     assert "--resume" in capsys.readouterr().err
-    run("train", "sinusoid", "--out", folder, "--resume", "--steps", 60)
+    run_cli("train", "sinusoid", "--out", folder, "--resume", "--steps", 60)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [20, 40, 60]
     whole = [json.loads(line) for line in (sinusoid_run / "metrics.jsonl").read_text().splitlines()]
@@ -106,7 +100,7 @@ def test_ctrl_c_saves_and_exits(tmp_path):
 
 
 def test_list_names_everything(capsys):
-    run("list")
+    run_cli("list")
     out = capsys.readouterr().out
     for name in ("maml", "llama", "omniglot-5way-1shot", "sleepstudy", "conv4", "implicit"):
         assert name in out
@@ -128,13 +122,13 @@ def test_list_names_everything(capsys):
 )
 def test_mistakes_are_answered_in_a_sentence(args, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(*args, code=2)
+    run_cli(*args, code=2)
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
 def test_a_diverging_run_says_what_to_do(tmp_path, capsys):
-    run("train", "sinusoid", "--steps", 40, "--out", tmp_path / "run", "--set", *SMALL, "learner.rate=1e12",
+    run_cli("train", "sinusoid", "--steps", 40, "--out", tmp_path / "run", "--set", *SMALL, "learner.rate=1e12",
         "training.clip_norm=1e30", code=1)  # fmt: skip
     err = capsys.readouterr().err.replace("\n", " ")
     assert "non-finite" in err
@@ -159,10 +153,10 @@ def test_recipes_are_well_formed(name):
 def test_omniglot_from_training_to_new_characters(data_dir, tmp_path, capsys):
     folder = tmp_path / "omniglot"
     small = [*SMALL, "network.filters=8", "training.chunk=10", "tasks.test_query=3"]
-    run("train", "omniglot-5way-1shot", "--steps", 10, "--out", folder, "--set", *small)
-    run("evaluate", folder, "--tasks", 4)
+    run_cli("train", "omniglot-5way-1shot", "--steps", 10, "--out", folder, "--set", *small)
+    run_cli("evaluate", folder, "--tasks", 4)
     assert "ECE" in capsys.readouterr().out
-    run("evaluate", folder, "--tasks", 2, "--posterior", "laplace", "--draws", 2)
+    run_cli("evaluate", folder, "--tasks", 2, "--posterior", "laplace", "--draws", 2)
     # A user's own drawings: dark ink on white paper, one folder a class.
     shapes = {
         "cross": [(0, 0, 60, 60), (60, 0, 0, 60)],
@@ -178,7 +172,7 @@ def test_omniglot_from_training_to_new_characters(data_dir, tmp_path, capsys):
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target)
     out = tmp_path / "answers.csv"
-    run("adapt", folder, "--support", tmp_path / "support", "--query", tmp_path / "query", "--out", out)
+    run_cli("adapt", folder, "--support", tmp_path / "support", "--query", tmp_path / "query", "--out", out)
     rows = list(csv.DictReader(out.open()))
     assert {row["prediction"] for row in rows} <= set(shapes)
     for row in rows:

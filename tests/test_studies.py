@@ -11,7 +11,6 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from metaprior.calibration import auroc
-from metaprior.cli import main
 from metaprior.likelihoods import Categories, Counts, Normals
 from metaprior.recipe import Recipe, as_dict, build, load_recipe, with_overrides
 from metaprior.runs import Run
@@ -24,6 +23,7 @@ from metaprior.tasks import class_pool, linear, sinusoid, two_circles, wave_or_l
 from metaprior.tasks.explained import ExplainedTasks
 from metaprior.training import init_state
 from metaprior.types import Learner
+from scenarios import run_cli
 
 KEY = jax.random.key(0)
 
@@ -360,12 +360,6 @@ def test_novelty_refuses(pool):
 
 # -- the command line --------------------------------------------------------------------------------------------------
 
-def run(*args, code=0):
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in args])
-    assert exit_.value.code == code
-
-
 @pytest.fixture(autouse=True)
 def _keep_the_test_cache(monkeypatch):
     """The command line would point the compilation cache at the user's."""
@@ -385,7 +379,7 @@ def test_study_ambiguity_and_active(tmp_path, capsys):
     ambiguous_run, twin = untrained(tmp_path / "ambiguous", recipe), tmp_path / "twin"
     shutil.copytree(ambiguous_run, twin)
     out = tmp_path / "out"
-    run("study", "ambiguity", ambiguous_run, twin, "--out", out, "--tasks", 8)
+    run_cli("study", "ambiguity", ambiguous_run, twin, "--out", out, "--tasks", 8)
     assert "the truth" in capsys.readouterr().out
     found = json.loads((out / "ambiguity.json").read_text())
     assert list(found) == ["the truth", "ambiguous", "twin"]
@@ -393,7 +387,7 @@ def test_study_ambiguity_and_active(tmp_path, capsys):
     assert found["the truth"]["covered"] == {"mean": 1.0, "interval": 0.0}
     assert (out / "ambiguity.png").stat().st_size > 10_000
     small = ("--tasks", 4, "--pool", 10, "--points", 2)
-    run("study", "active", ambiguous_run, "--out", out, *small, "--posterior", "implicit")
+    run_cli("study", "active", ambiguous_run, "--out", out, *small, "--posterior", "implicit")
     assert "by variance" in capsys.readouterr().out
     found = json.loads((out / "active.json").read_text())["maml"]
     assert found["seen"] == [2, 3, 4]
@@ -413,14 +407,14 @@ def test_study_novelty(tmp_path, capsys):
         likelihood={"name": "categorical"},
     )
     folder = untrained(tmp_path / "run", recipe)
-    run("study", "novelty", folder, "--out", tmp_path / "out", "--tasks", 6)
+    run_cli("study", "novelty", folder, "--out", tmp_path / "out", "--tasks", 6)
     assert "AUROC" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "novelty.json").read_text())["protonet"]
     assert set(found["auroc"]["entropy"]) == set(KINDS)
     assert 0 <= found["auroc"]["entropy"]["noise"]["mean"] <= 1
     assert (tmp_path / "out" / "novelty.png").exists()
-    run("study", "ambiguity", folder, "--out", tmp_path / "none", code=2)
+    run_cli("study", "ambiguity", folder, "--out", tmp_path / "none", code=2)
     assert "explanations are not known" in capsys.readouterr().err.replace("\n", " ")
-    run("study", "active", "--out", tmp_path / "none", code=2)
+    run_cli("study", "active", "--out", tmp_path / "none", code=2)
     assert "at least one run" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
