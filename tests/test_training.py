@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metaprior.evaluation import evaluate
 from metaprior.training import (
     NonFiniteLoss,
     Training,
@@ -20,7 +21,7 @@ from metaprior.training import (
     meta_gradient,
     outer_optimizer,
     run_chunk,
-    task_sharding,
+    step_mesh,
 )
 from scenarios import TINY, tiny_learner, tiny_splits
 
@@ -61,37 +62,45 @@ def test_accumulated_gradients_are_the_gradients_and_need_less_memory():
     assert temporary[1] < 0.5 * temporary[0]
 
 
-SHARDED = """
+SHARED_OUT = """
 import jax, numpy as np, sys
+from dataclasses import replace
+from metaprior.runtime import configure
+configure(devices=2)
+from metaprior.evaluation import evaluate
+from metaprior.training import fit, init_state, run_chunk, step_mesh
 from scenarios import TINY, tiny_learner, tiny_splits
-from metaprior.training import fit, init_state, run_chunk, task_sharding
-assert len(jax.devices()) == 2
-learner, splits = tiny_learner(), tiny_splits()
-print("DEVICES", len(task_sharding(TINY).device_set))
-state = init_state(learner, splits.train, TINY)
-text = run_chunk(learner, TINY).lower(state, splits.train, 4).compile().as_text()
+learner, splits, training = tiny_learner(), tiny_splits(), replace(TINY, task_chunk=1)
+print("DEVICES", step_mesh(training).size)
+state = init_state(learner, splits.train, training)
+text = run_chunk(learner, training).lower(state, splits.train, 4).compile().as_text()
 print("REDUCED", "all-reduce" in text)
-after = fit(learner, splits, TINY).params
-np.savez(sys.argv[1], *jax.tree.leaves(after))
+fitted = fit(learner, splits, training)
+rows = [row["validation/nll"] for row in fitted.history]
+report = evaluate(learner, fitted.params, splits.test, jax.random.key(5), tasks=6)
+np.savez(sys.argv[1], rows, [report.figures["mse"].mean, report.figures["nll"].mean], *jax.tree.leaves(fitted.params))
+try:
+    step_mesh(replace(training, meta_batch=3))
+except ValueError as error:
+    print(error)
 """
 
 
 def test_two_devices_share_the_tasks_and_agree_with_one(tmp_path):
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": os.path.dirname(__file__),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(tmp_path / "two.npz")], env=env, capture_output=True, text=True, check=False
-    )
+    env = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    code = [sys.executable, "-c", SHARED_OUT, str(tmp_path / "two.npz")]
+    done = subprocess.run(code, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "DEVICES 2" in done.stdout
-    assert "REDUCED True" in done.stdout  # gradients are summed over devices, so the tasks were spread over them
-    one = jax.tree.leaves(fit(tiny_learner(), tiny_splits(), TINY).params)
-    two = np.load(tmp_path / "two.npz")
-    for a, b in zip(one, two.values(), strict=True):
+    assert "REDUCED True" in done.stdout  # gradients are averaged over devices, so the tasks were spread over them
+    assert "needs a multiple of 2, or fewer devices" in done.stdout
+    fitted = fit(tiny_learner(), tiny_splits(), TINY)
+    report = evaluate(tiny_learner(), fitted.params, tiny_splits().test, jax.random.key(5), tasks=6)
+    rows = [row["validation/nll"] for row in fitted.history]
+    one = rows, [report.figures["mse"].mean, report.figures["nll"].mean], *jax.tree.leaves(fitted.params)
+    for a, b in zip(one, np.load(tmp_path / "two.npz").values(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    assert task_sharding(TINY) is None
+    assert step_mesh(TINY) is None
 
 
 def test_a_non_finite_loss_names_the_step_and_keeps_the_last_good_state():

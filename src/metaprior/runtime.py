@@ -12,8 +12,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("METAPRIOR_CACHE") or platformdirs.user_cache_dir("metaprior"))
 
 
-def configure(*, float64: bool = False, cache: bool = True) -> None:
-    """Turn on the persistent compilation cache (JAX_COMPILATION_CACHE_DIR wins) and, on request, float64."""
+def configure(*, float64: bool = False, cache: bool = True, devices: int = 1) -> None:
+    """Turn on the persistent compilation cache (JAX_COMPILATION_CACHE_DIR wins) and, on request, float64.
+
+    devices: into how many a machine without an accelerator divides its cores, before jax is first used.
+    """
+    if devices < 1:
+        raise ValueError(f"devices: came {devices}, needs at least 1")
+    if devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_enable_x64", float64)
     if cache:
         if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

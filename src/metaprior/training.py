@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from metaprior.devices import mean_over_tasks, task_mesh
 from metaprior.types import Learner, Splits, Task, TaskSource
 
 BLOCK_BYTES = 2**23  # of tasks drawn ahead: what stays in a processor's cache
@@ -151,18 +152,15 @@ def meta_gradient(
     return metrics, gradient
 
 
-def task_sharding(training: Training) -> NamedSharding | None:
-    """Tasks spread over all devices; None where there is but one."""
-    devices = jax.devices()
-    if len(devices) == 1:
-        return None
-    at_once = training.task_chunk or training.meta_batch
-    if at_once % len(devices):
+def step_mesh(training: Training) -> Mesh | None:
+    """The devices that share a meta-step's tasks; None where there is but one."""
+    mesh = task_mesh(training.meta_batch, at_once := training.task_chunk or 1)
+    if mesh is None and (n := jax.device_count()) > 1:
         raise ValueError(
-            f"training.meta_batch (or task_chunk): came {at_once} tasks at once for {len(devices)} devices; needs a "
-            "multiple of the number of devices"
+            f"training.meta_batch: came {training.meta_batch} tasks for {n} devices, {at_once} (task_chunk) at once "
+            f"on each; needs a multiple of {n * at_once}, or fewer devices (--devices)"
         )
-    return NamedSharding(Mesh(np.array(devices), ("tasks",)), PartitionSpec("tasks"))
+    return mesh
 
 
 def draw_tasks(training: Training) -> Callable[[Int[Array, ""], TaskSource], tuple[Task, PRNGKeyArray]]:
@@ -177,11 +175,15 @@ def draw_tasks(training: Training) -> Callable[[Int[Array, ""], TaskSource], tup
 
 def meta_step(learner: Learner, training: Training) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """One outer step as a pure function (state, (tasks, keys)): mean meta-gradient, optimiser update."""
-    optimizer, sharding = outer_optimizer(training), task_sharding(training)
+    optimizer = outer_optimizer(training)
+
+    def own_mean(params: PyTree, drawn: tuple[Task, PRNGKeyArray]) -> tuple[dict[str, Array], PyTree]:
+        return meta_gradient(learner, params, *drawn, training.task_chunk)
+
+    mean = mean_over_tasks(own_mean, step_mesh(training))
 
     def step(state: TrainState, drawn: tuple[Task, PRNGKeyArray]) -> tuple[TrainState, dict[str, Array]]:
-        tasks, keys = drawn if sharding is None else jax.lax.with_sharding_constraint(drawn, sharding)
-        metrics, gradient = meta_gradient(learner, state.params, tasks, keys, training.task_chunk)
+        metrics, gradient = mean(state.params, drawn)
         update, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradient))
         return TrainState(optax.apply_updates(state.params, update), opt_state, state.step + 1), metrics
@@ -218,8 +220,9 @@ def block_length(tasks: Task, steps: int) -> int:
 def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSource], dict[str, Array]]:
     """Compiled (params, source) -> mean query nll (and accuracy) of adapted posteriors on always the same tasks."""
 
-    @jax.jit
-    def validate(params: PyTree, source: TaskSource) -> dict[str, Array]:
+    def own_mean(shared: tuple[PyTree, TaskSource], keys: PRNGKeyArray) -> dict[str, Array]:
+        params, source = shared
+
         def one(key: PRNGKeyArray) -> dict[str, Array]:
             key_task, key = jax.random.split(key)
             task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
@@ -238,8 +241,14 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
                 figures["mse"] = mean(((centre - y) ** 2).reshape(y.shape[0], -1).mean(-1))
             return figures
 
-        keys = jax.random.split(jax.random.key(training.seed + 1), training.validation_tasks)
         return jax.tree.map(jnp.mean, jax.lax.map(one, keys, batch_size=training.task_chunk or 25))
+
+    mean = mean_over_tasks(own_mean, task_mesh(training.validation_tasks))
+
+    @jax.jit
+    def validate(params: PyTree, source: TaskSource) -> dict[str, Array]:
+        keys = jax.random.split(jax.random.key(training.seed + 1), training.validation_tasks)
+        return mean((params, source), keys)
 
     return validate
 

@@ -73,6 +73,7 @@ def evaluate(
     tasks: int | None = None,
     split: Literal["validation", "test", "one_shot"] = "test",
     seed: int | None = None,
+    devices: int = 1,
     set: tuple[str, ...] = (),
 ) -> int:
     """Judge a run on new tasks: a table, a JSON file and pictures in its folder.
@@ -88,9 +89,11 @@ def evaluate(
         tasks: how many (default: the recipe's, usually 600).
         split: the tasks' split; one_shot is Omniglot's official 20 runs of 20 ways, 1 shot.
         seed: of the tasks.
+        devices: into how many the cores are divided, each judging its own share of the tasks.
         set: options of the tasks or the learner by name, e.g. --set tasks.shot=5; evaluation.metrics names
             figures of the learner's loss to report besides.
     """
+    configure(devices=devices)
     options: dict[str, Any] = {}
     if posterior is not None:
         options["posterior"] = posterior

@@ -31,6 +31,7 @@ def train(
     steps: int | None = None,
     seed: int | None = None,
     resume: bool = False,
+    devices: int = 1,
     set: tuple[str, ...] = (),
 ) -> int:
     """Meta-train a recipe (a built-in name or a TOML file) into a run folder.
@@ -42,6 +43,8 @@ def train(
         steps: meta-steps, in place of the recipe's.
         seed: of everything random.
         resume: go on with the run in the folder, as if it had never stopped.
+        devices: into how many the cores are divided, each running through its own share of the tasks: on two cores 2
+            trains Omniglot's small episodes nearly twice as fast. Accelerators are all used as they are.
         set: options by name, e.g. --set training.rate=3e-4 learner.rate=0.1 tasks.shot=5
     """
     if not recipe.endswith(".toml"):
@@ -56,7 +59,7 @@ def train(
         # What the run was started with holds; only how long it goes on may be said anew.
         chosen = with_overrides(recipe_from_dict(kept.recipe), None, overrides)
     training = training_of(chosen)
-    configure(float64=training.float64)
+    configure(float64=training.float64, devices=devices)
     experiment = build(chosen)
     run = Run.create(folder, as_dict(chosen)) if kept is None else kept
     console = Console()
