@@ -9,11 +9,10 @@ import pytest
 
 from metaprior.learners import zero_shot
 from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.tasks import DataError, DescribedTasks, class_pool, omniglot_strokes
-from metaprior.tasks.distort import Distorted
+from metaprior.tasks import DataError, DescribedTasks, augmented, class_pool, omniglot_strokes
 from metaprior.tasks.pool import rotate
 from metaprior.tasks.strokes import ATTRIBUTES, describe, load_attributes, read_strokes, turned
-from metaprior.types import Attributes, Batch, Model, Task
+from metaprior.types import Attributes, Batch, Model, Splits, Task
 
 KEY = jax.random.key(0)
 BARE = Model(lambda key, x: {}, lambda params, x: x)
@@ -93,7 +92,7 @@ def test_a_class_s_row_belongs_to_its_pictures():
         label = int(task.query.y[t, q])
         grey, turn = task.support.x.values[t, np.argmax(task.support.y[t] == label)]
         assert task.query.x[t, q, *corners[int(turn)], 0] == pytest.approx(grey / 255)
-    kept = jax.eval_shape(lambda: Distorted(source).sample(KEY, 2))
+    kept = jax.eval_shape(lambda: augmented(Splits(source, source, source), warp=True).train.sample(KEY, 2))
     assert kept.support.x.values.shape == (2, 4, 2)
 
 

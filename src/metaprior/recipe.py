@@ -174,7 +174,7 @@ def build(
 
 
 def task_sources(table: dict[str, Any]) -> Splits:
-    """The sources of a [tasks] table: the named one, inside what its `distort`, `labelled` and `unlabelled` ask for."""
+    """The sources of a [tasks] table: the named one, inside what its `labelled` and `unlabelled` ask for."""
     outer = {name: value for name, value in table.items() if name in option_names(around)}
     inner: Splits = component("tasks", {k: v for k, v in table.items() if k not in outer}, SOURCES)
     return around(inner, **outer)

@@ -75,7 +75,7 @@ def siamese(
     """Meta-learn to verify whether two examples are of one class; a query gets the class it is likeliest the same as.
 
     The model's features are a twin's output. The loss's metric `verification` is the accuracy of pairs, `same` and
-    `different` counting one half each. Distortions are the task source's (`tasks.distorted`, `tasks.distort = true`).
+    `different` counting one half each. Distortions are the task source's (`augmentation.warp = true`).
     way, transductive: as in `protonet`; support and query are embedded as one batch in training.
     """
     check_classification("siamese", likelihood, way)

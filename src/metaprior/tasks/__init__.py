@@ -7,7 +7,6 @@ from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
 from metaprior.tasks.augment import Augmented, augmented
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.cloze import ClozePool, cloze
-from metaprior.tasks.distort import Distorted, affine, distorted
 from metaprior.tasks.explained import two_circles, wave_or_line
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.hidden import HiddenLabels, ask_for, hide_labels
@@ -56,9 +55,8 @@ SOURCES: dict[str, Callable[..., Splits]] = {
 DESCRIBED_SOURCES = ("omniglot_strokes",)
 
 
-def around(splits: Splits, *, distort: bool = False, labelled: float = 1.0, unlabelled: str = "shown") -> Splits:
-    """What any source of images by class may be wrapped in: see `distorted` and `hide_labels`."""
-    splits = distorted(splits) if distort else splits
+def around(splits: Splits, *, labelled: float = 1.0, unlabelled: str = "shown") -> Splits:
+    """What any source of classes may be wrapped in: see `hide_labels`."""
     return splits if (labelled, unlabelled) == (1, "shown") else hide_labels(splits, labelled, unlabelled)
 
 
@@ -71,14 +69,12 @@ __all__ = [
     "ClozePool",
     "DataError",
     "DescribedTasks",
-    "Distorted",
     "Examples",
     "FixedTasks",
     "HiddenLabels",
     "Scaling",
     "TextPool",
     "Texts",
-    "affine",
     "ambiguous",
     "around",
     "array_tasks",
@@ -91,7 +87,6 @@ __all__ = [
     "clinc150",
     "cloze",
     "digits",
-    "distorted",
     "eight_schools",
     "eight_schools_reference",
     "encode_labels",

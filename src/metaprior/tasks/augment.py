@@ -1,12 +1,13 @@
-"""Augmentation: a task source whose images are cropped, mirrored and recoloured at random, each by a key of its own."""
+"""Augmentation: a source whose images are warped, cropped, mirrored and recoloured at random, each by its own key."""
 
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from metaprior.types import Splits, Task, TaskSource
+from metaprior.tasks.warp import affine
+from metaprior.types import Attributes, Splits, Task, TaskSource
 
 
 @jax.tree_util.register_dataclass
@@ -15,6 +16,7 @@ class Augmented:
     """The tasks of `source`, with every image of support and query changed at random; see `augmented`."""
 
     source: TaskSource
+    warp: bool = field(metadata={"static": True})
     crop: int = field(metadata={"static": True})
     flip: bool = field(metadata={"static": True})
     jitter: float = field(metadata={"static": True})
@@ -26,12 +28,16 @@ class Augmented:
         sides = zip(task, jax.random.split(key_change), strict=True)
         return Task(*(batch._replace(x=self._change(k, batch.x)) for batch, k in sides))
 
-    def _change(self, key: PRNGKeyArray, x: Float[Array, "t n h w c"]) -> Float[Array, "t n h w c"]:
+    def _change(self, key: PRNGKeyArray, x: Float[Array, "t n h w c"] | Attributes) -> PyTree:
+        if isinstance(x, Attributes):
+            return x
         flat = x.reshape(-1, *x.shape[2:])
         return jax.vmap(self._one)(jax.random.split(key, len(flat)), flat).reshape(x.shape)
 
     def _one(self, key: PRNGKeyArray, image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        key_crop, key_flip, key_jitter = jax.random.split(key, 3)
+        key_warp, key_crop, key_flip, key_jitter = jax.random.split(key, 4)
+        if self.warp:
+            image = affine(key_warp, image)
         if self.crop:
             image = shifted(image, jax.random.randint(key_crop, (2,), 0, 2 * self.crop + 1), self.crop)
         if self.flip:
@@ -56,10 +62,13 @@ def recoloured(image: Float[Array, "h w c"], light: Array, contrast: Array, colo
     return grey + colour * (image - grey)
 
 
-def augmented(splits: Splits, *, crop: int = 0, flip: bool = False, jitter: float = 0.0) -> Splits:
-    """The splits with training images augmented; validation and test stay as they are.
+def augmented(
+    splits: Splits, *, warp: bool = False, crop: int = 0, flip: bool = False, jitter: float = 0.0
+) -> Splits:
+    """The splits with training images augmented; validation, test and attributes in place of images stay as they are.
 
     Args:
+        warp: turned, sheared, scaled and shifted as by Koch, Zemel & Salakhutdinov 2015, see `random_affine`.
         crop: a border of so many zeros is put around an image, and a window of the image's size cut out at random.
         flip: mirror left and right, every other time.
         jitter: brightness, contrast and saturation times factors of 1 +- jitter, in 0..1.
@@ -71,8 +80,8 @@ def augmented(splits: Splits, *, crop: int = 0, flip: bool = False, jitter: floa
         raise ValueError(f"crop: came {crop}, needs a number of pixels, 0 or more")
     if not 0 <= jitter <= 1:
         raise ValueError(f"jitter: came {jitter}, needs a number in 0..1")
-    like = jax.eval_shape(lambda: splits.train.sample(jax.random.key(0), 1)).support.x
+    like = jax.eval_shape(lambda: splits.train.sample(jax.random.key(0), 1)).query.x
     if getattr(like, "ndim", 0) != 5:
         came = getattr(like, "shape", "a tree")
         raise ValueError(f"augmentation: needs tasks of images [tasks, n, h, w, channels], came x of {came}")
-    return splits._replace(train=Augmented(splits.train, crop, flip, jitter))
+    return splits._replace(train=Augmented(splits.train, warp, crop, flip, jitter))

@@ -3,14 +3,10 @@
 A warp turns by an angle of +-10 degrees, shears and scales each axis and shifts it, each of these with probability 1/2.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
-
-from metaprior.types import Attributes, Splits, Task, TaskSource
+from jaxtyping import Array, Float, PRNGKeyArray
 
 TURN, SHEAR, SCALE, SHIFT = 10.0, 0.3, 0.2, 2 / 105  # degrees, share, share, share of the image's side; each to +-
 CHANCE = 0.5  # of each of the seven components
@@ -45,45 +41,7 @@ def random_affine(key: PRNGKeyArray) -> tuple[Float[Array, "2 2"], Float[Array, 
     return jnp.diag(1 + SCALE * u[3:5]) @ shear @ turn, SHIFT * u[5:]
 
 
-def affine(key: PRNGKeyArray, images: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """Each image under a random warp of its own; what comes in from outside is 0.
-
-    Raises:
-        ValueError: not images [n, h, w, c].
-    """
-    if getattr(images, "ndim", None) != 4:
-        raise ValueError(f"images: came {jnp.shape(images)}, needs [n, height, width, channels] to be warped")
-    side = jnp.array(images.shape[1:3], images.dtype)
-
-    def one(key: PRNGKeyArray, image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        matrix, shift = random_affine(key)
-        return warp(image, matrix, shift * side)
-
-    return jax.vmap(one)(jax.random.split(key, images.shape[0]), images)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Distorted:
-    """Another source's tasks, each image of support and query warped at random."""
-
-    source: TaskSource
-
-    def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """n tasks, as the source draws them, warped; attributes in place of images stay."""
-        key_task, *keys = jax.random.split(key, 3)
-        task = self.source.sample(key_task, n)
-
-        def warped(key: PRNGKeyArray, x: PyTree) -> PyTree:
-            if isinstance(x, Attributes):
-                return x
-            flat = x.reshape(-1, *x.shape[2:])
-            return affine(key, flat).reshape(x.shape)
-
-        batches = (b._replace(x=warped(k, b.x)) for k, b in zip(keys, task, strict=True))
-        return Task(*batches)
-
-
-def distorted(splits: Splits) -> Splits:
-    """The splits with training images warped at random; validation and test images stay as they are."""
-    return splits._replace(train=Distorted(splits.train))
+def affine(key: PRNGKeyArray, image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+    """The image under a random warp; what comes in from outside is 0."""
+    matrix, shift = random_affine(key)
+    return warp(image, matrix, shift * jnp.array(image.shape[:2], image.dtype))
