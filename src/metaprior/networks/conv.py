@@ -4,7 +4,8 @@ A convolution y = conv(x, w) is one trilinear form, sum y x w over all pixels, s
 the input gradient, from w the weight gradient. So there is one primitive, `conv`, that takes two of the three tensors
 and gives the third, and its derivatives of every order are itself again. On an accelerator the three are XLA's own
 convolutions. On a CPU, where XLA's weight gradient is many times slower than a matrix product and its forward pass
-keeps to one core, they are matrix products of patches, by groups of images that stay in cache.
+keeps to one core, they are kernels of our own in C++ (`native.py`), or, in float64 or without a compiler, matrix
+products of patches, by groups of images that stay in cache.
 """
 
 from functools import partial, reduce
@@ -13,11 +14,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
+
+from metaprior.networks.native import registered
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 # The axes of the three tensors in the primitive. The leading t: so many convolutions, each of its own x, w and y.
@@ -144,7 +148,12 @@ def _by_xla(a: Array, b: Array, *, out: str, shape: Geometry) -> Array:
 
 
 def _on_cpu(a: Array, b: Array, *, out: str, shape: Geometry) -> Array:
-    """The CPU's kernels, one convolution after another: buffers stay in cache."""
+    """The CPU's kernels: in C++ where that was compiled, else products, one convolution after another."""
+    if a.dtype == jnp.float32 and registered():
+        wanted = _abstract(a, b, out=out, shape=shape)
+        call = jax.ffi.ffi_call(f"metaprior_conv_{out}", jax.ShapeDtypeStruct(wanted.shape, wanted.dtype))
+        (low_h, _), (low_w, _) = shape.pads
+        return call(a, b, stride=np.int64(shape.stride), low_h=np.int64(low_h), low_w=np.int64(low_w))
     kernel = partial({"y": _forward, "x": _input_gradient, "w": _weight_gradient}[out], shape=shape)
     return kernel(a[0], b[0])[None] if a.shape[0] == 1 else lax.map(lambda pair: kernel(*pair), (a, b))
 

@@ -1,0 +1,116 @@
+"""The convolution's kernels in C++ against XLA's own, and what becomes of a machine that cannot compile them."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaprior.networks import native
+from metaprior.networks.conv import _by_xla, _operands, conv2d, conv_p, geometry
+from metaprior.networks.native import TARGETS, build, registered
+
+SOURCE = Path(native.__file__).with_name("conv.cc")
+# Of image, kernel, stride, padding; tasks, images, channels in and out: what networks use, and what is awkward.
+CASES = [
+    ((28, 28), (3, 3), 1, "SAME", (1, 5, 1, 64)),
+    ((14, 14), (3, 3), 1, "SAME", (2, 3, 64, 64)),
+    ((3, 3), (3, 3), 1, "SAME", (1, 33, 64, 64)),
+    ((14, 13), (3, 3), 2, "SAME", (2, 5, 16, 32)),
+    ((4, 4), (3, 3), 2, "SAME", (3, 9, 32, 96)),
+    ((9, 8), (5, 4), 3, "SAME", (2, 2, 3, 7)),
+    ((9, 8), (4, 5), 2, "VALID", (2, 2, 5, 70)),
+    ((10, 10), (1, 1), 2, "SAME", (1, 2, 20, 48)),
+    ((5, 6), (5, 6), 1, "VALID", (1, 2, 4, 17)),
+    ((4, 4), (7, 7), 1, "SAME", (1, 2, 3, 3)),
+    ((4, 4), (1, 1), 3, "VALID", (1, 2, 3, 200)),
+]
+pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler on this machine")
+
+
+def tensors(image, kernel, stride, padding, sizes):
+    t, n, i, o = sizes
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = jax.random.normal(keys[0], (t, n, *image, i)), jax.random.normal(keys[1], (t, *kernel, i, o))
+    shape = geometry(x[0], kernel, stride, padding)
+    return {"x": x, "w": w, "y": jax.random.normal(keys[2], (t, n, *shape.output, o))}, shape
+
+
+@pytest.mark.parametrize("out", ["y", "x", "w"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_agree_with_xla(case, out):
+    assert registered()
+    given, shape = tensors(*case)
+    operands = [given[name] for name in _operands(out)]
+    run = jax.jit(partial(conv_p.bind, out=out, shape=shape))
+    assert f"metaprior_conv_{out}" in run.lower(*operands).as_text()
+    ours, theirs = run(*operands), _by_xla(*operands, out=out, shape=shape)
+    assert ours.shape == given[out].shape
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5 * float(jnp.abs(theirs).max()))
+    assert (ours == run(*operands)).all()
+
+
+def test_many_convolutions_at_once_all_end():
+    # More of them than threads, none waiting for another: each may hold a thread while it asks for more.
+    keys = jax.random.split(jax.random.key(1), 12)
+    x, w = jax.random.normal(keys[0], (16, 14, 14, 64)), [jax.random.normal(k, (3, 3, 64, 64)) for k in keys]
+    run = jax.jit(lambda x, ws: [conv2d(x, w) for w in ws])
+    first = run(x, w)
+    for _ in range(20):
+        again = run(x, w)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+
+
+def test_the_last_bit_is_that_of_any_number_of_threads(tmp_path):
+    if not hasattr(os, "sched_setaffinity") or os.cpu_count() == 1:
+        pytest.skip("needs two cores to differ")
+    code = (
+        "import os, sys; os.sched_setaffinity(0, set(list(range(os.cpu_count()))[: int(sys.argv[1])]))\n"
+        "import jax, numpy as np\n"
+        "from metaprior.networks.conv import conv2d\n"
+        "x, w = (jax.random.normal(jax.random.key(k), s) for k, s in enumerate([(9, 14, 14, 64), (3, 3, 64, 64)]))\n"
+        "loss = lambda x, w: jax.numpy.sin(conv2d(x, w)).sum()\n"
+        "np.savez(sys.argv[2], *jax.jit(jax.grad(loss, (0, 1)))(x, w))\n"
+    )
+    found = []
+    for threads in (1, 2):
+        path = tmp_path / f"{threads}.npz"
+        subprocess.run([sys.executable, "-c", code, str(threads), str(path)], check=True)
+        found.append(list(np.load(path).values()))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_is_compiled_once(tmp_path):
+    first = build(SOURCE, tmp_path)
+    stamp = first.stat().st_mtime_ns
+    assert build(SOURCE, tmp_path) == first
+    assert first.stat().st_mtime_ns == stamp
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]
+
+
+def test_without_a_compiler_or_with_a_broken_one_xla_does_it(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.cc"
+    broken.write_text("this is no C++")
+    with pytest.warns(UserWarning, match=r"broken\.cc did not compile .* going on without it"):
+        assert build(broken, tmp_path) is None
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert build(SOURCE, tmp_path) is None
+
+
+def test_it_can_be_turned_off():
+    code = (
+        "import jax, jax.numpy as jnp; from metaprior.networks.conv import conv2d\n"
+        "f = jax.jit(conv2d).lower(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)))\n"
+        "print([name for name in " + repr(TARGETS) + " if name in f.as_text()])"
+    )
+    for value, found in (("1", "['metaprior_conv_y']"), ("0", "[]")):
+        env = os.environ | {"METAPRIOR_NATIVE": value}
+        said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+        assert said.strip() == found
