@@ -85,6 +85,21 @@ def test_resume_goes_on_and_an_existing_run_is_kept(sinusoid_run, tmp_path, caps
     assert [r["train/loss"] for r in rows] == [r["train/loss"] for r in whole]
 
 
+def test_cores_divided_into_devices_train_go_on_and_judge(tmp_path):
+    folder = tmp_path / "run"
+    for args in (
+        ["train", "sinusoid", "--steps", "20", "--out", str(folder), "--set", *SMALL],
+        ["train", "sinusoid", "--steps", "40", "--out", str(folder), "--resume"],
+        ["evaluate", str(folder), "--tasks", "10"],
+    ):
+        command = [sys.executable, "-m", "metaprior", *args, "--devices", "2"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [20, 40]
+    run_cli("evaluate", folder, "--tasks", 10, "--devices", 0, code=2)
+
+
 def test_ctrl_c_saves_and_exits(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "metaprior", "train", "sinusoid", "--out", str(folder), "--set", *SMALL]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 OWN, SHARED = PartitionSpec("tasks"), PartitionSpec()
@@ -14,6 +14,11 @@ def task_mesh(tasks: int, at_once: int = 1) -> Mesh | None:
     """All devices, if there are many and `tasks` tasks, `at_once` in memory, can be shared out among them evenly."""
     devices = jax.devices()
     return None if len(devices) == 1 or tasks % (at_once * len(devices)) else Mesh(np.array(devices), ("tasks",))
+
+
+def everywhere(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """The tree on every device: what a checkpoint brought back lies on one."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, SHARED))
 
 
 def mean_over_tasks(f: Callable[[PyTree, PyTree], PyTree], mesh: Mesh | None) -> Callable[[PyTree, PyTree], PyTree]:

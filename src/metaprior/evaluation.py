@@ -17,7 +17,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from rich.table import Table
 
 from metaprior.calibration import BINS, brier, expected_error, maximum_error, reliability
-from metaprior.devices import map_over_tasks, task_mesh
+from metaprior.devices import everywhere, map_over_tasks, task_mesh
 from metaprior.likelihoods import Categories
 from metaprior.types import Learner, Task, TaskSource
 
@@ -159,8 +159,9 @@ def evaluate(
     def every(shared: tuple[PyTree, TaskSource], drawn: tuple[PRNGKeyArray, Task | None]) -> Any:
         return jax.lax.map(lambda one_drawn: one(*shared, *one_drawn), drawn, batch_size=min(chunk, drawn[0].size))
 
-    run = jax.jit(map_over_tasks(every, task_mesh(tasks)))
-    scores, steps, weight, others = jax.device_get(run((params, source), (jax.random.split(key, tasks), given)))
+    mesh = task_mesh(tasks)
+    run, shared = jax.jit(map_over_tasks(every, mesh)), everywhere((params, source), mesh)
+    scores, steps, weight, others = jax.device_get(run(shared, (jax.random.split(key, tasks), given)))
     report = summarise(scores, steps, weight)
     return replace(report, figures=report.figures | {name: figure_of(values) for name, values in others.items()})
 

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from metaprior.devices import mean_over_tasks, task_mesh
+from metaprior.devices import everywhere, mean_over_tasks, task_mesh
 from metaprior.types import Learner, Splits, Task, TaskSource
 
 BLOCK_BYTES = 2**23  # of tasks drawn ahead: what stays in a processor's cache
@@ -297,6 +297,7 @@ def fit(
     best: PyTree = None
     if run is not None and resume:
         state, best, history = run.restore(state)
+        state = everywhere(state, step_mesh(training))
     lowest = min((row["validation/nll"] for row in history if "validation/nll" in row), default=float("inf"))
     chunk, validate = run_chunk(learner, training), validator(learner, training)
     every = -(-training.validate_every // training.chunk) * training.chunk
