@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPTS = ("gradient_parity", "sinusoid", "conv4", "protonet", "l2l", "bayes", "memory", "compile_time")
+SCRIPTS = ("gradient_parity", "sinusoid", "kernels", "conv4", "protonet", "l2l", "bayes", "memory", "compile_time")
 
 
 def main() -> int:
