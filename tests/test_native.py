@@ -104,6 +104,14 @@ def test_without_a_compiler_or_with_a_broken_one_xla_does_it(tmp_path, monkeypat
     assert build(SOURCE, tmp_path) is None
 
 
+def test_a_library_that_does_not_load_is_done_without(tmp_path, monkeypatch):
+    text = tmp_path / "text.so"
+    text.write_text("no library")
+    monkeypatch.setattr(native, "build", lambda source, folder: text)
+    with pytest.warns(UserWarning, match="does not load"):
+        assert not registered.__wrapped__()
+
+
 def test_it_can_be_turned_off():
     code = (
         "import jax, jax.numpy as jnp; from metaprior.networks.conv import conv2d\n"

@@ -68,7 +68,11 @@ def registered() -> bool:
     made = build(Path(__file__).with_name("conv.cc"), cache_folder() / "native")
     if made is None:
         return False
-    library = ctypes.cdll.LoadLibrary(str(made))
+    try:
+        library = ctypes.cdll.LoadLibrary(str(made))
+    except OSError as error:  # a folder from which nothing may be run
+        warnings.warn(f"{made} does not load ({error}); going on without it", stacklevel=2)
+        return False
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return True
