@@ -6,11 +6,6 @@ from pathlib import Path
 # Tests compile far more than they run, so the compiler's dearest passes do not pay here.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
-# Two workers whose programs each spread over both cores get into each other's way: every worker has a core of its own.
-if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
-
 import jax
 import pytest
 
