@@ -97,6 +97,18 @@ struct Phase {
   }
 };
 
+// sum[p] += at(p) x row, for every pixel (or row of weights) p of a tile: the innermost loop of all three views.
+template <int WIDE, typename At>
+inline __attribute__((always_inline)) void add_row(Vector (&sum)[tall(WIDE)][WIDE], const float* row, const At& at) {
+  Vector v[WIDE];
+#pragma GCC unroll 8
+  for (int j = 0; j < WIDE; ++j) v[j] = load(row + j * LANES);
+#pragma GCC unroll 8
+  for (int p = 0; p < tall(WIDE); ++p)
+#pragma GCC unroll 8
+    for (int j = 0; j < WIDE; ++j) sum[p][j] += at(p) * v[j];
+}
+
 // Sums over taps of source[base + offset, depth] x weights [matrix, depth, block], for as many bases as a tile is tall.
 template <int WIDE>
 void gather_product(const float* source, const int64_t* bases, const std::vector<Tap>& taps, int64_t depth,
@@ -107,15 +119,7 @@ void gather_product(const float* source, const int64_t* bases, const std::vector
     const float* at[TALL];
     for (int p = 0; p < TALL; ++p) at[p] = source + bases[p] + tap.offset;
     const float* row = weights + tap.matrix * depth * WIDE * LANES;
-    for (int64_t d = 0; d < depth; ++d, row += WIDE * LANES) {
-      Vector v[WIDE];
-#pragma GCC unroll 8
-      for (int j = 0; j < WIDE; ++j) v[j] = load(row + j * LANES);
-#pragma GCC unroll 8
-      for (int p = 0; p < TALL; ++p)
-#pragma GCC unroll 8
-        for (int j = 0; j < WIDE; ++j) s[p][j] += at[p][d] * v[j];
-    }
+    for (int64_t d = 0; d < depth; ++d, row += WIDE * LANES) add_row<WIDE>(s, row, [&](int p) { return at[p][d]; });
   }
   std::memcpy(sum, s, sizeof(s));
 }
@@ -186,13 +190,7 @@ void outer_product(const float* source, const int64_t* bases, int64_t count, con
   Vector s[TALL][WIDE] = {};
   for (int64_t p = 0; p < count; ++p, y += stride) {
     const float* at = source + bases[p];
-    Vector v[WIDE];
-#pragma GCC unroll 8
-    for (int j = 0; j < WIDE; ++j) v[j] = load(y + j * LANES);
-#pragma GCC unroll 8
-    for (int k = 0; k < TALL; ++k)
-#pragma GCC unroll 8
-      for (int j = 0; j < WIDE; ++j) s[k][j] += at[offsets[k]] * v[j];
+    add_row<WIDE>(s, y, [&](int k) { return at[offsets[k]]; });
   }
   for (int k = 0; k < TALL; ++k)
     for (int j = 0; j < WIDE; ++j) {
