@@ -29,8 +29,8 @@ def options(description: str | None, **extra: dict) -> argparse.Namespace:
 
 
 def environment(threads: int = THREADS) -> dict[str, str]:
-    """The process's environment with so many threads for OpenMP and MKL."""
-    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    """The process's environment with so many threads for OpenMP, MKL and XLA."""
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"), str(threads))
     return dict(os.environ) | limits | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
 
 
@@ -86,12 +86,21 @@ class Worker:
 
 
 def peer_workers(names: list[str], problem: str, steps: int, threads: list[int]) -> dict[str, Callable]:
-    """Each peer with each number of threads: two can be far slower than one on tiny work, so its best counts."""
+    """Each peer with each number of threads: two can be slower than one on tiny work, so its best counts."""
 
     def make(name: str, count: int) -> Callable[[], Worker]:
         return lambda: Worker("peers.py", name, problem, steps, count, peer=True, threads=count)
 
     return {f"{name} ({count} thr)": make(name, count) for name in names for count in threads}
+
+
+def our_workers(problem: str, steps: int, at_once: int, threads: list[int]) -> dict[str, Callable]:
+    """metaprior with each number of threads."""
+
+    def make(count: int) -> Callable[[], Worker]:
+        return lambda: Worker("ours.py", problem, steps, at_once, peer=False, threads=count)
+
+    return {f"metaprior ({count} thr)": make(count) for count in threads}
 
 
 def interleave(start: dict[str, Callable[[], Worker]], rounds: int, seconds: float) -> dict[str, dict]:
@@ -111,12 +120,16 @@ def interleave(start: dict[str, Callable[[], Worker]], rounds: int, seconds: flo
     return {name: worker.report() for name, worker in workers.items()}
 
 
-def against(figures: dict[str, dict], ours: str, names: list[str]) -> float | None:
-    """How many times faster ours is than the fastest of those named that ran, each at its best number of threads."""
+def fastest(figures: dict[str, dict], names: list[str]) -> float | None:
+    """Seconds a step of the fastest of those named that ran, each at its best number of threads."""
     rows = [row for name, row in figures.items() if name.rsplit(" (", 1)[0] in names]
-    times = [row["seconds_per_step"] for row in rows if "seconds_per_step" in row]
-    mine = figures[ours].get("seconds_per_step")
-    return min(times) / mine if times and mine else None
+    return min((row["seconds_per_step"] for row in rows if "seconds_per_step" in row), default=None)
+
+
+def against(figures: dict[str, dict], ours: str, names: list[str]) -> float | None:
+    """How many times faster ours is than the fastest of those named."""
+    mine, theirs = fastest(figures, [ours]), fastest(figures, names)
+    return theirs / mine if theirs and mine else None
 
 
 def alone(script: str, *arguments: object) -> dict:

@@ -1,17 +1,17 @@
 """Sinusoid regression, MLP 1-40-40-1, 25 tasks of 10 + 10 points, second-order MAML: meta-steps a second."""
 
-from harness import Worker, interleave, options, peer_workers, ratios, show, write
+from harness import interleave, options, our_workers, peer_workers, ratios, show, write
 
 LIBRARIES = ["learn2learn", "higher", "torchopt"]
 PEERS = ["torch.compile", "torch.func vmap", "torch loop", *LIBRARIES]
 
 
 def main() -> None:
-    chosen = options(__doc__, threads={"type": int, "nargs": "+", "default": [1, 2], "help": "of the peers"})
+    chosen = options(__doc__, threads={"type": int, "nargs": "+", "default": [1, 2], "help": "best of them counts"})
     rounds, seconds = (1, 0.5) if chosen.quick else (5, 0.7)
     result = {}
     for steps in (1, 5):
-        start = {"metaprior": lambda steps=steps: Worker("ours.py", "sinusoid", steps, 200, peer=False)}
+        start = our_workers("sinusoid", steps, 200, chosen.threads)
         start |= peer_workers(PEERS, "sinusoid", steps, chosen.threads)
         figures = interleave(start, rounds, seconds)
         show(f"sinusoid, {steps} inner step(s)", figures)

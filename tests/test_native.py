@@ -1,4 +1,4 @@
-"""The convolution's kernels in C++ against XLA's own, and what becomes of a machine that cannot compile them."""
+"""The kernels in C++ against what XLA makes of the same, and what becomes of a machine that cannot compile them."""
 
 import os
 import subprocess
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaprior.networks import native
+from metaprior.networks import native, product
 from metaprior.networks.conv import _by_xla, _operands, conv2d, conv_p, geometry
 from metaprior.networks.native import TARGETS, build, registered
 
-SOURCE = Path(native.__file__).with_name("conv.cc")
+SOURCE = Path(native.__file__).with_name("kernels.cc")
 # Of image, kernel, stride, padding; tasks, images, channels in and out: what networks use, and what is awkward.
 CASES = [
     ((28, 28), (3, 3), 1, "SAME", (1, 5, 1, 64)),
@@ -122,3 +122,63 @@ def test_it_can_be_turned_off():
         env = os.environ | {"METAPRIOR_NATIVE": value}
         said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
         assert said.strip() == found
+
+
+# Products: tasks, rows, inputs, outputs.
+PRODUCTS = [(1, 10, 40, 40), (25, 10, 40, 40), (3, 7, 40, 1), (2, 13, 1, 5), (2, 1, 5, 3), (1, 250, 40, 40),
+            (2, 9, 33, 70), (2, 5, 17, 16), (3, 3, 64, 129), (2, 6, 2, 6), (40, 40, 40, 3), (2, 0, 3, 4)]  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", ["", "xy", "w"])
+@pytest.mark.parametrize("out", ["y", "x", "w"])
+def test_products_agree_with_xla(out, shared):
+    assert registered()
+    for t, n, i, o in PRODUCTS:
+        keys = jax.random.split(jax.random.key(2), 3)
+        shapes = {"x": (t, n, i), "w": (t, i, o), "y": (t, n, o)}
+        given = {
+            name: jax.random.normal(key, (1 if name in shared else t, *shapes[name][1:]))
+            for name, key in zip("xwy", keys, strict=True)
+        }
+        operands = [given[name] for name in product._operands(out)]
+        run = jax.jit(partial(product.product_p.bind, out=out))
+        summed = {"y": i, "x": o, "w": n}[out]
+        assert (f"metaprior_product_{out}" in run.lower(*operands).as_text()) == (summed > 1)
+        ours, theirs = run(*operands), product._by_xla(*operands, out=out)
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=3e-5 * float(jnp.abs(theirs).max(initial=0)))
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)], ids=["both", "weights", "inputs"])
+def test_a_product_and_its_derivatives_are_those_of_matrices(axes):
+    keys = jax.random.split(jax.random.key(3), 4)
+    shapes = [(5, 7, 6), (5, 6, 8), (5, 8), (5, 8, 3)]
+    x, *weights = (jax.random.normal(k, s) / 2 for k, s in zip(keys, shapes, strict=True))
+    weights = weights if axes[0] == 0 else [w[0] for w in weights]
+    x = x if axes[1] == 0 else x[0]
+
+    def ours(weights, x):
+        w, b, v = weights
+        return jnp.sin(product.product(jnp.tanh(product.product(x, w) + product.rows(b, x.shape[0])), v)).sum()
+
+    def theirs(weights, x):
+        w, b, v = weights
+        return jnp.sin(jnp.tanh(x @ w + b) @ v).sum()
+
+    def after_a_step(loss, weights, x):
+        return loss(jax.tree.map(lambda w, g: w - 0.1 * g, weights, jax.grad(loss)(weights, x)), x)
+
+    def results(loss):
+        def total(weights, x):
+            return jax.vmap(partial(after_a_step, loss), axes)(weights, x).sum()
+
+        several = [loss, jax.grad(loss, (0, 1)), jax.hessian(loss), jax.jacrev(jax.jacrev(loss, 1), 1)]
+        return [jax.jit(jax.vmap(f, axes))(weights, x) for f in several] + [jax.jit(jax.grad(total, (0, 1)))(weights, x)]
+
+    for a, b in zip(*map(jax.tree.leaves, (results(ours), results(theirs))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_product_of_other_shapes_is_refused():
+    with pytest.raises(ValueError, match=r"x, w: came shapes \(2, 3\), \(4, 5\); needs \[n, i\], \[i, o\]"):
+        product.product(jnp.ones((2, 3)), jnp.ones((4, 5)))

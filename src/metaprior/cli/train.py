@@ -32,6 +32,7 @@ def train(
     seed: int | None = None,
     resume: bool = False,
     devices: int = 1,
+    threads: int | None = None,
     set: tuple[str, ...] = (),
 ) -> int:
     """Meta-train a recipe (a built-in name or a TOML file) into a run folder.
@@ -45,6 +46,8 @@ def train(
         resume: go on with the run in the folder, as if it had never stopped.
         devices: into how many the cores are divided, each running through its own share of the tasks: on two cores 2
             trains Omniglot's small episodes nearly twice as fast. Accelerators are all used as they are.
+        threads: how many to compute with (default: all cores). On networks as small as the sinusoid's, one is faster
+            than two, which would pass tiny pieces of work to and fro.
         set: options by name, e.g. --set training.rate=3e-4 learner.rate=0.1 tasks.shot=5
     """
     if not recipe.endswith(".toml"):
@@ -59,7 +62,7 @@ def train(
         # What the run was started with holds; only how long it goes on may be said anew.
         chosen = with_overrides(recipe_from_dict(kept.recipe), None, overrides)
     training = training_of(chosen)
-    configure(float64=training.float64, devices=devices)
+    configure(float64=training.float64, devices=devices, threads=threads)
     experiment = build(chosen)
     run = Run.create(folder, as_dict(chosen)) if kept is None else kept
     console = Console()

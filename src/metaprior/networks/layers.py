@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.networks.conv import conv2d, patches
+from metaprior.networks.product import product, rows
 
 Tap = Callable[[str, Array, Array], Array]
 
@@ -28,10 +29,7 @@ def dense_init(key: PRNGKeyArray, inputs: int, outputs: int, scale: float | None
 
 def dense(name: str, layer: dict[str, Array], x: Float[Array, "n i"], tap: Tap | None = None) -> Float[Array, "n o"]:
     """x w + b, seen by the tap."""
-    w = layer["w"]
-    # A one-wide layer is an outer product: as a broadcast it fuses, as a matrix product it is a call on its own.
-    product = x * w if w.shape[0] == 1 else x @ w
-    s = product + layer["b"]
+    s = product(x, layer["w"]) + rows(layer["b"], x.shape[0])
     return s if tap is None else tap(name, x, s)
 
 

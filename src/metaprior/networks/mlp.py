@@ -9,6 +9,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from metaprior.networks.layers import Tap, dense, dense_init, flat
 from metaprior.networks.norm import batch_norm
+from metaprior.networks.product import product
 from metaprior.types import Model
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -48,7 +49,7 @@ def mlp(
         for name in names[:-1]:
             layer = params[name]
             if norm:
-                s = x @ layer["w"]
+                s = product(x, layer["w"])
                 x = act(batch_norm(s if tap is None else tap(name, x, s), layer["shift"]))
             else:
                 x = act(dense(name, layer, x, tap))

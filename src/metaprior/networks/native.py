@@ -1,4 +1,4 @@
-"""Kernels in C++ (`conv.cc`) for processors: compiled once a machine, by its own compiler, and kept.
+"""Kernels in C++ (`kernels.cc`) for processors: compiled once a machine, by its own compiler, and kept.
 
 Where there is no C++ compiler, or METAPRIOR_NATIVE=0 says so, `build` gives None and the same maps go through XLA.
 """
@@ -19,7 +19,7 @@ import jax
 from metaprior.runtime import cache_folder
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-w", "-shared", "-fPIC")
-TARGETS = ("metaprior_conv_y", "metaprior_conv_x", "metaprior_conv_w")
+TARGETS = tuple(f"metaprior_{kernel}_{out}" for kernel in ("conv", "product") for out in "yxw")
 
 
 def compiler() -> str | None:
@@ -65,7 +65,7 @@ def registered() -> bool:
     """Whether XLA knows the kernels; compiles and registers them on the first call."""
     if os.environ.get("METAPRIOR_NATIVE", "1") == "0":
         return False
-    made = build(Path(__file__).with_name("conv.cc"), cache_folder() / "native")
+    made = build(Path(__file__).with_name("kernels.cc"), cache_folder() / "native")
     if made is None:
         return False
     try:

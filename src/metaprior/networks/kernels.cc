@@ -1,8 +1,10 @@
-// The three views of a convolution, y of x and w, x of w and y, w of x and y, as XLA custom calls for processors.
+// Convolutions and products of small matrices as XLA custom calls for processors, each in three views: y of x and w, x
+// of w and y, w of x and y.
 //
-// None writes patches to memory. An output pixel is a sum over the kernel's taps of (channels at the tap) x (weights of
+// No convolution writes patches to memory. An output pixel is a sum over the kernel's taps of (channels at the tap) x (weights of
 // the tap), kept in registers for several pixels and vectors of channels at a time; padded images stay in cache.
-// Tensors are x [t, n, h, w, i], w [t, kh, kw, i, o], y [t, n, h2, w2, o], row-major: t convolutions at once.
+// Tensors are x [t, n, h, w, i], w [t, kh, kw, i, o], y [t, n, h2, w2, o], row-major: t convolutions at once. Those of
+// a product are x [t, n, i], w [t, i, o], y [t, n, o], where one factor may be a single matrix that all t share.
 
 #include <algorithm>
 #include <atomic>
@@ -97,14 +99,14 @@ struct Phase {
   }
 };
 
-// sum[p] += at(p) x row, for every pixel (or row of weights) p of a tile: the innermost loop of all three views.
-template <int WIDE, typename At>
-inline __attribute__((always_inline)) void add_row(Vector (&sum)[tall(WIDE)][WIDE], const float* row, const At& at) {
+// sum[p][j] += at(p) x row(j), for every pixel (or row of a matrix) p of a tile: the innermost loop of all kernels.
+template <int TALL, int WIDE, typename Row, typename At>
+inline __attribute__((always_inline)) void add_row(Vector (&sum)[TALL][WIDE], const Row& row, const At& at) {
   Vector v[WIDE];
 #pragma GCC unroll 8
-  for (int j = 0; j < WIDE; ++j) v[j] = load(row + j * LANES);
+  for (int j = 0; j < WIDE; ++j) v[j] = row(j);
 #pragma GCC unroll 8
-  for (int p = 0; p < tall(WIDE); ++p)
+  for (int p = 0; p < TALL; ++p)
 #pragma GCC unroll 8
     for (int j = 0; j < WIDE; ++j) sum[p][j] += at(p) * v[j];
 }
@@ -119,7 +121,8 @@ void gather_product(const float* source, const int64_t* bases, const std::vector
     const float* at[TALL];
     for (int p = 0; p < TALL; ++p) at[p] = source + bases[p] + tap.offset;
     const float* row = weights + tap.matrix * depth * WIDE * LANES;
-    for (int64_t d = 0; d < depth; ++d, row += WIDE * LANES) add_row<WIDE>(s, row, [&](int p) { return at[p][d]; });
+    for (int64_t d = 0; d < depth; ++d, row += WIDE * LANES)
+      add_row(s, [&](int j) { return load(row + j * LANES); }, [&](int p) { return at[p][d]; });
   }
   std::memcpy(sum, s, sizeof(s));
 }
@@ -190,7 +193,7 @@ void outer_product(const float* source, const int64_t* bases, int64_t count, con
   Vector s[TALL][WIDE] = {};
   for (int64_t p = 0; p < count; ++p, y += stride) {
     const float* at = source + bases[p];
-    add_row<WIDE>(s, y, [&](int k) { return at[offsets[k]]; });
+    add_row(s, [&](int j) { return load(y + j * LANES); }, [&](int k) { return at[offsets[k]]; });
   }
   for (int k = 0; k < TALL; ++k)
     for (int j = 0; j < WIDE; ++j) {
@@ -315,19 +318,138 @@ ffi::Error weights(ffi::ThreadPool pool, Tensor x, Tensor y, ffi::ResultBuffer<f
   return ffi::Error::Success();
 }
 
+// -------------------------------------------------------------------------------------- products of small matrices
+
+// How a factor's matrices lie: one after another `size` apart (0: all the same one), their rows and columns so far.
+struct Factor {
+  const float* data;
+  int64_t size, row, column;
+};
+
+// c [rows, width] at `columns`: a times b, whose rows are `stride` apart; a's rows TALL at a time.
+template <int TALL, int WIDE>
+void tile_product(const Factor& a, int64_t rows, int64_t depth, const float* b, int64_t stride,
+                  const int64_t (&columns)[WIDE], int64_t width, float* c) {
+  for (int64_t first = 0; first < rows; first += TALL) {
+    // A last tile that is not full computes its last row more than once.
+    const float* at[TALL];
+    for (int64_t p = 0; p < TALL; ++p) at[p] = a.data + std::min(first + p, rows - 1) * a.row;
+    Vector s[TALL][WIDE] = {};
+    const float* line = b;
+    for (int64_t d = 0; d < depth; ++d, line += stride)
+      add_row(s, [&](int j) { return load(line + columns[j]); }, [&](int p) { return at[p][d * a.column]; });
+    for (int64_t p = 0; p < TALL && first + p < rows; ++p)
+      for (int j = 0; j < WIDE; ++j) {
+        float* to = c + (first + p) * width + columns[j];
+        if (width >= LANES) store(to, s[p][j]);
+        else
+          for (int64_t k = 0; k < width; ++k) to[k] = s[p][j][k];
+      }
+  }
+}
+
+// c [rows, width] = a [rows, depth] x b [depth, width]; b's rows are contiguous, and `spare` holds depth vectors.
+void multiply(const Factor& a, int64_t rows, int64_t depth, const float* b, int64_t width, float* spare, float* c) {
+  int64_t stride = width;
+  if (width < LANES) {
+    std::memset(spare, 0, sizeof(float) * depth * LANES);
+    for (int64_t d = 0; d < depth; ++d)
+      for (int64_t j = 0; j < width; ++j) spare[d * LANES + j] = b[d * width + j];
+    b = spare, stride = LANES;
+  }
+  const auto waste = [rows](int64_t tall) { return ceil_div(rows, tall) * tall - rows; };
+  for (int64_t first = 0; first < width; first += WIDEST * LANES)
+    with_width(std::min<int64_t>(width - first, WIDEST * LANES), [&](auto wide) {
+      // The last vector of a row overlaps the one before it rather than reach past the end.
+      int64_t columns[wide];
+      for (int64_t j = 0; j < wide; ++j) columns[j] = std::max<int64_t>(std::min(first + j * LANES, width - LANES), 0);
+      if (rows == 1) tile_product<1, wide>(a, rows, depth, b, stride, columns, width, c);
+      else if (waste(5) < waste(tall(wide))) tile_product<5, wide>(a, rows, depth, b, stride, columns, width, c);
+      else tile_product<tall(wide), wide>(a, rows, depth, b, stride, columns, width, c);
+    });
+}
+
+// out [columns, rows] of in [rows, columns], by squares of four.
+void transpose(const float* in, int64_t rows, int64_t columns, float* out) {
+  typedef float Four __attribute__((vector_size(16), aligned(4)));
+  for (int64_t r = 0; r < rows; r += 4)
+    for (int64_t c = 0; c < columns; c += 4) {
+      if (r + 4 > rows || c + 4 > columns) {
+        for (int64_t i = r; i < std::min(r + 4, rows); ++i)
+          for (int64_t j = c; j < std::min(c + 4, columns); ++j) out[j * rows + i] = in[i * columns + j];
+        continue;
+      }
+      const float* from = in + r * columns + c;
+      const auto four = [&](int k) { return *reinterpret_cast<const Four*>(from + k * columns); };
+      const auto put = [&](int k, Four v) { *reinterpret_cast<Four*>(out + (c + k) * rows + r) = v; };
+      const Four a = __builtin_shufflevector(four(0), four(1), 0, 4, 1, 5);
+      const Four b = __builtin_shufflevector(four(0), four(1), 2, 6, 3, 7);
+      const Four d = __builtin_shufflevector(four(2), four(3), 0, 4, 1, 5);
+      const Four e = __builtin_shufflevector(four(2), four(3), 2, 6, 3, 7);
+      put(0, __builtin_shufflevector(a, d, 0, 1, 4, 5));
+      put(1, __builtin_shufflevector(a, d, 2, 3, 6, 7));
+      put(2, __builtin_shufflevector(b, e, 0, 1, 4, 5));
+      put(3, __builtin_shufflevector(b, e, 2, 3, 6, 7));
+    }
+}
+
+// Task after task, c = a b; `turned`: of the transposed matrices of b.
+ffi::Error multiply_all(ffi::ThreadPool& pool, const Factor& a, const Factor& b, bool turned, int64_t tasks,
+                        int64_t rows, int64_t depth, int64_t width, float* c) {
+  share_out(pool, tasks, 2.0 * tasks * rows * depth * width, [&](int64_t task) {
+    std::vector<float>& spare = scratch();
+    spare.resize(depth * (LANES + width));
+    const float* own = b.data + task * b.size;
+    if (turned) {
+      transpose(own, width, depth, spare.data() + depth * LANES);
+      own = spare.data() + depth * LANES;
+    }
+    multiply({a.data + task * a.size, 0, a.row, a.column}, rows, depth, own, width, spare.data(),
+             c + task * rows * width);
+  });
+  return ffi::Error::Success();
+}
+
+// The factor's matrices by rows, or turned.
+Factor factor(const Tensor& tensor, bool turned = false) {
+  const auto size = tensor.dimensions();
+  return {tensor.typed_data(), size[0] == 1 ? 0 : size[1] * size[2], turned ? 1 : size[2], turned ? size[2] : 1};
+}
+
+ffi::Error product_output(ffi::ThreadPool pool, Tensor x, Tensor w, ffi::ResultBuffer<ffi::F32> y) {
+  const auto size = y->dimensions();
+  return multiply_all(pool, factor(x), factor(w), false, size[0], size[1], x.dimensions()[2], size[2],
+                      y->typed_data());
+}
+
+ffi::Error product_input(ffi::ThreadPool pool, Tensor w, Tensor y, ffi::ResultBuffer<ffi::F32> x) {
+  const auto size = x->dimensions();
+  return multiply_all(pool, factor(y), factor(w), true, size[0], size[1], y.dimensions()[2], size[2], x->typed_data());
+}
+
+ffi::Error product_weights(ffi::ThreadPool pool, Tensor x, Tensor y, ffi::ResultBuffer<ffi::F32> w) {
+  const auto size = w->dimensions();
+  // A single column is a single row turned, and rows are what vectors lie along.
+  if (size[2] == 1)
+    return multiply_all(pool, factor(y, true), factor(x), false, size[0], 1, x.dimensions()[1], size[1],
+                        w->typed_data());
+  return multiply_all(pool, factor(x, true), factor(y), false, size[0], size[1], x.dimensions()[1], size[2],
+                      w->typed_data());
+}
+
 }  // namespace
 
-#define METAPRIOR_KERNEL(name, function)                                   \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,                            \
-                                ffi::Ffi::Bind()                           \
-                                    .Ctx<ffi::ThreadPool>()                \
-                                    .Arg<Tensor>()                         \
-                                    .Arg<Tensor>()                         \
-                                    .Ret<Tensor>()                         \
-                                    .Attr<int64_t>("stride")               \
-                                    .Attr<int64_t>("low_h")                \
+#define METAPRIOR_BINDING ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Tensor>().Arg<Tensor>().Ret<Tensor>()
+#define METAPRIOR_CONV(name, function)             \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,    \
+                                METAPRIOR_BINDING  \
+                                    .Attr<int64_t>("stride") \
+                                    .Attr<int64_t>("low_h")  \
                                     .Attr<int64_t>("low_w"))
 
-METAPRIOR_KERNEL(metaprior_conv_y, output);
-METAPRIOR_KERNEL(metaprior_conv_x, input);
-METAPRIOR_KERNEL(metaprior_conv_w, weights);
+METAPRIOR_CONV(metaprior_conv_y, output);
+METAPRIOR_CONV(metaprior_conv_x, input);
+METAPRIOR_CONV(metaprior_conv_w, weights);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(metaprior_product_y, product_output, METAPRIOR_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(metaprior_product_x, product_input, METAPRIOR_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(metaprior_product_w, product_weights, METAPRIOR_BINDING);
