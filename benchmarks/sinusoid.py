@@ -7,7 +7,8 @@ PEERS = ["torch.compile", "torch.func vmap", "torch loop", *LIBRARIES]
 
 
 def main() -> None:
-    chosen = options(__doc__, threads={"type": int, "nargs": "+", "default": [1, 2], "help": "best of them counts"})
+    threads = {"type": int, "nargs": "+", "default": [1, 2], "help": "of each contender, its best counts"}
+    chosen = options(__doc__, threads=threads)
     rounds, seconds = (1, 0.5) if chosen.quick else (5, 0.7)
     result = {}
     for steps in (1, 5):

@@ -53,6 +53,19 @@ def test_train_evaluate_plot(sinusoid_run, capsys):
     assert {"training.png", "tasks.png", "report-own-pit.png", "report-own-adaptation.png"} <= pictures
 
 
+def test_noise_is_fitted_around_a_learners_own_posterior(tmp_path):
+    folder = tmp_path / "run"
+    run_cli("train", "sinusoid", "--learner", "platipus", "--steps", 20, "--out", folder, "--set", *SMALL)
+    run_cli("evaluate", folder, "--tasks", 10)
+    run_cli("evaluate", folder, "--tasks", 10, "--calibrated")
+    own, fitted = (json.loads((folder / f"report-own{kind}.json").read_text()) for kind in ("", "-calibrated"))
+    assert fitted["settings"]["fitted"].keys() == {"noise"}
+    # The posterior's draws stay: their mean misses by as much as before, and their spread still tells inputs apart.
+    assert fitted["figures"]["mse"] == pytest.approx(own["figures"]["mse"], rel=1e-5)
+    assert fitted["figures"]["nll"]["mean"] < own["figures"]["nll"]["mean"]
+    assert fitted["pooled"]["variance_error_correlation"] != 0
+
+
 def test_learned_gates_are_drawn(tmp_path):
     folder = tmp_path / "run"
     run_cli("train", "sinusoid", "--learner", "meta_lstm", "--steps", 20, "--out", folder, "--set", *SMALL)

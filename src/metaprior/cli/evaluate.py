@@ -116,8 +116,11 @@ def evaluate(
     if calibrated and (knobs := starting_knobs(posterior, experiment.likelihood)):
 
         def with_knobs(knobs: dict[str, Any]) -> Any:
-            every = {"posterior": "point"} | options | knobs
-            return recipe_learner(recipe, experiment.model, experiment.likelihood, steps=steps, **every)
+            if posterior is None:
+                # The learner's own posterior stays as it is; only what predicts from it sees another noise.
+                noisy = recipe_learner(recipe, experiment.model, Gaussian(knobs["noise"]), steps=steps)
+                return experiment.learner._replace(predict=noisy.predict)
+            return recipe_learner(recipe, experiment.model, experiment.likelihood, steps=steps, **(options | knobs))
 
         # Drawn networks are dear: one or two scalars are told well enough by fewer tasks.
         validation = min(number, 50 if options.get("draws") else 200)
