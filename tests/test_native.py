@@ -173,7 +173,8 @@ def test_a_product_and_its_derivatives_are_those_of_matrices(axes):
             return jax.vmap(partial(after_a_step, loss), axes)(weights, x).sum()
 
         several = [loss, jax.grad(loss, (0, 1)), jax.hessian(loss), jax.jacrev(jax.jacrev(loss, 1), 1)]
-        return [jax.jit(jax.vmap(f, axes))(weights, x) for f in several] + [jax.jit(jax.grad(total, (0, 1)))(weights, x)]
+        found = [jax.jit(jax.vmap(f, axes))(weights, x) for f in several]
+        return [*found, jax.jit(jax.grad(total, (0, 1)))(weights, x)]
 
     for a, b in zip(*map(jax.tree.leaves, (results(ours), results(theirs))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
