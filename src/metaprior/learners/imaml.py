@@ -5,6 +5,7 @@ conjugate-gradient steps (Algorithm 2), so that neither its memory nor its value
 The paper's operator, not the damped one of its public code.
 """
 
+import optax
 from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics, gradient_learner
@@ -29,6 +30,7 @@ def imaml(
     strength: float = 2.0,
     steps: int = 16,
     rate: float = 0.1,
+    optimizer: str | optax.GradientTransformation = "sgd",
     cg_steps: int = 5,
     damping: float = 0.0,
     test_steps: int | None = None,
@@ -38,16 +40,20 @@ def imaml(
     """Meta-learn the centre theta of a proximal prior; params are the model's own.
 
     strength: s, the prior's precision in units of the mean support nll (must exceed the most negative curvature).
-    steps, rate: gradient descent on the proximal objective. cg_steps: of the implicit solve, with optional damping.
+    steps, rate, optimizer: on the proximal objective; meta-training raises its curvature, and once that passes 2 / rate
+    gradient descent diverges, Adam does not. cg_steps: of the implicit solve, with optional damping.
     """
     if strength <= 0:
         raise ValueError(f"strength: came {strength}, needs a positive precision, e.g. 2.0 (the paper's Omniglot)")
-    free = adapt_all(model, make_optimizer("sgd", rate))
+    inner = make_optimizer(optimizer, rate) if isinstance(optimizer, str) else optimizer
+    free = adapt_all(model, inner)
     adaptation = free._replace(penalty=lambda theta, phi, support: strength * half_square(phi, theta))
 
     def loss(theta: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         fit = support_loss(free, likelihood, theta, task.support)
-        phi = proximal(fit, theta, strength=strength, steps=steps, rate=rate, cg_steps=cg_steps, damping=damping)
+        phi = proximal(
+            fit, theta, strength=strength, steps=steps, optimizer=inner, cg_steps=cg_steps, damping=damping
+        )
         outputs = adaptation.outputs(theta, phi, task.query.x)
         return mean_nll(likelihood, outputs, task.query), fit_metrics(likelihood, outputs, task.query)
 
