@@ -125,8 +125,10 @@ def test_it_can_be_turned_off():
 
 
 # Products: tasks, rows, inputs, outputs.
-PRODUCTS = [(1, 10, 40, 40), (25, 10, 40, 40), (3, 7, 40, 1), (2, 13, 1, 5), (2, 1, 5, 3), (1, 250, 40, 40),
-            (2, 9, 33, 70), (2, 5, 17, 16), (3, 3, 64, 129), (2, 6, 2, 6), (40, 40, 40, 3), (2, 0, 3, 4)]  # fmt: skip
+PRODUCTS = [
+    (1, 10, 40, 40), (25, 10, 40, 40), (3, 7, 40, 1), (2, 13, 1, 5), (2, 1, 5, 3), (1, 250, 40, 40), (2, 9, 33, 70),
+    (2, 5, 17, 16), (3, 3, 64, 129), (2, 6, 2, 6), (40, 40, 40, 3), (2, 0, 3, 4), (0, 2, 3, 4),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("shared", ["", "xy", "w"])
@@ -183,3 +185,13 @@ def test_a_product_and_its_derivatives_are_those_of_matrices(axes):
 def test_a_product_of_other_shapes_is_refused():
     with pytest.raises(ValueError, match=r"x, w: came shapes \(2, 3\), \(4, 5\); needs \[n, i\], \[i, o\]"):
         product.product(jnp.ones((2, 3)), jnp.ones((4, 5)))
+
+
+def test_no_tasks_and_no_rows_at_all():
+    w, x = jnp.ones((3, 2)), jnp.ones((4, 3))
+    assert jax.vmap(product.product, (0, None))(x[None][:0], w).shape == (0, 4, 2)
+    assert jax.vmap(product.product, (None, 0))(x, w[None][:0]).shape == (0, 4, 2)
+    assert jax.vmap(product.product)(x[None][:0], w[None][:0]).shape == (0, 4, 2)
+    back = jax.vjp(lambda w: product.product(x[:0], w), w)[1]
+    assert (back(jnp.ones((0, 2)))[0] == 0).all()
+    assert jax.vmap(back)(jnp.ones((0, 0, 2)))[0].shape == (0, 3, 2)

@@ -51,44 +51,47 @@ def _bind(out: str, **tensors: Array) -> Array:
 
 
 def _abstract(*avals: ShapedArray | Array, out: str) -> ShapedArray:
-    sizes = {"t": 1}
+    sizes: dict[str, int] = {}
     for name, aval in zip(_operands(out), avals, strict=True):
-        sizes |= dict(zip(AXES[name][1:], aval.shape[1:], strict=True)) | {"t": max(sizes["t"], aval.shape[0])}
+        sizes |= dict(zip(AXES[name], aval.shape, strict=True))
+    sizes["t"] = _together(*(aval.shape[0] for aval in avals))
     return ShapedArray(tuple(sizes[axis] for axis in AXES[out]), avals[0].dtype)
+
+
+def _together(a: int, b: int) -> int:
+    """How many products come of so many matrices and so many: a single one is shared."""
+    return b if a == 1 else a
 
 
 def _transpose(side: int, cotangent: Array, *operands: Array, out: str) -> Array:
     """The map is linear in each operand, and its transpose in one is the same trilinear form seen from that one."""
     wanted, other = _operands(out)[side], _operands(out)[1 - side]
     found = _bind(wanted, **{out: cotangent, other: operands[1 - side]})
-    shared = operands[side].aval.shape[0] < found.shape[0]
-    return found.sum(0, keepdims=True) if shared else found
+    return found if operands[side].aval.shape[0] == found.shape[0] else found.sum(0, keepdims=True)
 
 
 def _batch(args: tuple[Array, ...], dims: tuple[int | None, ...], *, out: str) -> tuple[Array, int]:
     """One product for all where they share w, its rows those of each; else products of their own."""
-    given = dict(zip(_operands(out), zip(args, dims, strict=True), strict=True))
-    size = next(a.shape[d] for a, d in given.values() if d is not None)
-    batched = {out} | {name for name, (_, dim) in given.items() if dim is not None}
-    tasks = max(a.shape[1 if d == 0 else 0] for a, d in given.values())
+    moved = [a if dim is None else jnp.moveaxis(a, dim, 0) for a, dim in zip(args, dims, strict=True)]
+    given = dict(zip(_operands(out), zip(moved, (dim is not None for dim in dims), strict=True), strict=True))
+    size = next(a.shape[0] for a, batched in given.values() if batched)
+    each = (ShapedArray(a.shape[1:] if batched else a.shape, a.dtype) for a, batched in given.values())
+    one = _abstract(*each, out=out).shape
 
-    def own(a: Array, dim: int | None) -> Array:
-        if dim is None and a.shape[0] == 1:
+    def own(a: Array, batched: bool) -> Array:
+        if not batched and a.shape[0] == 1:
             return a
-        a = a[None] if dim is None else jnp.moveaxis(a, dim, 0)
-        return jnp.broadcast_to(a, (size, tasks, *a.shape[2:])).reshape(size * tasks, *a.shape[2:])
+        a = a if batched else a[None]
+        return jnp.broadcast_to(a, (size, one[0], *a.shape[2:])).reshape(size * one[0], *a.shape[2:])
 
-    def more_rows(a: Array, dim: int | None) -> Array:
-        if dim is None:
-            return a
-        a = jnp.moveaxis(a, dim, 1)
-        return a.reshape(a.shape[0], -1, a.shape[3])
+    def more_rows(a: Array, batched: bool) -> Array:
+        return a.swapaxes(0, 1).reshape(a.shape[1], size * a.shape[2], a.shape[3]) if batched else a
 
-    if batched == {"x", "y"}:
-        result = _bind(out, **{name: more_rows(a, dim) for name, (a, dim) in given.items()})
-        return result.reshape(result.shape[0], size, -1, result.shape[2]), 1
-    result = _bind(out, **{name: own(a, dim) for name, (a, dim) in given.items()})
-    return result.reshape(size, tasks, *result.shape[1:]), 0
+    if {out} | {name for name, (_, batched) in given.items() if batched} == {"x", "y"}:
+        result = _bind(out, **{name: more_rows(*pair) for name, pair in given.items()})
+        return result.reshape(one[0], size, *one[1:]), 1
+    result = _bind(out, **{name: own(*pair) for name, pair in given.items()})
+    return result.reshape(size, *one), 0
 
 
 product_p.def_impl(jax.jit(product_p.bind, static_argnames="out"))
