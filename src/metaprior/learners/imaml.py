@@ -40,8 +40,8 @@ def imaml(
     """Meta-learn the centre theta of a proximal prior; params are the model's own.
 
     strength: s, the prior's precision in units of the mean support nll (must exceed the most negative curvature).
-    steps, rate, optimizer: on the proximal objective; meta-training raises its curvature, and once that passes 2 / rate
-    gradient descent diverges, Adam does not. cg_steps: of the implicit solve, with optional damping.
+    steps, rate, optimizer: of the descent on the proximal objective, whose curvature grows in meta-training. cg_steps: of
+    the implicit solve, with optional damping.
     """
     if strength <= 0:
         raise ValueError(f"strength: came {strength}, needs a positive precision, e.g. 2.0 (the paper's Omniglot)")
