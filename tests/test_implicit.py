@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from metaprior.inference.gradient import line_search
 from metaprior.inference.implicit import conjugate_gradients, proximal
 
 
@@ -26,6 +28,20 @@ def test_golden():
     (_, phi), slope = jax.value_and_grad(loss, has_aux=True)(0.0)
     np.testing.assert_allclose(phi, 0.5, rtol=1e-12)
     np.testing.assert_allclose(slope, -2.25, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_line_search_converges_where_the_rate_is_far_too_great():
+    # Curvature 100 and strength 2: a fixed rate diverges from 2 / 102 on.
+    def loss(theta, optimizer):
+        fit = lambda p: 50 * (p - 1) ** 2  # noqa: E731
+        return 1.5 * (proximal(fit, theta, strength=2.0, steps=60, cg_steps=2, optimizer=optimizer) - 2) ** 2
+
+    assert not abs(loss(jnp.zeros(()), optax.sgd(0.5))) < 1e9
+    value, slope = jax.value_and_grad(loss)(jnp.zeros(()), line_search(0.5))
+    phi = 100 / 102
+    np.testing.assert_allclose(value, 1.5 * (phi - 2) ** 2, rtol=1e-3)
+    np.testing.assert_allclose(slope, 3 * (phi - 2) * 2 / 102, rtol=1e-3)
 
 
 @pytest.mark.usefixtures("x64")

@@ -97,11 +97,12 @@ def optimizer_step(
     *batch: PyTree,
     first_order: bool = False,
 ) -> tuple[Descent, Scalar]:
-    """One step on loss(phi, *batch), and the loss before it, which an optimiser that asks gets as optax's `value`."""
+    """One step on loss(phi, *batch), and the loss before it; a line search gets from optax's extra what it asks for."""
     value, g = jax.value_and_grad(loss)(at.phi, *batch)
     if first_order:
         value, g = jax.lax.stop_gradient((value, g))
-    update, state = optax.with_extra_args_support(optimizer).update(g, at.state, at.phi, value=value)
+    asked = {"value": value, "grad": g, "value_fn": lambda phi: loss(phi, *batch)}
+    update, state = optax.with_extra_args_support(optimizer).update(g, at.state, at.phi, **asked)
     return Descent(jax.tree.map(jnp.add, at.phi, update), state), value
 
 
@@ -190,14 +191,14 @@ def inner_rates(
     estimate z * (B z) over random signs z.
     """
     value, g = jax.value_and_grad(loss)(at.phi)
-    told = optax.with_extra_args_support(optimizer)
+    told, asked = optax.with_extra_args_support(optimizer), {"value": value, "grad": g, "value_fn": loss}
     leaves, treedef = jax.tree.flatten(g)
 
     def probe(key: PRNGKeyArray) -> PyTree:
         keys = jax.random.split(key, len(leaves))
         signs = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
         z = jax.tree.unflatten(treedef, signs)
-        response = jax.jvp(lambda v: told.update(v, at.state, at.phi, value=value)[0], (g,), (z,))[1]
+        response = jax.jvp(lambda v: told.update(v, at.state, at.phi, **asked)[0], (g,), (z,))[1]
         # A parameter that never had a gradient has no rate under Adam (0/0): it does not move.
         return jax.tree.map(lambda a, b: jnp.nan_to_num(-a * b, nan=0.0, posinf=0.0, neginf=0.0), z, response)
 
@@ -205,9 +206,20 @@ def inner_rates(
     return jax.tree.map(lambda *e: sum(e) / probes, *estimates)
 
 
+def line_search(rate: float) -> optax.GradientTransformationExtraArgs:
+    """Gradient descent whose rate, `rate` at most, is halved until the loss falls as its slope promises (Armijo 1966).
+
+    It never diverges. It cannot be differentiated in reverse: for inner loops around which the meta-gradient flows.
+    """
+    search = optax.scale_by_backtracking_linesearch(
+        max_backtracking_steps=12, slope_rtol=1e-4, decrease_factor=0.5, increase_factor=2.0, rtol=1e-6
+    )
+    return optax.chain(optax.sgd(rate), search)
+
+
 def make_optimizer(name: str, rate: float, **options: Any) -> optax.GradientTransformation:
-    """An optax optimiser by name, e.g. make_optimizer("adam", 1e-3, b1=0.0)."""
-    factory = getattr(optax, name, None)
+    """An optax optimiser by name, e.g. make_optimizer("adam", 1e-3, b1=0.0), or "line_search"."""
+    factory = line_search if name == "line_search" else getattr(optax, name, None)
     if factory is None or name.startswith("_"):
         raise ValueError(f"optimizer: came {name!r}, needs the name of an optax optimiser, e.g. 'sgd' or 'adam'")
     return factory(rate, **options)

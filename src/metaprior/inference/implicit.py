@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree, Scalar
 
+from metaprior.inference.gradient import half_square
+
 
 def conjugate_gradients(matvec: Callable[[PyTree], PyTree], b: PyTree, steps: int) -> PyTree:
     """x with A x = b for positive definite A, after at most `steps` products with A, from x = 0.
@@ -68,7 +70,7 @@ def proximal(
     """
     if steps < 0 or cg_steps < 1:
         raise ValueError(f"steps, cg_steps: came {steps} and {cg_steps}, need at least 0 and 1")
-    solver = optax.sgd(rate) if optimizer is None else optimizer
+    solver = optax.with_extra_args_support(optax.sgd(rate) if optimizer is None else optimizer)
     # Everything that loss closes over becomes an argument: a task's data is a tracer of the vmap over tasks, which a
     # custom derivative must not hold on to.
     closed = eqx.filter_closure_convert(loss, theta)
@@ -79,10 +81,14 @@ def proximal(
         return jax.grad(eqx.combine(floats, arrays, static))(phi)
 
     def solve(theta: PyTree, strength: Array, floats: PyTree, arrays: PyTree) -> PyTree:
+        def objective(phi: PyTree) -> Scalar:
+            return eqx.combine(floats, arrays, static)(phi) + strength * half_square(phi, theta)
+
         def step(_: Array, at: tuple) -> tuple:
             phi, state = at
-            pull = jax.tree.map(lambda g, p, t: g + strength * (p - t), grad(phi, floats, arrays), phi, theta)
-            update, state = solver.update(pull, state, phi)
+            value, pull = jax.value_and_grad(objective)(phi)
+            # What a line search asks for, and others do not.
+            update, state = solver.update(pull, state, phi, value=value, grad=pull, value_fn=objective)
             return optax.apply_updates(phi, update), state
 
         return jax.lax.fori_loop(0, steps, step, (theta, solver.init(theta)))[0]

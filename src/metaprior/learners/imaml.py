@@ -30,7 +30,7 @@ def imaml(
     strength: float = 2.0,
     steps: int = 16,
     rate: float = 0.1,
-    optimizer: str | optax.GradientTransformation = "sgd",
+    optimizer: str | optax.GradientTransformation = "line_search",
     cg_steps: int = 5,
     damping: float = 0.0,
     test_steps: int | None = None,
@@ -40,8 +40,8 @@ def imaml(
     """Meta-learn the centre theta of a proximal prior; params are the model's own.
 
     strength: s, the prior's precision in units of the mean support nll (must exceed the most negative curvature).
-    steps, rate, optimizer: of the descent on the proximal objective, whose curvature grows in meta-training. cg_steps: of
-    the implicit solve, with optional damping.
+    steps, rate, optimizer: of the descent on the proximal objective. Meta-training raises its curvature, and at a fixed
+    rate ("sgd") the descent diverges some day. cg_steps: of the implicit solve, with optional damping.
     """
     if strength <= 0:
         raise ValueError(f"strength: came {strength}, needs a positive precision, e.g. 2.0 (the paper's Omniglot)")
