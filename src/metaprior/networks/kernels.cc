@@ -1,8 +1,9 @@
 // Convolutions and products of small matrices as XLA custom calls for processors, each in three views: y of x and w, x
 // of w and y, w of x and y.
 //
-// No convolution writes patches to memory. An output pixel is a sum over the kernel's taps of (channels at the tap) x (weights of
-// the tap), kept in registers for several pixels and vectors of channels at a time; padded images stay in cache.
+// No convolution writes patches to memory. An output pixel is a sum over the kernel's taps of (channels at the tap) x
+// (weights of the tap), kept in registers for several pixels and vectors of channels at a time; padded images stay in
+// cache.
 // Tensors are x [t, n, h, w, i], w [t, kh, kw, i, o], y [t, n, h2, w2, o], row-major: t convolutions at once. Those of
 // a product are x [t, n, i], w [t, i, o], y [t, n, o], where one factor may be a single matrix that all t share.
 
@@ -372,6 +373,11 @@ void multiply(const Factor& a, int64_t rows, int64_t depth, const float* b, int6
 // out [columns, rows] of in [rows, columns], by squares of four.
 void transpose(const float* in, int64_t rows, int64_t columns, float* out) {
   typedef float Four __attribute__((vector_size(16), aligned(4)));
+  // The first and the last halves of two vectors, and of their pairs: compilers make one instruction of each.
+  const auto first = [](Four a, Four b) { return Four{a[0], b[0], a[1], b[1]}; };
+  const auto last = [](Four a, Four b) { return Four{a[2], b[2], a[3], b[3]}; };
+  const auto first_pairs = [](Four a, Four b) { return Four{a[0], a[1], b[0], b[1]}; };
+  const auto last_pairs = [](Four a, Four b) { return Four{a[2], a[3], b[2], b[3]}; };
   for (int64_t r = 0; r < rows; r += 4)
     for (int64_t c = 0; c < columns; c += 4) {
       if (r + 4 > rows || c + 4 > columns) {
@@ -379,17 +385,14 @@ void transpose(const float* in, int64_t rows, int64_t columns, float* out) {
           for (int64_t j = c; j < std::min(c + 4, columns); ++j) out[j * rows + i] = in[i * columns + j];
         continue;
       }
-      const float* from = in + r * columns + c;
-      const auto four = [&](int k) { return *reinterpret_cast<const Four*>(from + k * columns); };
+      const auto row = [&](int k) { return *reinterpret_cast<const Four*>(in + (r + k) * columns + c); };
       const auto put = [&](int k, Four v) { *reinterpret_cast<Four*>(out + (c + k) * rows + r) = v; };
-      const Four a = __builtin_shufflevector(four(0), four(1), 0, 4, 1, 5);
-      const Four b = __builtin_shufflevector(four(0), four(1), 2, 6, 3, 7);
-      const Four d = __builtin_shufflevector(four(2), four(3), 0, 4, 1, 5);
-      const Four e = __builtin_shufflevector(four(2), four(3), 2, 6, 3, 7);
-      put(0, __builtin_shufflevector(a, d, 0, 1, 4, 5));
-      put(1, __builtin_shufflevector(a, d, 2, 3, 6, 7));
-      put(2, __builtin_shufflevector(b, e, 0, 1, 4, 5));
-      put(3, __builtin_shufflevector(b, e, 2, 3, 6, 7));
+      const Four a = first(row(0), row(1)), b = last(row(0), row(1));
+      const Four d = first(row(2), row(3)), e = last(row(2), row(3));
+      put(0, first_pairs(a, d));
+      put(1, last_pairs(a, d));
+      put(2, first_pairs(b, e));
+      put(3, last_pairs(b, e));
     }
 }
 
