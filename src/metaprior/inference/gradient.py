@@ -209,7 +209,7 @@ def inner_rates(
 def line_search(rate: float) -> optax.GradientTransformationExtraArgs:
     """Gradient descent whose rate, `rate` at most, is halved until the loss falls as its slope promises (Armijo 1966).
 
-    It never diverges. It cannot be differentiated in reverse: for inner loops around which the meta-gradient flows.
+    Twelve times at most. It cannot be differentiated in reverse: for inner loops around which the meta-gradient flows.
     """
     search = optax.scale_by_backtracking_linesearch(
         max_backtracking_steps=12, slope_rtol=1e-4, decrease_factor=0.5, increase_factor=2.0, rtol=1e-6
