@@ -128,6 +128,7 @@ def test_it_can_be_turned_off():
 PRODUCTS = [
     (1, 10, 40, 40), (25, 10, 40, 40), (3, 7, 40, 1), (2, 13, 1, 5), (2, 1, 5, 3), (1, 250, 40, 40), (2, 9, 33, 70),
     (2, 5, 17, 16), (3, 3, 64, 129), (2, 6, 2, 6), (40, 40, 40, 3), (2, 0, 3, 4), (0, 2, 3, 4),
+    (3, 5, 5, 1761), (2, 7, 11, 64), (2, 4, 15, 200), (2, 0, 5, 80), (2, 6, 0, 80),
 ]  # fmt: skip
 
 
@@ -185,6 +186,8 @@ def test_a_product_and_its_derivatives_are_those_of_matrices(axes):
 def test_a_product_of_other_shapes_is_refused():
     with pytest.raises(ValueError, match=r"x, w: came shapes \(2, 3\), \(4, 5\); needs \[n, i\], \[i, o\]"):
         product.product(jnp.ones((2, 3)), jnp.ones((4, 5)))
+    with pytest.raises(ValueError, match=r"a, b: came shapes \(2, 3\), \(4, 5\); needs \[n, o\], \[i, o\]"):
+        product.dots(jnp.ones((2, 3)), jnp.ones((4, 5)))
 
 
 def test_no_tasks_and_no_rows_at_all():

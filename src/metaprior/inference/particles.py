@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.gradient import count
 from metaprior.likelihoods import Likelihood
+from metaprior.networks.product import dots, product
 from metaprior.types import Batch, examples
 
 
@@ -62,16 +63,17 @@ def stein_direction(particles: PyTree, gradients: PyTree, repulsion: float | Arr
     m = rows[0].shape[0]
     if m == 1:
         return gradients
-    products = jnp.asarray(sum(row @ row.T for row in rows))
+    products = jnp.asarray(sum(dots(row, row) for row in rows))
     norms = jnp.diagonal(products)
     squared = jnp.maximum(norms[:, None] + norms[None] - 2 * products, 0)
     h = bandwidth(squared)
-    kernel, apart = jnp.exp(-squared / h), 2 * repulsion / h
+    kernel = jnp.exp(-squared / h)
+    # sum_j k_ij g_j + 2 repulsion / h k_ij (phi_i - phi_j), as one product of each leaf's gradients and particles.
+    push = 2 * repulsion / h * (jnp.diag(kernel.sum(1)) - kernel)
+    mixing = jnp.concatenate([kernel, push], 1) / m
 
     def leaf(g: Array, phi: Array) -> Array:
-        # sum_j k_ij g_j + apart (phi_i - phi_j), with one product a leaf.
-        drawn = kernel @ (g - apart * phi).reshape(m, -1) + apart * kernel.sum(1, keepdims=True) * phi.reshape(m, -1)
-        return drawn.reshape(g.shape) / m
+        return product(mixing, jnp.concatenate([g, phi]).reshape(2 * m, -1)).reshape(g.shape)
 
     return jax.tree.map(leaf, gradients, particles)
 

@@ -370,6 +370,30 @@ void multiply(const Factor& a, int64_t rows, int64_t depth, const float* b, int6
     });
 }
 
+// c [rows, width] = a b', few rows of each and what is summed long: vectors lie along that, and are added up at the end.
+void dots(const float* a, int64_t rows, int64_t depth, const float* b, int64_t width, float* c) {
+  constexpr int SIDE = WIDEST == 2 ? 3 : 5;
+  const int64_t whole = depth / LANES * LANES;
+  for (int64_t r = 0; r < rows; r += SIDE)
+    for (int64_t k = 0; k < width; k += SIDE) {
+      const float *left[SIDE], *right[SIDE];
+      for (int64_t i = 0; i < SIDE; ++i) {
+        left[i] = a + std::min(r + i, rows - 1) * depth;
+        right[i] = b + std::min(k + i, width - 1) * depth;
+      }
+      Vector s[SIDE][SIDE] = {};
+      for (int64_t d = 0; d < whole; d += LANES)
+        add_row(s, [&](int j) { return load(right[j] + d); }, [&](int p) { return load(left[p] + d); });
+      for (int64_t p = 0; p < SIDE && r + p < rows; ++p)
+        for (int64_t j = 0; j < SIDE && k + j < width; ++j) {
+          float sum = 0;
+          for (int64_t d = whole; d < depth; ++d) sum += left[p][d] * right[j][d];
+          for (int lane = 0; lane < LANES; ++lane) sum += s[p][j][lane];
+          c[(r + p) * width + k + j] = sum;
+        }
+    }
+}
+
 // out [columns, rows] of in [rows, columns], by squares of four.
 void transpose(const float* in, int64_t rows, int64_t columns, float* out) {
   typedef float Four __attribute__((vector_size(16), aligned(4)));
@@ -403,6 +427,8 @@ ffi::Error multiply_all(ffi::ThreadPool& pool, const Factor& a, const Factor& b,
     std::vector<float>& spare = scratch();
     spare.resize(depth * (LANES + width));
     const float* own = b.data + task * b.size;
+    if (turned && a.column == 1 && width < LANES && depth >= 4 * LANES)
+      return dots(a.data + task * a.size, rows, depth, own, width, c + task * rows * width);
     if (turned) {
       transpose(own, width, depth, spare.data() + depth * LANES);
       own = spare.data() + depth * LANES;

@@ -31,6 +31,14 @@ def product(x: Float[Array, "n i"], w: Float[Array, "i o"]) -> Float[Array, "n o
     return _bind("y", x=x.astype(dtype)[None], w=w.astype(dtype)[None])[0]
 
 
+def dots(a: Float[Array, "n o"], b: Float[Array, "i o"]) -> Float[Array, "n i"]:
+    """Inner products of the rows of a with those of b, a b'. Raises ValueError unless both have rows of one length."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"a, b: came shapes {a.shape}, {b.shape}; needs [n, o], [i, o] with the same o")
+    dtype = jnp.result_type(a, b)
+    return _bind("x", w=b.astype(dtype)[None], y=a.astype(dtype)[None])[0]
+
+
 def rows(b: Float[Array, " o"], n: int) -> Float[Array, "n o"]:
     """b, n times: as a product with ones, so that the sum over rows that is its derivative has a kernel too."""
     return product(jnp.ones((n, 1), b.dtype), b[None])
