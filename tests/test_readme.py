@@ -41,6 +41,6 @@ def test_public_names_exist_and_import_is_light():
     import sys
 
     assert all(hasattr(mp, name) for name in mp.__all__)
-    heavy = "import sys, metaprior; print([m for m in ('matplotlib', 'tensorboardX', 'torch') if m in sys.modules])"
+    heavy = "import sys, metaprior; print([m for m in ('matplotlib', 'scipy.optimize', 'sklearn', 'tensorboardX', 'torch') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

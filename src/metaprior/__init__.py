@@ -1,10 +1,10 @@
 """metaprior: learn a prior from many small tasks; get an honest posterior on the next one."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from metaprior import learners, networks, tasks
 from metaprior.calibration import calibrate
-from metaprior.estimators import MetaClassifier, MetaRegressor
 from metaprior.evaluation import Report, evaluate
 from metaprior.inference.learned import optimise
 from metaprior.inference.posteriors import implicit, laplace, point
@@ -13,6 +13,9 @@ from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, 
 from metaprior.networks import conv4, from_equinox, from_flax, mlp
 from metaprior.training import Fitted, NonFiniteLoss, Training, TrainState, fit
 from metaprior.types import Attributes, Batch, Learner, Model, Predictive, Splits, Task, TaskSource
+
+if TYPE_CHECKING:
+    from metaprior.estimators import MetaClassifier, MetaRegressor
 
 __version__ = version("metaprior")
 
@@ -55,3 +58,12 @@ __all__ = [
     "point",
     "tasks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The estimators when first asked for: scikit-learn takes as long to import as JAX."""
+    if name in ("MetaClassifier", "MetaRegressor"):
+        from metaprior import estimators
+
+        return getattr(estimators, name)
+    raise AttributeError(f"module 'metaprior' has no attribute {name!r}")

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
-from scipy.optimize import minimize
 
 from metaprior.types import Learner, TaskSource
 
@@ -87,6 +86,8 @@ def calibrate(
     build makes the learner from the knobs (traced). Nelder and Mead's simplex on their logarithms: the posterior need
     not be differentiable in them. One draw of tasks and of noise serves all evaluations.
     """
+    from scipy.optimize import minimize  # not above: it takes a third of a second, and few commands calibrate
+
     if any(value <= 0 for value in knobs.values()):
         raise ValueError(f"knobs: came {knobs}, need positive starting values")
     keys = jax.random.split(key, tasks)

@@ -1,25 +1,31 @@
 """Pictures: of reports, of training, and of what a posterior says about a task. Each returns a matplotlib Figure."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from metaprior.evaluation import Report
 from metaprior.types import Learner, Task
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 # Okabe & Ito's palette, told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-LAYERS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)  # of many lines in one picture
+SERIES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)  # of many lines in one picture
 DPI = 160
 
 
 def panels(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+    from matplotlib.figure import Figure  # not above: commands that draw nothing need not wait for it
+
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, **options))
     for ax in axes.ravel():
@@ -176,7 +182,7 @@ def gate_values(forget: PyTree, input: PyTree) -> Figure:
     for ax, title, values in zip(axes, ("forget gate", "input gate"), (forget, input), strict=True):
         for i, (name, layer) in enumerate(_by_layer(values).items()):
             low, middle, high = np.percentile(layer, (10, 50, 90), axis=1)
-            steps, colour = np.arange(1, len(middle) + 1), LAYERS[i % len(LAYERS)]
+            steps, colour = np.arange(1, len(middle) + 1), SERIES[i % len(SERIES)]
             ax.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
             ax.plot(steps, middle, "o-", color=colour, markersize=4, linewidth=1.4, label=name)
         ax.set(xlabel="inner step", ylabel=title)

@@ -1,21 +1,23 @@
 """Pictures of studies: draws over explanations, error over acquisitions, and AUROC against strangers."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from metaprior.plots import BLUE, GREEN, GREY, ORANGE, inputs_over, panels
+from metaprior.plots import BLUE, GREEN, GREY, ORANGE, SERIES, inputs_over, panels
 from metaprior.studies.active import Acquisition
 from metaprior.studies.novelty import Novelty
 from metaprior.tasks.explained import ExplainedTasks
 from metaprior.types import Learner, Task
 
-SERIES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def explanations(
