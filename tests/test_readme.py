@@ -41,6 +41,7 @@ def test_public_names_exist_and_import_is_light():
     import sys
 
     assert all(hasattr(mp, name) for name in mp.__all__)
-    heavy = "import sys, metaprior; print([m for m in ('matplotlib', 'scipy.optimize', 'sklearn', 'tensorboardX', 'torch') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout
+    heavy = ("matplotlib", "scipy.optimize", "sklearn", "tensorboardX", "torch")
+    code = f"import sys, metaprior; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
