@@ -4,15 +4,23 @@ import os
 from pathlib import Path
 
 # Tests compile far more than they run, so the compiler's dearest passes do not pay here.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# By the environment, which commands leave as it is and processes started by tests inherit.
+CACHE = os.environ.get("METAPRIOR_TEST_CACHE", Path.home() / ".cache" / "metaprior-tests")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 
 import jax
 import pytest
 
-CACHE = Path(os.environ.get("METAPRIOR_TEST_CACHE", Path.home() / ".cache" / "metaprior-tests"))
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_collection_modifyitems(items):
+    """Contract tests of one learner run after one another, so that they share what they trace and compile."""
+    contract = [item for item in items if item.path.name == "test_contract.py" and hasattr(item, "callspec")]
+    ordered = iter(sorted(contract, key=lambda item: item.callspec.params["name"]))
+    items[:] = [next(ordered) if item in contract else item for item in items]
 
 
 CLEARED_EVERY = 20

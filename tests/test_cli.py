@@ -19,14 +19,6 @@ from scenarios import run_cli
 SMALL = ["training.chunk=20", "training.meta_batch=4", "training.validate_every=20", "training.validation_tasks=8"]
 
 
-@pytest.fixture(autouse=True)
-def _keep_the_test_cache(monkeypatch):
-    """The command line would point the compilation cache at the user's."""
-    import jax
-
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
-
-
 @pytest.fixture(scope="module")
 def sinusoid_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "sinusoid"

@@ -1,6 +1,7 @@
 """What every learner must pass. A learner that is in the registry is in here."""
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.named import option_names
 from metaprior.networks import mlp
 from metaprior.tasks import sinusoid
-from metaprior.types import Attributes, Batch, Task
+from metaprior.types import Attributes, Batch, Learner, Task, TaskSource
 
 WAY = 3
 PRETRAINING_CLASSES = 12
@@ -137,9 +138,46 @@ ESTIMATORS = (
 TRUE_GRADIENT = [name for name in LEARNERS if name not in ESTIMATORS]
 
 
+@dataclass(frozen=True)
+class Case:
+    """A learner and a problem for it; what several tests run is traced and compiled once."""
+
+    learner: Learner
+    source: TaskSource
+
+    def started(self, n=3):
+        """n tasks, and params that have seen the first of them."""
+
+        @jax.jit
+        def start(source):
+            tasks = source.sample(jax.random.key(1), n)
+            return tasks, self.learner.init(jax.random.key(2), first(tasks))
+
+        return start(self.source)
+
+    @cached_property
+    def start(self):
+        return self.started()
+
+    @cached_property
+    def answer(self):
+        """(params, support, x, key) -> the predictive mean."""
+        return jax.jit(self.means)
+
+    @cached_property
+    def gradient(self):
+        return jax.jit(jax.value_and_grad(self.loss))
+
+    def means(self, params, support, x, key):
+        return self.learner.predict(params, self.learner.adapt(params, support, key), x, key).mean()
+
+    def loss(self, params, task, key):
+        return self.learner.loss(params, task, key)[0]
+
+
 def regression(name, **options):
     options = OPTIONS.get(name, {"rate": 0.02}) | options
-    return make_learner(name, mlp(1, (16, 16), "tanh"), Gaussian(), **options), sinusoid(shot=8, query=8).train
+    return Case(make_learner(name, mlp(1, (16, 16), "tanh"), Gaussian(), **options), sinusoid(shot=8, query=8).train)
 
 
 def classification(name, **options):
@@ -148,37 +186,17 @@ def classification(name, **options):
     options = rate | way | OPTIONS.get(name, {}) | options
     outputs = PRETRAINING_CLASSES if name in PRETRAINED else WAY
     source = DescribedBlobs(BLOBS.plane) if name in DESCRIBED else BLOBS
-    return make_learner(name, mlp(outputs, (16,), "tanh"), Categorical(), **options), source
+    return Case(make_learner(name, mlp(outputs, (16,), "tanh"), Categorical(), **options), source)
 
 
-def problem(name, **options):
-    return classification(name, **options) if name in CLASSIFIERS else regression(name, **options)
-
-
-def tasks_and_params(learner, source, n=3):
-    @jax.jit
-    def start(source):
-        tasks = source.sample(jax.random.key(1), n)
-        return tasks, learner.init(jax.random.key(2), first(tasks))
-
-    return start(source)
+@lru_cache(maxsize=2)
+def problem(name):
+    """Tests of one learner run after one another (conftest.py) and share its case."""
+    return classification(name) if name in CLASSIFIERS else regression(name)
 
 
 def first(tasks):
     return jax.tree.map(lambda leaf: leaf[0], tasks)
-
-
-def answer_of(learner):
-    """(params, support, x, key) -> the predictive mean; one and the same program in all tests, so compiled once."""
-
-    def answer(params, support, x, key):
-        return learner.predict(params, learner.adapt(params, support, key), x, key).mean()
-
-    return answer
-
-
-def loss_of(learner):
-    return lambda params, task, key: learner.loss(params, task, key)[0]
 
 
 def close(a, b, tolerance=2e-5):
@@ -188,32 +206,28 @@ def close(a, b, tolerance=2e-5):
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_batch_of_tasks_is_its_tasks_one_by_one(name):
-    learner, source = problem(name)
-    tasks, params = tasks_and_params(learner, source)
-    keys = jax.random.split(jax.random.key(3), 3)
-
-    answer, loss = answer_of(learner), loss_of(learner)
+    case, keys = problem(name), jax.random.split(jax.random.key(3), 3)
+    tasks, params = case.start
     together = (
-        jax.jit(jax.vmap(answer, (None, 0, 0, 0)))(params, tasks.support, tasks.query.x, keys),
-        jax.jit(jax.vmap(loss, (None, 0, 0)))(params, tasks, keys),
+        jax.jit(jax.vmap(case.means, (None, 0, 0, 0)))(params, tasks.support, tasks.query.x, keys),
+        jax.jit(jax.vmap(case.loss, (None, 0, 0)))(params, tasks, keys),
     )
-    answer, loss = jax.jit(answer), jax.jit(jax.value_and_grad(loss))
     for i in range(3):
         task, key = jax.tree.map(lambda leaf, i=i: leaf[i], tasks), keys[i]
-        alone = answer(params, task.support, task.query.x, key), loss(params, task, key)[0]
+        alone = case.answer(params, task.support, task.query.x, key), case.gradient(params, task, key)[0]
         close(alone, jax.tree.map(lambda leaf, i=i: leaf[i], together))
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", TRUE_GRADIENT)
 def test_the_meta_gradient_is_the_derivative_of_the_loss(name):
-    learner, source = problem(name)
-    tasks, params = tasks_and_params(learner, source, 1)
-    task, key = jax.tree.map(lambda leaf: leaf[0], tasks), jax.random.key(4)
+    case = problem.__wrapped__(name)  # of its own, in float64
+    tasks, params = case.started(1)
+    task, key = first(tasks), jax.random.key(4)
     flat, unravel = jax.flatten_util.ravel_pytree(params)
 
     def loss(vector):
-        return learner.loss(unravel(vector), task, key)[0]
+        return case.loss(unravel(vector), task, key)
 
     direction = jax.random.normal(jax.random.key(5), flat.shape)
     direction /= jnp.linalg.norm(direction)
@@ -229,8 +243,8 @@ def test_the_meta_gradient_is_the_derivative_of_the_loss(name):
     [(n, problem) for n in LEARNERS] + [(n, classification) for n in READS_NAMES if n not in CLASSIFIERS],
 )
 def test_a_small_budget_of_training_lowers_the_test_loss(name, make):
-    learner, source = make(name)
-    _, params = tasks_and_params(learner, source)
+    case = make(name)
+    learner, source, params = case.learner, case.source, case.start[1]
     optimizer = OUTER.get(name, optax.adam(5e-3))
     training = NamedBlobs(BLOBS.plane) if name in PRETRAINED else source
 
@@ -239,11 +253,12 @@ def test_a_small_budget_of_training_lowers_the_test_loss(name, make):
         batch = training.sample(key, 8)
 
         def mean_loss(p):
-            return jax.vmap(lambda t, k: learner.loss(p, t, k)[0])(batch, jax.random.split(key, 8)).mean()
+            return jax.vmap(case.loss, (None, 0, 0))(p, batch, jax.random.split(key, 8)).mean()
 
         update, state = optimizer.update(jax.grad(mean_loss)(params), state, params)
         return (optax.apply_updates(params, update), state), None
 
+    @jax.jit
     def score(p):
         held_out = source.sample(jax.random.key(77), 50)
 
@@ -257,29 +272,27 @@ def test_a_small_budget_of_training_lowers_the_test_loss(name, make):
     after = run((params, optimizer.init(params)))
     # The nll of a perfect answer: 0 of classes, that of a perfect mean under sd sqrt(1/2).
     floor = 0.0 if name in CLASSIFIERS or make is classification else 0.5 * np.log(np.pi)
-    before, now = jax.jit(score)(params) - floor, jax.jit(score)(after) - floor
+    before, now = score(params) - floor, score(after) - floor
     assert now < FACTOR.get(name, 0.75) * before, f"{before:.3f} -> {now:.3f}"
 
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_the_same_key_gives_the_same_bits(name):
-    learner, source = problem(name)
-    tasks, params = tasks_and_params(learner, source)
-    gradient = jax.jit(jax.value_and_grad(loss_of(learner)))
-    once, again = (gradient(params, first(tasks), jax.random.key(7)) for _ in range(2))
+    case = problem(name)
+    tasks, params = case.start
+    once, again = (case.gradient(params, first(tasks), jax.random.key(7)) for _ in range(2))
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), once, again))
-    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, tasks_and_params(learner, source)[1]))
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, case.started()[1]))
 
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_the_order_of_examples_does_not_matter(name):
-    learner, source = problem(name)
-    tasks, params = tasks_and_params(learner, source)
-    task, key = jax.tree.map(lambda leaf: leaf[0], tasks), jax.random.key(8)
+    case = problem(name)
+    tasks, params = case.start
+    task, key, answer = first(tasks), jax.random.key(8), case.answer
     turn, back = (jax.random.permutation(k, task.support.y.shape[0]) for k in jax.random.split(key))
     shuffled = jax.tree.map(lambda leaf: leaf[turn], task.support)
     back = back[jnp.arange(task.query.y.shape[0]) % back.size] % task.query.y.shape[0]
-    answer = jax.jit(answer_of(learner))
     plain = answer(params, task.support, task.query.x, key)
     if name not in ORDERED:
         close(answer(params, shuffled, task.query.x, key), plain)
@@ -288,15 +301,14 @@ def test_the_order_of_examples_does_not_matter(name):
 
 @pytest.mark.parametrize("name", [name for name in LEARNERS if name not in READS_NAMES])
 def test_renaming_the_classes_renames_the_answers(name):
-    learner, source = classification(name, **SILENT.get(name, {}))
-    tasks, params = tasks_and_params(learner, source)
-    task, key = jax.tree.map(lambda leaf: leaf[0], tasks), jax.random.key(8)
+    case = classification(name, **SILENT.get(name, {}))
+    tasks, params = case.start
+    task, key, answer = first(tasks), jax.random.key(8), case.answer
     # An untrained head tells the classes apart only by its random start: start it equal for all of them.
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.zeros_like(leaf) if "'head'" in str(path) and _is_weight(path) else leaf, params
     )
     rename = jnp.array([2, 0, 1])
-    answer = jax.jit(answer_of(learner))
     renamed = answer(params, task.support._replace(y=rename[task.support.y]), task.query.x, key)
     close(renamed[:, rename], answer(params, task.support, task.query.x, key), 1e-4)
 
@@ -309,15 +321,13 @@ def _is_weight(path):
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_padding_changes_nothing(name):
-    learner, source = problem(name)
-    tasks, params = tasks_and_params(learner, source)
-    support, key = jax.tree.map(lambda leaf: leaf[0], tasks).support, jax.random.key(8)
+    case = problem(name)
+    tasks, params = case.start
+    (support, query), key = first(tasks), jax.random.key(8)
     n = support.y.shape[0]
     padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:2] + 1]), support)
     padded = padded._replace(weight=jnp.concatenate([jnp.ones(n), jnp.zeros(2)]))
-    x = jax.tree.map(lambda leaf: leaf[0], tasks).query.x
-    answer = jax.jit(answer_of(learner))
-    close(answer(params, padded, x, key), answer(params, support, x, key))
+    close(case.answer(params, padded, query.x, key), case.answer(params, support, query.x, key))
 
 
 OWNERS = [n for n in LEARNERS if "posterior" in option_names(LEARNERS[n]) and n != "nil"]
@@ -329,10 +339,8 @@ OWNERS = [n for n in LEARNERS if "posterior" in option_names(LEARNERS[n]) and n 
 )
 def test_every_gradient_learner_owns_a_posterior(name, rule):
     make = {"implicit": implicit, "laplace": laplace}[rule]
-    learner, source = regression(name, posterior=make())
-    tasks, params = tasks_and_params(learner, source)
-    task, key = jax.tree.map(lambda leaf: leaf[0], tasks), jax.random.key(8)
-    sampler, _ = regression(name, posterior=make(draws=64))
+    case, sampler = regression(name, posterior=make()), regression(name, posterior=make(draws=64))
+    (tasks, params), learner, key = case.start, case.learner, jax.random.key(8)
 
     @jax.jit
     def answers(params, task):
@@ -343,10 +351,10 @@ def test_every_gradient_learner_owns_a_posterior(name, rule):
 
         near, far = (at(posterior, x).variance().mean() - 0.5 for x in (task.support.x, jnp.full((1, 1), 12.0)))
         along = jax.vmap(lambda p: at(p, task.query.x).mean())(course)
-        drawn = sampler.predict(params, sampler.adapt(params, task.support, key), task.support.x, key).mean()
+        drawn = sampler.means(params, task.support, task.support.x, key)
         return near, far, along, at(posterior, task.query.x).mean(), drawn
 
-    near, far, along, end, drawn = answers(params, task)
+    near, far, along, end, drawn = answers(params, first(tasks))
     assert 0 < near < far
     assert jnp.isfinite(drawn).all()
     # The course of posteriors goes from before the first step to after the last, and all of them predict.
@@ -356,10 +364,10 @@ def test_every_gradient_learner_owns_a_posterior(name, rule):
 
 @pytest.mark.parametrize("name", NO_DESCENT)
 def test_what_follows_no_gradient_implies_no_posterior(name):
-    learner, source = regression(name, posterior=implicit())
-    tasks, params = tasks_and_params(learner, source)
+    case = regression(name, posterior=implicit())
+    tasks, params = case.start
     with pytest.raises(ValueError, match="imply no prior; use 'laplace'"):
-        learner.adapt(params, jax.tree.map(lambda leaf: leaf[0], tasks).support, jax.random.key(8))
+        case.learner.adapt(params, first(tasks).support, jax.random.key(8))
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -367,12 +375,12 @@ def test_bad_input_is_named(name):
     option = max(option_names(LEARNERS[name])[2:], key=len)
     with pytest.raises(ValueError, match=f"did you mean '{option}'"):
         make_learner(name, mlp(), Gaussian(), **{option[:-1]: 0.1})
-    learner, source = regression(name) if name not in CLASSIFIERS else classification(name)
     if name not in CLASSIFIERS:
-        tasks, params = tasks_and_params(learner, source)
-        support = jax.tree.map(lambda leaf: leaf[0], tasks).support
+        case = problem(name)
+        tasks, params = case.start
+        support = first(tasks).support
         with pytest.raises(ValueError, match="y: the outputs predict"):
-            learner.adapt(params, support._replace(y=support.y[:, 0]), jax.random.key(0))
+            case.learner.adapt(params, support._replace(y=support.y[:, 0]), jax.random.key(0))
 
 
 def test_unknown_learners_are_suggested():

@@ -360,12 +360,6 @@ def test_novelty_refuses(pool):
 
 # -- the command line --------------------------------------------------------------------------------------------------
 
-@pytest.fixture(autouse=True)
-def _keep_the_test_cache(monkeypatch):
-    """The command line would point the compilation cache at the user's."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
-
-
 def untrained(folder, recipe):
     """A run folder as training leaves it, at meta-step 0: what a study does does not depend on how good a run is."""
     experiment = build(recipe)
