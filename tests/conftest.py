@@ -6,8 +6,7 @@ from pathlib import Path
 # Tests compile far more than they run, so the compiler's dearest passes do not pay here.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # By the environment, which commands leave as it is and processes started by tests inherit.
-CACHE = os.environ.get("METAPRIOR_TEST_CACHE", Path.home() / ".cache" / "metaprior-tests")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "metaprior-tests"))
 
 import jax
 import pytest
