@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-# Tests compile far more than they run, so the compiler's dearest passes do not pay here.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests compile far more than they run, so the compiler's dearest passes do not pay here; without any, loops crawl.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 # By the environment, which commands leave as it is and processes started by tests inherit.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "metaprior-tests"))
 
