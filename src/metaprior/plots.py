@@ -142,7 +142,9 @@ def regression_tasks(learner: Learner, params: PyTree, tasks: Task, key: PRNGKey
         axes[j, 0].set_ylabel("y")
         for spare in axes[j, len(stages) :]:
             spare.set_visible(False)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    # Above the panels, as it would lie on the points of one: in two lines over a single column.
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=5 if columns > 1 else 3, frameon=False, fontsize=8)
     return figure
 
 
