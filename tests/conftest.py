@@ -5,7 +5,7 @@ from pathlib import Path
 
 # Tests compile far more than they run, so the compiler's dearest passes do not pay here; without any, loops crawl.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
-# By the environment, which commands leave as it is and processes started by tests inherit.
+# By the environment, as processes that tests start inherit it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "metaprior-tests"))
 
 import jax
