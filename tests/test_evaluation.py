@@ -37,7 +37,7 @@ def test_golden_calibration_errors():
     assert maximum_error(table) == pytest.approx(0.81, abs=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.sampled_from([1, 2, 20, 200]))  # few sizes: each is compiled anew
 def test_calibration_errors_are_bounded_and_ordered(seed, n):
     rng = np.random.default_rng(seed)

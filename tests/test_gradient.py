@@ -47,7 +47,7 @@ def test_quadratic_meta_gradients_by_hand(steps, second, first):
 
 
 @pytest.mark.usefixtures("x64")
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 17), st.sampled_from(["sgd", "adam", "adagrad"]))
 def test_rematerialised_and_plain_descents_agree(steps, name):
     def rosenbrock(phi):

@@ -73,7 +73,7 @@ def test_learned_noise_root_is_the_fisher_information():
 
 
 @pytest.mark.usefixtures("x64")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.02, 0.98), st.integers(0, 10_000))
 def test_quantiles_invert_the_mixture_cdf(q, seed):
     rng = np.random.default_rng(seed)

@@ -36,7 +36,7 @@ def santos(key, rate, steps, rank):
 
 
 @pytest.mark.usefixtures("x64")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**30), st.floats(0.05, 0.95), st.integers(1, 10), st.integers(1, 4))
 def test_truncated_gradient_descent_is_the_mode_of_the_implicit_posterior(seed, rate, steps, rank):
     x, y, theta, p, phi, c, posterior = santos(jax.random.key(seed), rate, steps, rank)

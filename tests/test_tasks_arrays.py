@@ -28,7 +28,7 @@ def rows():
     return x, 100 * x[:, 0] + x[:, 1], np.asarray(list(SIZES))[x[:, 0].astype(int)]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 9999), ragged=st.sampled_from(["pad", "resample"]))
 def test_ragged_groups(seed, ragged):
     source = array_tasks(*rows(), shot=4, query=3, split=SPLIT, ragged=ragged).train

@@ -38,7 +38,7 @@ def test_jit_with_the_source_as_argument_is_eager(factory):
     jax.tree.map(np.testing.assert_array_equal, traced, again)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 10_000))
 def test_sinusoid_is_a_sinusoid_of_the_stated_range(seed):
     task = sinusoid(shot=4, query=40).train.sample(jax.random.key(seed), 8)

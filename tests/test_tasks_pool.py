@@ -32,7 +32,7 @@ def decode(x):
     return out
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10_000),
     sizes=st.sampled_from([(2, 1, 1, False), (5, 2, 4, False), (6, 1, 2, True), (24, 1, 5, True)]),
