@@ -138,7 +138,7 @@ def kfac(
     def outer(column: Float[Array, "n c"]) -> dict[str, Array]:
         return {name: _second_moment(g) for name, g in pull(column)[0].items()}
 
-    moments = chunked(outer, jnp.moveaxis(root, -1, 0))
+    moments = chunked(outer, jnp.moveaxis(root, -1, 0), pull)
     blocks = {}
     for name in names:
         inputs, s = seen[name]

@@ -80,7 +80,7 @@ def lanczos(
     probe_key, start_key = jax.random.split(jax.random.key(0) if key is None else key)
     signs = jax.random.rademacher(probe_key, (probes, n * r), f.dtype)
     basis = krylov_basis(gram, jax.random.normal(start_key, (n * r,), f.dtype), order)
-    rows = chunked(row, basis)
+    rows = chunked(row, basis, pull)
     return Lanczos(Dual(whole, rows, gram_of(rows)), log_det_estimate(gram, signs, order))
 
 
