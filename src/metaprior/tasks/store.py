@@ -14,20 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 import pooch
 import requests
 
+from metaprior.runtime import cache_folder
 from metaprior.tasks.checks import DataError
 
 Arrays = dict[str, np.ndarray]
 
 DAMAGE = (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile)
-
-
-def cache_folder() -> Path:
-    """The folder METAPRIOR_CACHE names, else the platform's cache folder of the user."""
-    return Path(os.environ.get("METAPRIOR_CACHE") or platformdirs.user_cache_dir("metaprior"))
 
 
 def data_folder(name: str) -> Path | None:

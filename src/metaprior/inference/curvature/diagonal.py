@@ -1,6 +1,6 @@
 """The diagonal of the Gauss-Newton matrix: one number a parameter, every correlation left out.
 
-Time n r vector-Jacobian products, memory a few times phi.
+Time n r vector-Jacobian products, memory n r times phi.
 """
 
 from typing import NamedTuple
