@@ -197,3 +197,12 @@ def test_omniglot_from_training_to_new_characters(data_dir, tmp_path, capsys):
     assert {row["prediction"] for row in rows} <= set(shapes)
     for row in rows:
         assert sum(float(row[f"p({c})"]) for c in shapes) == pytest.approx(1, abs=1e-3)
+    again = ("adapt", folder, "--support", tmp_path / "support", "--query", tmp_path / "query", "--calibrated")
+    run_cli(*again, code=2)
+    assert "metaprior evaluate" in capsys.readouterr().err
+    run_cli("evaluate", folder, "--tasks", 4, "--calibrated")
+    assert "softmax_temperature" in capsys.readouterr().out
+    run_cli(*again, "--out", out)
+    scaled = list(csv.DictReader(out.open()))
+    assert [row["prediction"] for row in scaled] == [row["prediction"] for row in rows]
+    assert scaled != rows

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure as Picture
 from sklearn.metrics import brier_score_loss, log_loss
 
-from metaprior.calibration import brier, calibrate, expected_error, maximum_error, reliability
+from metaprior.calibration import (
+    brier,
+    calibrate,
+    calibrate_softmax,
+    expected_error,
+    maximum_error,
+    reliability,
+    temperature_scaled,
+)
 from metaprior.evaluation import Report, evaluate, figure_of
 from metaprior.inference.posteriors import implicit
 from metaprior.learners import maml
@@ -159,6 +167,36 @@ def test_calibration_recovers_the_noise_and_never_ends_worse():
     assert found.nll_after < found.nll_before
     with pytest.raises(ValueError, match="positive"):
         calibrate(build, None, source, jax.random.key(0), {"noise": 0.0})
+
+
+@jax.tree_util.register_static
+class Outcomes:
+    """Tasks without a support whose inputs are the logits of their outcomes."""
+
+    def sample(self, key, n):
+        key_x, key_y = jax.random.split(key)
+        x = jax.random.normal(key_x, (n, 20, 3))
+        nothing = Batch(x[:, :0], jnp.zeros((n, 0), int))
+        return Task(nothing, Batch(x, jax.random.categorical(key_y, x)))
+
+
+@pytest.mark.parametrize("sure", [0.25, 1.0, 4.0])
+def test_the_softmax_temperature_undoes_what_is_too_sure(sure):
+    def predict(params, posterior, x, key):
+        # Two draws, the second of which says nothing: what is scaled is their mixture.
+        return Categories(jax.nn.log_softmax(jnp.stack([sure * params * x, 0 * x])))
+
+    boaster = exact_learner(None)._replace(adapt=lambda params, support, key: None, predict=predict)
+    alone = boaster._replace(predict=lambda *given: Categories(predict(*given).log_probs[:1]))
+    found = calibrate_softmax(alone, 1.0, Outcomes(), jax.random.key(0), tasks=300)
+    assert found.knobs["softmax_temperature"] == pytest.approx(sure, rel=0.1)
+    assert found.nll_after <= found.nll_before
+    x, key = jnp.asarray([[2.0, 1.0, -1.0]]), jax.random.key(0)
+    plain, scaled = boaster.predict(1.0, None, x, key), temperature_scaled(boaster, 2.0).predict(1.0, None, x, key)
+    rooted = jnp.sqrt(plain.mean())
+    np.testing.assert_allclose(scaled.mean(), rooted / rooted.sum(), rtol=1e-5)
+    same = temperature_scaled(boaster, 1.0).predict(1.0, None, x, key)
+    np.testing.assert_allclose(same.mean(), plain.mean(), rtol=1e-5)
 
 
 def test_the_implicit_posterior_lowers_the_nll_of_a_trained_learner():

@@ -4,7 +4,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from metaprior import learners, networks, tasks
-from metaprior.calibration import calibrate
+from metaprior.calibration import calibrate, calibrate_softmax, temperature_scaled
 from metaprior.evaluation import Report, evaluate
 from metaprior.inference.learned import optimise
 from metaprior.inference.posteriors import implicit, laplace, point
@@ -42,6 +42,7 @@ __all__ = [
     "TrainState",
     "Training",
     "calibrate",
+    "calibrate_softmax",
     "conv4",
     "evaluate",
     "fit",
@@ -57,6 +58,7 @@ __all__ = [
     "optimise",
     "point",
     "tasks",
+    "temperature_scaled",
 ]
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.types import Learner, TaskSource
+from metaprior.likelihoods import Categories
+from metaprior.types import Learner, Predictive, TaskSource, examples
 
 BINS = 20
 
@@ -63,7 +64,8 @@ def auroc(higher: Float[Array, " n"], lower: Float[Array, " m"]) -> Scalar:
 
 
 class Calibration(NamedTuple):
-    """Scalars of a posterior fitted on validation tasks, and the mean query nll before and after."""
+    """Scalars of a posterior or of its predictions fitted on validation tasks, and the mean query nll before and after.
+    """
 
     knobs: dict[str, float]
     nll_before: float
@@ -90,27 +92,21 @@ def calibrate(
 
     if any(value <= 0 for value in knobs.values()):
         raise ValueError(f"knobs: came {knobs}, need positive starting values")
-    keys = jax.random.split(key, tasks)
 
-    def nll(logs: dict[str, Array]) -> Scalar:
+    @jax.jit
+    def nll(logs: dict[str, Array], params: PyTree, source: TaskSource) -> Scalar:
         learner = build({name: jnp.exp(value) for name, value in logs.items()})
 
-        def one(key: PRNGKeyArray) -> tuple[Scalar, Scalar]:
-            key_task, key_adapt, key_predict = jax.random.split(key, 3)
-            task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
-            posterior = learner.adapt(params, task.support, key_adapt)
-            logs = learner.predict(params, posterior, task.query.x, key_predict).log_prob(task.query.y)
-            weight = jnp.ones_like(logs) if task.query.weight is None else task.query.weight
-            return -(weight * logs).sum(), weight.sum()
+        def lost(predicted: Predictive, y: Array, weight: Float[Array, " n"]) -> Scalar:
+            return -(weight * predicted.log_prob(y)).sum()
 
-        lost, count = jax.lax.map(one, keys, batch_size=chunk)
-        return lost.sum() / count.sum()
+        sums, counts = _asked(lost, learner, params, source, key, tasks, chunk)
+        return sums.sum() / counts.sum()
 
     names, start = list(knobs), np.log(list(knobs.values()))
-    compiled = jax.jit(nll)
-
     def objective(logs: np.ndarray) -> float:
-        value = float(compiled({name: jnp.asarray(log, float) for name, log in zip(names, logs, strict=True)}))
+        given = {name: jnp.asarray(log, float) for name, log in zip(names, logs, strict=True)}
+        value = float(nll(given, params, source))
         return value if np.isfinite(value) else 1e10
 
     simplex = np.vstack([start, start + 1.5 * np.eye(len(names))])
@@ -118,3 +114,55 @@ def calibrate(
     found = minimize(objective, start, method="Nelder-Mead", options=options)
     fitted = dict(zip(names, np.exp(found.x).tolist(), strict=True))
     return Calibration(fitted, objective(start), float(found.fun))
+
+
+def calibrate_softmax(
+    learner: Learner, params: PyTree, source: TaskSource, key: PRNGKeyArray, *, tasks: int = 200, chunk: int = 25
+) -> Calibration:
+    """Fit "softmax_temperature", for `temperature_scaled`, to the query nll of `tasks` tasks of a classifier.
+
+    Each task is adapted to and predicted once. The nll is convex in 1 / temperature, sought between 1/50 and 50.
+    """
+    from scipy.optimize import minimize_scalar
+
+    def kept(predicted: Categories, y: Array, weight: Float[Array, " n"]) -> tuple[Array, Array, Array]:
+        return predicted.tempered(1.0).log_probs[0], y, weight
+
+    @jax.jit
+    def asked(params: PyTree, source: TaskSource) -> tuple[Array, Array, Array]:
+        return _asked(kept, learner, params, source, key, tasks, chunk)[0]
+
+    logs, y, weight = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in asked(params, source))
+
+    @jax.jit
+    def nll(log: Scalar) -> Scalar:
+        return -(weight * Categories(logs[None]).tempered(jnp.exp(log)).log_prob(y)).sum() / weight.sum()
+
+    found = minimize_scalar(lambda log: float(nll(log)), bounds=(-np.log(50), np.log(50)), method="bounded")
+    return Calibration({"softmax_temperature": float(np.exp(found.x))}, float(nll(0.0)), float(found.fun))
+
+
+def temperature_scaled(learner: Learner, temperature: float | Scalar) -> Learner:
+    """The classifier with its predicted probabilities `tempered`; the classes it names stay the same."""
+
+    def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Categories:
+        return learner.predict(params, posterior, x, key).tempered(temperature)
+
+    return learner._replace(predict=predict)
+
+
+def _asked(
+    of: Callable[..., PyTree], learner: Learner, params: PyTree, source: TaskSource, key: PRNGKeyArray, tasks: int,
+    chunk: int,
+) -> tuple[PyTree, Float[Array, " tasks"]]:  # fmt: skip
+    """of(predictive, y, weight) of the queries of each of `tasks` new tasks, and how many queries each has."""
+
+    def one(key: PRNGKeyArray) -> tuple[PyTree, Scalar]:
+        key_task, key_adapt, key_predict = jax.random.split(key, 3)
+        task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
+        posterior = learner.adapt(params, task.support, key_adapt)
+        predicted, y = learner.predict(params, posterior, task.query.x, key_predict), task.query.y
+        weight = jnp.ones(examples(task.query)) if task.query.weight is None else task.query.weight
+        return of(predicted, y, weight), weight.sum()
+
+    return jax.lax.map(one, jax.random.split(key, tasks), batch_size=chunk)

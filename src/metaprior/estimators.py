@@ -15,7 +15,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from metaprior.calibration import calibrate
+from metaprior.calibration import calibrate, calibrate_softmax, temperature_scaled
 from metaprior.inference.posteriors import implicit
 from metaprior.learners.registry import LEARNERS, make_learner
 from metaprior.likelihoods import Categorical, Gaussian
@@ -42,19 +42,22 @@ class Setting:
         return "posterior" in option_names(lookup("learner", self.learner, LEARNERS))
 
     def knobs(self) -> dict[str, float]:
-        """The scalars that held-out groups fit: the noise, and the implicit posterior's temperature."""
+        """The scalars that held-out groups fit first: the noise, and the implicit posterior's temperature."""
         temperature = {"temperature": 1.0} if self.owns_posterior() else {}
         return temperature | ({} if self.classes else {"noise": 0.5})
 
     def build(self, knobs: dict[str, Any]) -> Learner:
         """The learner, with the implicit posterior where it can have one."""
         options, likelihood = dict(self.options), Categorical() if self.classes else Gaussian()
+        inner = {name: value for name, value in knobs.items() if name != "softmax_temperature"}
         if self.owns_posterior():
             # The noise of predictions alone: in the likelihood it would change the inner steps that theta was made for.
-            options = {"posterior": implicit(**knobs)} | options
+            options = {"posterior": implicit(**inner)} | options
         elif not self.classes:
             likelihood = Gaussian(knobs["noise"])
-        return make_learner(self.learner, mlp(self.outputs, self.hidden), likelihood, **options)
+        learner = make_learner(self.learner, mlp(self.outputs, self.hidden), likelihood, **options)
+        scale = knobs.get("softmax_temperature")
+        return learner if scale is None else temperature_scaled(learner, scale)
 
 
 @lru_cache(maxsize=32)
@@ -127,6 +130,8 @@ class _MetaEstimator(BaseEstimator):
         self.params_ = fit(self.setting_.build(knobs), splits, training, name=self.learner).best
         key = jax.random.key(self.seed)
         self.knobs_ = calibrate(self.setting_.build, self.params_, splits.test, key, knobs).knobs if knobs else {}
+        if self._classes:
+            self.knobs_ |= calibrate_softmax(self.setting_.build(self.knobs_), self.params_, splits.test, key).knobs
         ids, names = encode_labels(groups)
         self.groups_ = {name: (X[ids == i], targets[ids == i]) for i, name in enumerate(names)}
         return self

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import gammaincc, gammaln, logsumexp
 from jax.scipy.stats import norm
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Scalar
 
 from metaprior.types import Predictive
 
@@ -64,6 +64,11 @@ class Categories(NamedTuple):
     def log_prob(self, y: Int[Array, " n"]) -> Float[Array, " n"]:
         logs = jnp.take_along_axis(self.log_probs, y.astype(int)[None, :, None], axis=-1)[..., 0]
         return logsumexp(logs, axis=0) - log(self.log_probs.shape[0])
+
+    def tempered(self, temperature: float | Scalar) -> "Categories":
+        """Class probabilities p ** (1 / temperature), normalised: above 1 they are less sure (Guo et al. 2017)."""
+        mixed = logsumexp(self.log_probs, axis=0, keepdims=True)
+        return Categories(jax.nn.log_softmax(mixed / temperature))
 
 
 class Counts(NamedTuple):

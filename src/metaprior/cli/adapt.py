@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from metaprior.cli.evaluate import open_run
+from metaprior.cli.evaluate import fitted_knobs, open_run, with_knobs
 from metaprior.likelihoods import Categories
 from metaprior.recipe import Recipe, most_ways
 from metaprior.tasks import Examples, encode_labels, read_examples, read_texts
@@ -29,6 +29,7 @@ def adapt(
     query: Path,
     posterior: Literal["point", "implicit", "laplace"] | None = None,
     draws: int | None = None,
+    calibrated: bool = False,
     steps: int | None = None,
     out: Path | None = None,
     seed: int = 0,
@@ -43,6 +44,7 @@ def adapt(
         query: what to predict: an image, a folder of images, a CSV or an NPZ file; texts also one a line (.txt).
         posterior: what is put around phi_k (default: the learner's own).
         draws: networks drawn from the posterior; 0 is the linearised predictive.
+        calibrated: with the scalars that `evaluate --calibrated` fitted for this posterior.
         steps: inner steps.
         out: a CSV file for all predictions.
         seed: of draws.
@@ -50,7 +52,7 @@ def adapt(
     options: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
     if draws is not None and posterior not in (None, "point"):
         options["draws"] = draws
-    _, recipe, experiment, params = open_run(run, steps, **options)
+    opened, recipe, experiment, params = open_run(run, steps, **options)
     like = jax.eval_shape(lambda: experiment.splits.train.sample(jax.random.key(0), 1)).support
     if isinstance(like.x, Attributes):
         raise ValueError(
@@ -65,6 +67,9 @@ def adapt(
     if labels is None:
         raise ValueError(f"--support: {support} has no labels; give class-named folders, or a last column of labels")
     learner, key = experiment.learner, jax.random.key(seed)
+    if calibrated:
+        knobs, steps = fitted_knobs(opened.folder, posterior), experiment.evaluation.steps if steps is None else steps
+        learner = with_knobs(recipe, experiment, posterior, steps, options, knobs)
     classify = jnp.issubdtype(like.y.dtype, jnp.integer)
     if classify:
         codes, classes = encode_labels(labels)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,11 +11,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from metaprior.calibration import calibrate
+from metaprior.calibration import Calibration, calibrate, calibrate_softmax, temperature_scaled
 from metaprior.evaluation import Report
 from metaprior.evaluation import evaluate as evaluate_learner
 from metaprior.inference.normalised import settled
-from metaprior.likelihoods import Gaussian, Likelihood
+from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from metaprior.plots import adaptation_curve, pit_histogram, reliability_diagram
 from metaprior.recipe import (
     Experiment,
@@ -62,6 +63,53 @@ def starting_knobs(posterior: str | None, likelihood: Likelihood) -> dict[str, f
     return knobs
 
 
+def with_knobs(
+    recipe: Recipe, experiment: Experiment, posterior: str | None, steps: int | None, options: dict[str, Any],
+    knobs: dict[str, Any],
+) -> Learner:  # fmt: skip
+    """The experiment's learner with fitted scalars in its posterior and in what predicts from it."""
+    learner, inner = experiment.learner, {n: v for n, v in knobs.items() if n != "softmax_temperature"}
+    if posterior is None and inner:
+        # The learner's own posterior stays as it is; only what predicts from it sees another noise.
+        noisy = recipe_learner(recipe, experiment.model, Gaussian(inner["noise"]), steps=steps)
+        learner = learner._replace(predict=noisy.predict)
+    elif inner:
+        learner = recipe_learner(recipe, experiment.model, experiment.likelihood, steps=steps, **(options | inner))
+    scale = knobs.get("softmax_temperature")
+    return learner if scale is None else temperature_scaled(learner, scale)
+
+
+def fitted_knobs(folder: Path, posterior: str | None) -> dict[str, float]:
+    """What `evaluate --calibrated` fitted for this posterior of the run in `folder`."""
+    report = folder / f"report-{posterior or 'own'}-calibrated.json"
+    if not report.is_file():
+        command = f"metaprior evaluate {folder} --calibrated" + (f" --posterior {posterior}" if posterior else "")
+        raise ValueError(f"--calibrated: {folder} holds no {report.name}; run `{command}` first")
+    return json.loads(report.read_text())["settings"]["fitted"]
+
+
+def _fitted(
+    recipe: Recipe, experiment: Experiment, params: Any, posterior: str | None, steps: int | None,
+    options: dict[str, Any], tasks: int, key: jax.Array,
+) -> Calibration:  # fmt: skip
+    """The posterior's scalars first; then, of classes, the softmax's temperature around it, which leaves it alone."""
+    source, chunk = experiment.splits.validation, experiment.training.task_chunk or 10
+    found = []
+    if knobs := starting_knobs(posterior, experiment.likelihood):
+        build = partial(with_knobs, recipe, experiment, posterior, steps, options)
+        evaluations = 25 if options.get("draws") else 40
+        found.append(calibrate(build, params, source, key, knobs, tasks=tasks, evaluations=evaluations, chunk=chunk))
+    if isinstance(experiment.likelihood, (Categorical, Bernoulli)):
+        learner = with_knobs(recipe, experiment, posterior, steps, options, found[0].knobs if found else {})
+        found.append(calibrate_softmax(learner, params, source, key, tasks=tasks, chunk=chunk))
+    if not found:
+        raise ValueError(
+            f"--calibrated: {recipe.learner} with this likelihood has no scalar to fit; leave it out, or give "
+            "--posterior implicit or laplace"
+        )
+    return Calibration({n: v for f in found for n, v in f.knobs.items()}, found[0].nll_before, found[-1].nll_after)
+
+
 def evaluate(
     run: Annotated[Path, tyro.conf.Positional],
     /,
@@ -84,7 +132,8 @@ def evaluate(
         draws: networks drawn from the posterior; 0 is the linearised predictive in closed form (default: 0 for
             regression, else 16).
         linear: draw linearised networks, which broad posteriors do not throw off course; --no-linear draws networks.
-        calibrated: fit the posterior's temperature (or precision) and the noise on validation tasks first.
+        calibrated: fit on validation tasks first: the posterior's temperature (or precision), and the noise or, of
+            classes, the softmax's temperature.
         steps: inner steps on a new task.
         tasks: how many (default: the recipe's, usually 600).
         split: the tasks' split; one_shot is Omniglot's official 20 runs of 20 ways, 1 shot.
@@ -113,29 +162,13 @@ def evaluate(
     else:
         source = getattr(experiment.splits, split)
     steps = settings.steps if steps is None else steps
-    if calibrated and (knobs := starting_knobs(posterior, experiment.likelihood)):
-
-        def with_knobs(knobs: dict[str, Any]) -> Any:
-            if posterior is None:
-                # The learner's own posterior stays as it is; only what predicts from it sees another noise.
-                noisy = recipe_learner(recipe, experiment.model, Gaussian(knobs["noise"]), steps=steps)
-                return experiment.learner._replace(predict=noisy.predict)
-            return recipe_learner(recipe, experiment.model, experiment.likelihood, steps=steps, **(options | knobs))
-
+    if calibrated:
         # Drawn networks are dear: one or two scalars are told well enough by fewer tasks.
         validation = min(number, 50 if options.get("draws") else 200)
-        result = calibrate(
-            with_knobs,
-            params,
-            experiment.splits.validation,
-            jax.random.key(settings.seed + 1),
-            knobs,
-            tasks=validation,
-            evaluations=25 if options.get("draws") else 40,
-            chunk=experiment.training.task_chunk or 10,
-        )
+        key = jax.random.key(settings.seed + 1)
+        result = _fitted(recipe, experiment, params, posterior, steps, options, validation, key)
         fitted = result.knobs
-        learner = with_knobs(fitted)
+        learner = with_knobs(recipe, experiment, posterior, steps, options, fitted)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in fitted.items())
         console.print(
             f"fitted on {validation} validation tasks: {shown} (NLL {result.nll_before:.4f} -> {result.nll_after:.4f})",
