@@ -45,7 +45,7 @@ def reliability_diagram(report: Report) -> Figure:
     top.errorbar(confidence, accuracy, yerr=half, fmt="o-", color=BLUE, markersize=4, linewidth=1.4, label="measured")
     top.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1))
     top.set_title(f"ECE {report.pooled['ece']:.4f}, MCE {report.pooled['mce']:.4f}", loc="left", fontsize=10)
-    top.legend(frameon=False, loc="upper left")
+    top.legend(frameon=False, loc="lower right")
     low.bar([(r["low"] + r["high"]) / 2 for r in rows], count, width=0.045, color=BLUE)
     low.set(xlabel="confidence of the predicted class", ylabel="predictions", yscale="log")
     return figure
