@@ -64,8 +64,7 @@ def auroc(higher: Float[Array, " n"], lower: Float[Array, " m"]) -> Scalar:
 
 
 class Calibration(NamedTuple):
-    """Scalars of a posterior or of its predictions fitted on validation tasks, and the mean query nll before and after.
-    """
+    """Scalars of a posterior or of its predictions, fitted on validation tasks, and the mean nll before and after."""
 
     knobs: dict[str, float]
     nll_before: float
