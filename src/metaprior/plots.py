@@ -121,20 +121,22 @@ def regression_tasks(learner: Learner, params: PyTree, tasks: Task, key: PRNGKey
     columns = 1 if learner.path is None else 3
     figure, axes = panels(3.9 * columns, 2.9 * number, columns, number, sharey="row", squeeze=False)
     axes = axes.reshape(number, columns)
+    adapt, predict = jax.jit(learner.adapt), jax.jit(learner.predict)
+    path = None if learner.path is None else jax.jit(learner.path)
     for j in range(number):
         task = jax.tree.map(lambda leaf, j=j: leaf[j], tasks)
         x = inputs_over(task)
-        if learner.path is None:
-            stages = {"adapted": learner.adapt(params, task.support, key)}
+        if path is None:
+            stages = {"adapted": adapt(params, task.support, key)}
         else:
-            course = learner.path(params, task.support, key)
+            course = path(params, task.support, key)
             last = jax.tree.leaves(course)[0].shape[0] - 1
             stages = {_stage(k): jax.tree.map(lambda leaf, k=k: leaf[k], course) for k in sorted({min(1, last), last})}
             # Before it saw anything the posterior is the prior: all weights 0, not 0 steps, which imply no spread.
             unseen = task.support._replace(weight=jnp.zeros(task.support.x.shape[0]))
-            stages = {_stage(0): learner.adapt(params, unseen, key)} | stages
+            stages = {_stage(0): adapt(params, unseen, key)} | stages
         for ax, (title, posterior) in zip(axes[j], stages.items(), strict=False):
-            _bands(ax, np.asarray(x)[:, 0], learner.predict(params, posterior, x, key), BLUE)
+            _bands(ax, np.asarray(x)[:, 0], predict(params, posterior, x, key), BLUE)
             _points(ax, task)
             if j == 0:
                 ax.set_title(title, loc="left", fontsize=10)
@@ -160,15 +162,18 @@ def prior_functions(
     first = jax.tree.map(lambda leaf: leaf[0], tasks)
     x = inputs_over(first)
 
+    @jax.jit
+    @jax.vmap
     def mean(support: Any) -> jax.Array:
         return learner.predict(params, learner.adapt(params, support, key), x, key).mean()[:, 0]
 
-    for j, curve in enumerate(jax.vmap(mean)(tasks.support)[:show]):
+    for j, curve in enumerate(mean(tasks.support)[:show]):
         ax.plot(x[:, 0], curve, color=BLUE, alpha=0.45, linewidth=1, label="adapted to a task" if j == 0 else None)
     if learner.path is not None:
-        course = learner.path(params, first.support, key)
+        course = jax.jit(learner.path)(params, first.support, key)
         start = jax.tree.map(lambda leaf: leaf[0], course)
-        ax.plot(x[:, 0], learner.predict(params, start, x, key).mean()[:, 0], color=ORANGE, linewidth=2, label="theta")
+        theta = jax.jit(learner.predict)(params, start, x, key).mean()[:, 0]
+        ax.plot(x[:, 0], theta, color=ORANGE, linewidth=2, label="theta")
     ax.set(xlabel="x", ylabel="y")
     ax.legend(frameon=False)
     return figure
