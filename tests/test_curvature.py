@@ -16,9 +16,11 @@ from metaprior.inference.curvature import (
     laplace_spectrum,
     output_variance,
 )
+from metaprior.inference.curvature import rows as rows_module
 from metaprior.inference.curvature.lanczos import log_det_estimate
 from metaprior.inference.posteriors import CurvatureGaussian
 from metaprior.likelihoods import Categorical, Gaussian, Poisson
+from metaprior.networks import mlp
 from metaprior.types import Batch
 
 LIKELIHOODS = {"gaussian": Gaussian(0.3), "learned": Gaussian(None), "softmax": Categorical(), "poisson": Poisson()}
@@ -400,3 +402,17 @@ def test_float32_holds_under_a_very_broad_prior():
         near64, far64 = variance()
     np.testing.assert_allclose(far, far64, rtol=1e-3)
     np.testing.assert_allclose(near, near64, rtol=0.5, atol=0.05)  # the noise variance is 0.09
+
+
+def test_rows_one_by_one_are_the_rows_at_once(monkeypatch, x64):
+    model, x = mlp(3, (8,)), jax.random.normal(jax.random.key(0), (5, 2))
+    phi, batch = model.init(jax.random.key(1), x), Batch(x, jnp.asarray([0, 1, 2, 0, 1]))
+
+    def log_det(phi):
+        return CURVATURES["dual"](model.apply, Categorical(), phi, batch, jnp.asarray(0.5)).log_det()
+
+    at_once = jax.value_and_grad(log_det)(phi)
+    monkeypatch.setattr(rows_module, "CACHE", 1)
+    one_by_one = jax.value_and_grad(log_det)(phi)
+    for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(one_by_one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
