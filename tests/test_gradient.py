@@ -48,7 +48,7 @@ def test_quadratic_meta_gradients_by_hand(steps, second, first):
 
 @pytest.mark.usefixtures("x64")
 @settings(max_examples=20)
-@given(st.integers(0, 17), st.sampled_from(["sgd", "adam", "adagrad"]))
+@given(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 23, 64, 67]), st.sampled_from(["sgd", "adam", "adagrad"]))
 def test_rematerialised_and_plain_descents_agree(steps, name):
     def rosenbrock(phi):
         return (1 - phi["a"]) ** 2 + 2 * (phi["b"] - phi["a"] ** 2) ** 2

@@ -190,6 +190,12 @@ def test_a_product_of_other_shapes_is_refused():
         product.dots(jnp.ones((2, 3)), jnp.ones((4, 5)))
 
 
+def test_tasks_own_weights_are_kept_once_for_the_backward_pass():
+    # A copy of each task's w, reshaped, would be kept beside w itself: with every inner step, in a loop of them.
+    traced = jax.make_jaxpr(jax.vmap(product.product))(jnp.ones((5, 7, 6)), jnp.ones((5, 6, 8)))
+    assert [equation.primitive for equation in traced.eqns] == [product.product_p]
+
+
 def test_no_tasks_and_no_rows_at_all():
     w, x = jnp.ones((3, 2)), jnp.ones((4, 3))
     assert jax.vmap(product.product, (0, None))(x[None][:0], w).shape == (0, 4, 2)

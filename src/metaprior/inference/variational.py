@@ -32,7 +32,7 @@ class Variational:
     "natural" (see `natural_descent`).
     samples: reparametrised draws a step. kl_weight: 1 is Bayes' rule, less trusts the data more. local: draw each
     linear map's outputs in place of its weights (Kingma, Salimans & Welling 2015), for networks with a `tap`: less
-    noise, but noise that depends on the order of the examples. remat: backward memory grows with sqrt(steps).
+    noise, but noise that depends on the order of the examples. remat: backward memory grows with log(steps).
     """
 
     steps: int = 5

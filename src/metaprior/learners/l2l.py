@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics, gradient_learner
-from metaprior.inference.gradient import Adaptation, adapt_all, mean_nll, minibatches, support_loss
+from metaprior.inference.gradient import Adaptation, adapt_all, drawn, mean_nll, minibatches, support_loss
 from metaprior.inference.learned import P, log_sign, unrolled
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
@@ -116,10 +116,11 @@ def l2l(
         params = begun(params, support, key_start)
         data = None
         if minibatch is not None:
-            data = minibatches(key_data, support, min(minibatch, examples(support)), steps)
+            data = minibatches(key_data, examples(support), min(minibatch, examples(support)), steps)
 
-        def fit(phi: PyTree, batch: Batch = support) -> Scalar:
-            return support_loss(adaptation, likelihood, params, batch)(phi)
+        def fit(phi: PyTree, places: Int[Array, " n"] | None = None) -> Scalar:
+            seen = support if places is None else drawn(support, places)
+            return support_loss(adaptation, likelihood, params, seen)(phi)
 
         def judge(phi: PyTree) -> Scalar:
             return mean_nll(likelihood, model.apply(phi, query.x), query)

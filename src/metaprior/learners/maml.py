@@ -34,7 +34,7 @@ def maml(
 
     steps, rate: inner steps k in training and their rate a on the *mean* support nll. test_steps: k when adapting to a
     new task (default: steps). optimizer: the inner optimiser, an optax name or transformation. remat: backward memory
-    grows with sqrt(k). posterior: what is put around phi_k.
+    grows with log(k). posterior: what is put around phi_k.
     """
     inner = make_optimizer(optimizer, rate) if isinstance(optimizer, str) else optimizer
     return query_learner(

@@ -6,12 +6,13 @@ SGD of rate e, annealed linearly to 0, is the paper's update. The task's support
 """
 
 import jax
-from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics, gradient_learner
 from metaprior.inference.gradient import (
     adapt_all,
     descend,
+    drawn,
     half_square,
     joined,
     make_optimizer,
@@ -20,7 +21,7 @@ from metaprior.inference.gradient import (
 )
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
-from metaprior.types import Batch, Learner, Model, Task, examples
+from metaprior.types import Learner, Model, Task, examples
 
 
 def reptile(
@@ -49,13 +50,14 @@ def reptile(
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         data = joined(task)
 
-        def fit(phi: PyTree, batch: Batch) -> Scalar:
+        def fit(phi: PyTree, places: Int[Array, " n"]) -> Scalar:
+            batch = drawn(data, places)
             return mean_nll(likelihood, adaptation.outputs(params, phi, batch.x), batch)
 
         size = examples(data) if minibatch is None else min(minibatch, examples(data))
-        batches = minibatches(key, data, size, steps)
+        order = minibatches(key, examples(data), size, steps)
         start = jax.lax.stop_gradient(params)
-        at = descend(fit, start, adaptation.optimizer(params), steps, first_order=True, data=batches)
+        at = descend(fit, start, adaptation.optimizer(params), steps, first_order=True, data=order)
         phi = jax.lax.stop_gradient(at.phi)
         outputs: Array = adaptation.outputs(params, phi, data.x)
         return half_square(params, phi), jax.lax.stop_gradient(fit_metrics(likelihood, outputs, data))

@@ -7,6 +7,7 @@ of our own (`native.py`), as are the sums over rows that a bias's derivative is.
 """
 
 from functools import partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from jaxtyping import Array, Float
 
 from metaprior.networks.native import registered
 
-# The axes in the primitive. The leading t: so many products; a factor that all of them share may have a single one.
-AXES = {"x": "tni", "w": "tio", "y": "tno"}
+# The last axes in the primitive. Before them any axes of tasks, which broadcast: a factor that tasks share has none.
+AXES = {"x": "ni", "w": "io", "y": "no"}
 # Multiplications, and numbers of the weights, of one product up to which our kernels, which keep no blocks, are used.
 MULTIPLICATIONS, WEIGHTS = 2**21, 2**14
 
@@ -28,7 +29,7 @@ def product(x: Float[Array, "n i"], w: Float[Array, "i o"]) -> Float[Array, "n o
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(f"x, w: came shapes {x.shape}, {w.shape}; needs [n, i], [i, o] with the same i")
     dtype = jnp.result_type(x, w)
-    return _bind("y", x=x.astype(dtype)[None], w=w.astype(dtype)[None])[0]
+    return _bind("y", x=x.astype(dtype), w=w.astype(dtype))
 
 
 def dots(a: Float[Array, "n o"], b: Float[Array, "i o"]) -> Float[Array, "n i"]:
@@ -36,7 +37,7 @@ def dots(a: Float[Array, "n o"], b: Float[Array, "i o"]) -> Float[Array, "n i"]:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"a, b: came shapes {a.shape}, {b.shape}; needs [n, o], [i, o] with the same o")
     dtype = jnp.result_type(a, b)
-    return _bind("x", w=b.astype(dtype)[None], y=a.astype(dtype)[None])[0]
+    return _bind("x", w=b.astype(dtype), y=a.astype(dtype))
 
 
 def rows(b: Float[Array, " o"], n: int) -> Float[Array, "n o"]:
@@ -61,45 +62,44 @@ def _bind(out: str, **tensors: Array) -> Array:
 def _abstract(*avals: ShapedArray | Array, out: str) -> ShapedArray:
     sizes: dict[str, int] = {}
     for name, aval in zip(_operands(out), avals, strict=True):
-        sizes |= dict(zip(AXES[name], aval.shape, strict=True))
-    sizes["t"] = _together(*(aval.shape[0] for aval in avals))
-    return ShapedArray(tuple(sizes[axis] for axis in AXES[out]), avals[0].dtype)
-
-
-def _together(a: int, b: int) -> int:
-    """How many products come of so many matrices and so many: a single one is shared."""
-    return b if a == 1 else a
+        sizes |= dict(zip(AXES[name], aval.shape[-2:], strict=True))
+    tasks = jnp.broadcast_shapes(*(aval.shape[:-2] for aval in avals))
+    return ShapedArray((*tasks, *(sizes[axis] for axis in AXES[out])), avals[0].dtype)
 
 
 def _transpose(side: int, cotangent: Array, *operands: Array, out: str) -> Array:
     """The map is linear in each operand, and its transpose in one is the same trilinear form seen from that one."""
     wanted, other = _operands(out)[side], _operands(out)[1 - side]
     found = _bind(wanted, **{out: cotangent, other: operands[1 - side]})
-    return found if operands[side].aval.shape[0] == found.shape[0] else found.sum(0, keepdims=True)
+    shape = operands[side].aval.shape
+    found = found.sum(range(found.ndim - len(shape)))  # over the tasks that shared it
+    once = [axis for axis, size in enumerate(shape[:-2]) if size == 1 < found.shape[axis]]
+    return found.sum(once, keepdims=True)
 
 
 def _batch(args: tuple[Array, ...], dims: tuple[int | None, ...], *, out: str) -> tuple[Array, int]:
-    """One product for all where they share w, its rows those of each; else products of their own."""
+    """One product for all where they share w, its rows those of each; else one more axis of tasks.
+
+    Tasks' own tensors are taken as they are: each reshaped copy would be kept for the backward pass beside them.
+    """
     moved = [a if dim is None else jnp.moveaxis(a, dim, 0) for a, dim in zip(args, dims, strict=True)]
     given = dict(zip(_operands(out), zip(moved, (dim is not None for dim in dims), strict=True), strict=True))
     size = next(a.shape[0] for a, batched in given.values() if batched)
-    each = (ShapedArray(a.shape[1:] if batched else a.shape, a.dtype) for a, batched in given.values())
-    one = _abstract(*each, out=out).shape
+    if {out} | {name for name, (_, batched) in given.items() if batched} == {"x", "y"}:
+        n = next(a.shape[-2] for a, batched in given.values() if batched)
+        result = _bind(out, **{name: _more_rows(a) if batched else a for name, (a, batched) in given.items()})
+        return result.reshape(*result.shape[:-2], size, n, result.shape[-1]), result.ndim - 2
+    most = max(a.ndim - batched for a, batched in given.values())
 
     def own(a: Array, batched: bool) -> Array:
-        if not batched and a.shape[0] == 1:
-            return a
-        a = a if batched else a[None]
-        return jnp.broadcast_to(a, (size, one[0], *a.shape[2:])).reshape(size * one[0], *a.shape[2:])
+        return jnp.expand_dims(a, range(1, 2 + most - a.ndim)) if batched else a
 
-    def more_rows(a: Array, batched: bool) -> Array:
-        return a.swapaxes(0, 1).reshape(a.shape[1], size * a.shape[2], a.shape[3]) if batched else a
+    return _bind(out, **{name: own(*pair) for name, pair in given.items()}), 0
 
-    if {out} | {name for name, (_, batched) in given.items() if batched} == {"x", "y"}:
-        result = _bind(out, **{name: more_rows(*pair) for name, pair in given.items()})
-        return result.reshape(one[0], size, *one[1:]), 1
-    result = _bind(out, **{name: own(*pair) for name, pair in given.items()})
-    return result.reshape(size, *one), 0
+
+def _more_rows(a: Float[Array, "size *t n k"]) -> Float[Array, "*t sizen k"]:
+    *tasks, size, n, k = (a := jnp.moveaxis(a, 0, -3)).shape
+    return a.reshape(*tasks, size * n, k)
 
 
 product_p.def_impl(jax.jit(product_p.bind, static_argnames="out"))
@@ -114,18 +114,27 @@ batching.primitive_batchers[product_p] = _batch
 def _by_xla(a: Array, b: Array, *, out: str) -> Array:
     """XLA's matrix product; where nothing is summed, a product of numbers, which XLA fuses with what comes next."""
     a, b = {"y": (a, b), "x": (b, a.mT), "w": (a.mT, b)}[out]
-    return a * b if a.shape[2] == 1 else a @ b
+    return a * b if a.shape[-1] == 1 else a @ b
 
 
 def _on_cpu(a: Array, b: Array, *, out: str) -> Array:
     wanted = _abstract(a, b, out=out)
     first, second = _operands(out)
-    sizes = dict(zip(AXES[first] + AXES[second], (*a.shape, *b.shape), strict=True))
+    sizes = dict(zip(AXES[first] + AXES[second], (*a.shape[-2:], *b.shape[-2:]), strict=True))
     n, i, o = (sizes[axis] for axis in "nio")
     summed = {"y": i, "x": o, "w": n}[out]
-    if summed > 1 and i * o <= WEIGHTS and n * i * o <= MULTIPLICATIONS and a.dtype == jnp.float32 and registered():
-        return jax.ffi.ffi_call(f"metaprior_product_{out}", jax.ShapeDtypeStruct(wanted.shape, wanted.dtype))(a, b)
-    return _by_xla(a, b, out=out)
+    small = i * o <= WEIGHTS and n * i * o <= MULTIPLICATIONS
+    if not (summed > 1 and small and a.dtype == jnp.float32 and registered()):
+        return _by_xla(a, b, out=out)
+    tasks = wanted.shape[:-2]
+
+    def in_a_row(a: Array) -> Array:
+        """[t, ...], where all tasks share it [1, ...]: what the kernels read."""
+        own = a.shape[:-2] if prod(a.shape[:-2]) == 1 else tasks
+        return jnp.broadcast_to(a, (*own, *a.shape[-2:])).reshape(prod(own), *a.shape[-2:])
+
+    shape = jax.ShapeDtypeStruct((prod(tasks), *wanted.shape[-2:]), wanted.dtype)
+    return jax.ffi.ffi_call(f"metaprior_product_{out}", shape)(in_a_row(a), in_a_row(b)).reshape(wanted.shape)
 
 
 mlir.register_lowering(product_p, mlir.lower_fun(_by_xla, multiple_results=False))
