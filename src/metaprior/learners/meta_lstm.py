@@ -28,6 +28,8 @@ from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start
 from metaprior.networks.statistics import beside
 from metaprior.types import Batch, Learner, Model, Task
 
+TOGETHER = 1024  # coordinates whose gates stay in cache; they are computed again in the backward pass
+
 
 class CellRule(NamedTuple):
     """The update rule's weights: an LSTM layer, and the two gates on [h, theta, the gate before]."""
@@ -81,15 +83,20 @@ def cell_optimizer(rule: CellRule, *, p: float = P) -> optax.GradientTransformat
         if phi is None or value is None:
             raise ValueError("params, value: came None, needs update(gradient, state, params, value=loss) at each step")
         (g, unravel), theta = ravel_pytree(gradient), ravel_pytree(phi)[0]
-        seen = jnp.concatenate([log_sign(g, p), jnp.broadcast_to(log_sign(value[None], p), (g.size, 2))], -1)
-        after = lstm(rule.layer, state.lstm, jax.lax.stop_gradient(seen))
+        shown = jax.lax.stop_gradient((log_sign(g, p), log_sign(value[None], p)[0]))
 
-        def gate(weights: dict[str, Array], before: Array) -> Array:
-            inputs = jnp.concatenate([after.h, theta[:, None], before[:, None]], -1)
-            return jax.nn.sigmoid(inputs @ weights["w"] + weights["b"])
+        def coordinate(at: tuple[Array, Array, CellState]) -> CellState:
+            slope, theta, state = at
+            after = lstm(rule.layer, state.lstm, jnp.concatenate([slope, shown[1]]))
 
-        f, i = gate(rule.forget, state.forget), gate(rule.input, state.input)
-        return unravel((f - 1) * theta - i * g), CellState(after, f, i)
+            def gate(weights: dict[str, Array], before: Array) -> Array:
+                seen = jnp.concatenate([after.h, theta[None], before[None]])
+                return jax.nn.sigmoid(seen @ weights["w"] + weights["b"])
+
+            return CellState(after, gate(rule.forget, state.forget), gate(rule.input, state.input))
+
+        after = jax.lax.map(jax.checkpoint(coordinate), (shown[0], theta, state), batch_size=TOGETHER)
+        return unravel((after.forget - 1) * theta - after.input * g), after
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
