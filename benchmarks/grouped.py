@@ -1,7 +1,7 @@
 """Grouped tables, some groups left out: learned priors against NUTS and restricted likelihood on new groups.
 
-    grouped.py sleepstudy|radon|radon-all [--folds 3] [--json PATH]       needs METAPRIOR_DATA and the extra `truth`
-    grouped.py eight-schools [--json PATH]
+    grouped.py --tables sleepstudy|radon|radon-all [--folds 3] [--json PATH]   needs METAPRIOR_DATA and the extra `truth`
+    grouped.py --tables eight-schools [--json PATH]
 
 Every held-out group is judged after 0, 1, 3 and 5 of its own observations (a small one keeps one back to be asked), in
 five orders drawn by the seed; intervals are over groups. `gap` is the log score less that of NUTS on the same groups.
@@ -82,7 +82,7 @@ def grouped(name: str, count: int, used: int, steps: int, seed: int) -> dict:
     """Scores of every way on every held-out group."""
     x, y, groups = table_of(name)
     found, seconds = {way: [] for way in WAYS}, dict.fromkeys(WAYS, 0.0)
-    for fold in list(folds(x, y, groups, count, seed=seed, shot=5, query=5))[:used]:
+    for at, fold in enumerate(list(folds(x, y, groups, count, seed=seed, shot=5, query=5))[:used]):
         held = held_out_tasks(fold.held_out, seed=seed)
         deviation = float(fold.seen.scaling.y_deviation[0])
         for way, learn in WAYS.items():
@@ -90,6 +90,7 @@ def grouped(name: str, count: int, used: int, steps: int, seed: int) -> dict:
             state, answer = learn(name, fold, steps, seed)
             seconds[way] += time.perf_counter() - began
             found[way].append(judge_groups(answer, state, held, deviation, jax.random.key(seed)))
+            print(f"{name}, fold {at + 1}, {way}: {time.perf_counter() - began:.0f} s", flush=True)
     return report(name, {way: pooled(parts) for way, parts in found.items()}, seconds)
 
 

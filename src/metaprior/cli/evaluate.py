@@ -197,7 +197,8 @@ def evaluate(
         console.print(rejection_table(told))
     if (curve := report.curve_table()) is not None:
         console.print(curve)
-    if (published := recipe.published.get(recipe.learner)) is not None:
+    others = split != "test" or any(option.startswith("tasks.") for option in set)  # than the paper's tasks
+    if not others and (published := recipe.published.get(recipe.learner)) is not None:
         console.print(f"published: {published}", highlight=False)
     console.print(f"written: {opened.folder / name}.json and pictures in {opened.folder / 'plots'}", soft_wrap=True)
     return 0
