@@ -1,6 +1,6 @@
 """Grouped tables, some groups left out: learned priors against NUTS and restricted likelihood on new groups.
 
-    grouped.py --tables sleepstudy|radon|radon-all [--folds 3] [--json PATH]   needs METAPRIOR_DATA and the extra `truth`
+    grouped.py --tables sleepstudy|radon|radon-all [--folds 3] [--json PATH]  METAPRIOR_DATA, extra `truth`
     grouped.py --tables eight-schools [--json PATH]
 
 Every held-out group is judged after 0, 1, 3 and 5 of its own observations (a small one keeps one back to be asked), in
