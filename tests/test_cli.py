@@ -45,6 +45,20 @@ def test_train_evaluate_plot(sinusoid_run, capsys):
     assert {"training.png", "tasks.png", "report-own-pit.png", "report-own-adaptation.png"} <= pictures
 
 
+def test_other_tasks_have_a_report_of_their_own_and_no_published_figure(sinusoid_run, capsys):
+    recipe = json.loads((sinusoid_run / "recipe.json").read_text())
+    (sinusoid_run / "recipe.json").write_text(json.dumps(recipe | {"published": {"maml": "0.5 MSE"}}))
+    run_cli("evaluate", sinusoid_run, "--tasks", 10)
+    assert "published: 0.5 MSE" in capsys.readouterr().out
+    before = (sinusoid_run / "report-own.json").read_text()
+    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--set", "tasks.shot=3")
+    assert "published" not in capsys.readouterr().out
+    assert (sinusoid_run / "report-own.json").read_text() == before
+    shots = json.loads((sinusoid_run / "report-own-tasks.shot=3.json").read_text())
+    assert shots["settings"]["set"] == ["tasks.shot=3"]
+    assert shots["figures"]["mse"] != json.loads(before)["figures"]["mse"]
+
+
 def test_noise_is_fitted_around_a_learners_own_posterior(tmp_path):
     folder = tmp_path / "run"
     run_cli("train", "sinusoid", "--learner", "platipus", "--steps", 20, "--out", folder, "--set", *SMALL)

@@ -1,6 +1,7 @@
 """metaprior evaluate: judge a run on new tasks."""
 
 import json
+import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -188,9 +189,12 @@ def evaluate(
         course=course,
         metrics=settings.metrics,
     )
-    name = "-".join(["report", posterior or "own", *(["calibrated"] if fitted else []), *([split] * (split != "test"))])
+    told_apart = [re.sub(r"[^\w.=]+", "_", option) for option in set]  # other tasks, another report
+    marks = ["calibrated"] * bool(fitted) + [split] * (split != "test") + told_apart
+    name = "-".join(["report", posterior or "own", *marks])
     told = _outsiders(learner, params, recipe, experiment, split, number, settings.seed if seed is None else seed)
-    _keep(opened, name, report, {"posterior": posterior, "draws": draws, "fitted": fitted, "split": split}, told)
+    asked = {"posterior": posterior, "draws": draws, "fitted": fitted, "split": split, "set": set}
+    _keep(opened, name, report, asked, told)
     kind = "official runs" if split == "one_shot" else "tasks"
     console.print(report.table(f"{recipe.name}, {recipe.learner}, {posterior or 'own'} posterior, {number} {kind}"))
     if told:
@@ -257,8 +261,8 @@ def rejection_table(told: dict[str, Rejection]) -> Table:
     return table
 
 
-def _keep(run: Run, name: str, report: Report, settings: dict[str, Any], told: dict[str, Rejection]) -> None:
-    table = json.loads(report.to_json()) | {"settings": settings}
+def _keep(run: Run, name: str, report: Report, asked: dict[str, Any], told: dict[str, Rejection]) -> None:
+    table = json.loads(report.to_json()) | {"settings": asked}
     table |= {"rejection": {score: asdict(row) for score, row in told.items()}} if told else {}
     write_atomically(run.folder / f"{name}.json", json.dumps(table, indent=2) + "\n")
     plots = run.folder / "plots"
