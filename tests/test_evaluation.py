@@ -74,6 +74,14 @@ def test_intervals_are_those_of_the_mean():
     assert figure_of(values).interval == pytest.approx(1.96 * values.std() / 3**0.5)
 
 
+def test_a_task_that_diverged_is_told_in_the_figure_and_by_no_warning(recwarn):
+    assert str(figure_of(np.array([1.0, 2.0]))) == "1.5000 ± 0.6930"
+    assert f"{figure_of(np.array([1.0, 2.0])):.2f}" == "1.50 ± 0.69"
+    assert str(figure_of(np.array([0.0, 1.4e14]))) == "7e+13 ± 9.7e+13"
+    assert str(figure_of(np.array([1.0, np.inf]))) == "inf ± nan"
+    assert not recwarn.list
+
+
 def exact_learner(theta, widen=1.0) -> Learner:
     """The exact predictive of the conjugate hierarchy, its sd multiplied by `widen`."""
 

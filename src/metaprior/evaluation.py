@@ -31,8 +31,12 @@ class Figure:
     mean: float
     interval: float
 
+    def __format__(self, digits: str) -> str:
+        digits = (digits or ".4f") if abs(self.mean) < 1e5 else ".3g"
+        return f"{self.mean:{digits}} ± {self.interval:{digits}}"
+
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.interval:.4f}"
+        return format(self)
 
 
 @dataclass(frozen=True)
@@ -178,8 +182,9 @@ def task_mean(values: Array, weight: Array) -> Array:
 
 
 def figure_of(per_task: np.ndarray) -> Figure:
-    """Mean and 95 % half-width of one number a task."""
-    return Figure(float(per_task.mean()), float(1.96 * per_task.std() / np.sqrt(per_task.size)))
+    """Mean and 95 % half-width of one number a task; inf or NaN where a task diverged."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return Figure(float(per_task.mean()), float(1.96 * per_task.std() / np.sqrt(per_task.size)))
 
 
 def summarise(scores: dict[str, np.ndarray], steps: dict[str, np.ndarray], weight: np.ndarray) -> Report:

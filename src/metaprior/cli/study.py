@@ -193,7 +193,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _shown(value: Any) -> str:
-    return f"{value.mean:.3f} ± {value.interval:.3f}" if isinstance(value, Figure) else str(value)
+    return f"{value:.3f}" if isinstance(value, Figure) else str(value)
 
 
 def _keep(out: Path, name: str, found: dict[str, Any], picture: Any, table: Table) -> int:

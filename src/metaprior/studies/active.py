@@ -123,5 +123,7 @@ def active(
         return jax.lax.map(one, keys, batch_size=min(chunk, tasks))
 
     informed, random = (np.asarray(a) for a in run(params, source, jax.random.split(key, tasks)))
-    over = [[figure_of(column) for column in errors.T] for errors in (informed, random, informed - random)]
+    with np.errstate(invalid="ignore"):  # inf - inf, where both diverged on a task
+        gained = informed - random
+    over = [[figure_of(column) for column in errors.T] for errors in (informed, random, gained)]
     return Acquisition([start + k for k in range(points + 1)], *over)
