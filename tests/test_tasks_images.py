@@ -146,6 +146,24 @@ def test_drop_small_leaves_classes_out(tmp_path):
     assert splits.train.classes.tolist() == [1, 2]
 
 
+def test_files_copied_anew_share_what_was_decoded(source, cache):
+    options = {"path": source, "way": 2, "query": 2, "test_query": 2, "size": 8, "split": SPLIT}
+    images(**options)
+    for file in [source, *source.rglob("*")]:
+        os.utime(file, (1, 1))
+    images(**options)
+    copies = sorted(cache.glob("images-*/images.npy"))
+    assert len(copies) == 2
+    assert copies[0].samefile(copies[1])
+    # A damaged copy is not built upon: both are damaged, and each is decoded again when it is next asked for.
+    copies[0].write_bytes(b"\0" * copies[0].stat().st_size)
+    with pytest.warns(UserWarning, match="made anew"):
+        decoded = images(**options).train.images
+    assert decoded.max() > 0
+    assert not copies[0].samefile(copies[1])
+
+
+
 def test_nothing_damaged_or_absent(tmp_path, source):
     with pytest.raises(DataError, match=r"path: came .*absent, which does not exist"):
         images(path=tmp_path / "absent")
