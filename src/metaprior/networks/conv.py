@@ -19,7 +19,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from metaprior.networks.native import registered
 
@@ -257,8 +257,14 @@ def _pool_jvp(window: int, primals: tuple[Array], tangents: tuple[Array]) -> tup
     (x,), (dx,) = primals, tangents
     top = _pool(x, window)
     share = 1 / sum((corner == top).astype(x.dtype) for corner in _corners(x, window))
-    chosen = jnp.where(_squares(x, window) == top[:, :, None, :, None], _squares(dx, window), 0)
+    chosen = _only(_squares(x, window) == top[:, :, None, :, None], _squares(dx, window))
     return top, chosen.sum((2, 4)) * share
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _only(there: Bool[Array, "*n"], dx: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """dx where it is there, else 0. A product, as the transpose of `where` has an image of zeros, which loops carry."""
+    return there.astype(dx.dtype) * dx
 
 
 def _corners(x: Array, window: int) -> list[Array]:
