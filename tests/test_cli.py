@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from metaprior.cli import main
+from metaprior.cli import main, one_set
 from metaprior.recipe import load_recipe, recipe_names, with_overrides
 from scenarios import run_cli
 
@@ -26,6 +26,17 @@ def sinusoid_run(tmp_path_factory):
         main(["train", "sinusoid", "--steps", "60", "--out", str(folder), "--set", *SMALL])
     assert exit_.value.code == 0
     return folder
+
+
+def test_options_set_in_several_places_all_count(tmp_path):
+    folder = tmp_path / "run"
+    apart = ("--set", "training.chunk=5", "training.meta_batch=3", "--steps", 5, "--set=tasks.shot=7")
+    run_cli("train", "sinusoid", "--out", folder, "--set", *SMALL, *apart, "--set", "learner.steps=2")
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert (recipe["training"]["chunk"], recipe["training"]["meta_batch"], recipe["training"]["steps"]) == (5, 3, 5)
+    assert (recipe["tasks"]["shot"], recipe["learners"]["maml"]["steps"]) == (7, 2)
+    assert set(SMALL) <= set(one_set(["train", "--set", *SMALL, "sinusoid"]))
+    assert one_set(["list"]) == ["list"]
 
 
 def test_train_evaluate_plot(sinusoid_run, capsys):

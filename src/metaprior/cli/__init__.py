@@ -21,10 +21,26 @@ COMMANDS = {
 }  # fmt: skip
 
 
+def one_set(args: list[str]) -> list[str]:
+    """The arguments with every --set in one, at the end: of several the parser would keep the last alone, silently."""
+    others, options, here = [], [], False
+    for argument in args:
+        name, _, value = argument.partition("=")
+        here = name == "--set" or (here and not argument.startswith("-"))
+        if not here:
+            others.append(argument)
+        elif name != "--set":
+            options.append(argument)
+        elif value:
+            options.append(value)
+    return others + (["--set", *options] if options else [])
+
+
 def main(args: list[str] | None = None) -> None:
     """Run a command; what went wrong is said in a sentence, with exit status 2 (bad input) or 1."""
     try:
-        sys.exit(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="metaprior", args=args) or 0)
+        given = one_set(sys.argv[1:] if args is None else args)
+        sys.exit(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="metaprior", args=given) or 0)
     except (ValueError, NonFiniteLoss) as error:
         Console(stderr=True).print(f"[bold red]error[/]: {_plain(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ValueError) else 1)
