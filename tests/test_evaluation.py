@@ -235,12 +235,14 @@ def test_pictures_are_drawn(tmp_path):
     ]
     classes = Report("classification", 5, report.figures, {"ece": 0.1, "mce": 0.2}, [], sure)
     tasks, key = splits.test.sample(jax.random.key(2), 2), jax.random.key(0)
+    longer = maml(mlp(1, (8,), "tanh"), Gaussian(), steps=3)
     pictures = [
         reliability_diagram(classes),
         pit_histogram(report.pit),
         adaptation_curve(report),
         training_curve(fitted.history),
-        regression_tasks(learner, fitted.params, tasks, key),
+        regression_tasks(longer, fitted.params, tasks, key),
+        regression_tasks(longer, fitted.params, tasks, key, each=True),
         regression_tasks(learner._replace(path=None), fitted.params, tasks, key),
         prior_functions(learner, fitted.params, tasks, key),
     ]
@@ -248,5 +250,8 @@ def test_pictures_are_drawn(tmp_path):
         assert isinstance(picture, Picture)
         picture.savefig(tmp_path / f"{i}.png")
         assert (tmp_path / f"{i}.png").stat().st_size > 5000
+    titles = [[ax.get_title(loc="left") for ax in pictures[i].axes if ax.get_title(loc="left")] for i in (4, 5, 6)]
+    every = ["before", "after 1 step", *(f"after {k} steps" for k in range(2, 4))]
+    assert titles == [[every[0], every[1], every[-1]], every, ["adapted"]]
     with pytest.raises(ValueError, match="rows"):
         training_curve([])

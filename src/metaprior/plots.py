@@ -115,35 +115,41 @@ def _points(ax: Axes, task: Task) -> None:
     ax.plot(task.support.x[:, 0], task.support.y[:, 0], "o", color="black", markersize=4.5, label="support", zorder=5)
 
 
-def regression_tasks(learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyArray) -> Figure:
-    """Mean and 50/95 % bands on [n, 1] inputs for each task of a stack: before adapting, after one step, at the end."""
+def regression_tasks(
+    learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyArray, each: bool = False
+) -> Figure:
+    """Mean and 50/95 % bands on [n, 1] inputs for each task of a stack: before adapting, after one step, at the end.
+
+    each: after each inner step, in place of the first and the last.
+    """
     number = jax.tree.leaves(tasks.support.y)[0].shape[0]
-    columns = 1 if learner.path is None else 3
-    figure, axes = panels(3.9 * columns, 2.9 * number, columns, number, sharey="row", squeeze=False)
-    axes = axes.reshape(number, columns)
     adapt, predict = jax.jit(learner.adapt), jax.jit(learner.predict)
-    path = None if learner.path is None else jax.jit(learner.path)
+    courses, shown = None, []
+    if learner.path is not None:
+        courses = jax.jit(jax.vmap(learner.path, (None, 0, None)))(params, tasks.support, key)
+        last = jax.tree.leaves(courses)[0].shape[1] - 1
+        shown = [k for k in range(1, last + 1) if each or k in (1, last)]
+    columns = 1 + len(shown)
+    width = 3.9 if columns < 4 else 2.6
+    figure, axes = panels(width * columns, 2.9 * number, columns, number, sharey="row", squeeze=False)
+    axes = axes.reshape(number, columns)
     for j in range(number):
         task = jax.tree.map(lambda leaf, j=j: leaf[j], tasks)
         x = inputs_over(task)
-        if path is None:
+        if courses is None:
             stages = {"adapted": adapt(params, task.support, key)}
         else:
-            course = path(params, task.support, key)
-            last = jax.tree.leaves(course)[0].shape[0] - 1
-            stages = {_stage(k): jax.tree.map(lambda leaf, k=k: leaf[k], course) for k in sorted({min(1, last), last})}
             # Before it saw anything the posterior is the prior: all weights 0, not 0 steps, which imply no spread.
             unseen = task.support._replace(weight=jnp.zeros(task.support.x.shape[0]))
-            stages = {_stage(0): adapt(params, unseen, key)} | stages
-        for ax, (title, posterior) in zip(axes[j], stages.items(), strict=False):
+            stages = {"before": adapt(params, unseen, key)}
+            stages |= {_stage(k): jax.tree.map(lambda leaf, j=j, k=k: leaf[j, k], courses) for k in shown}
+        for ax, (title, posterior) in zip(axes[j], stages.items(), strict=True):
             _bands(ax, np.asarray(x)[:, 0], predict(params, posterior, x, key), BLUE)
             _points(ax, task)
             if j == 0:
                 ax.set_title(title, loc="left", fontsize=10)
             ax.set_xlabel("x") if j == number - 1 else None
         axes[j, 0].set_ylabel("y")
-        for spare in axes[j, len(stages) :]:
-            spare.set_visible(False)
     # Above the panels, as it would lie on the points of one: in two lines over a single column.
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=5 if columns > 1 else 3, frameon=False, fontsize=8)
@@ -151,7 +157,7 @@ def regression_tasks(learner: Learner, params: PyTree, tasks: Task, key: PRNGKey
 
 
 def _stage(k: int) -> str:
-    return "before" if k == 0 else f"after {k} step{'s' if k > 1 else ''}"
+    return f"after {k} step{'s' if k > 1 else ''}"
 
 
 def prior_functions(

@@ -58,7 +58,7 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
             table.add_row(str(shot), name, *map(str, figures))
             if name == "implicit":
                 tasks = source.test.sample(jax.random.key(7), 3)
-                regression_tasks(told, params, tasks, key).savefig(out / f"posterior-{shot}-points.png")
+                regression_tasks(told, params, tasks, key, each=True).savefig(out / f"posterior-{shot}-points.png")
                 pit_histogram(report.pit).savefig(out / f"calibration-{shot}-points.png")
     prior_functions(learner(), params, splits[10].test.sample(jax.random.key(8), 12), key).savefig(out / "prior.png")
     training_curve(fitted.history).savefig(out / "training.png")
