@@ -8,10 +8,22 @@ import pytest
 
 from metaprior.inference.gradient import descend, half_square
 from metaprior.inference.posteriors import implicit, laplace
-from metaprior.learners import anil, fomaml, imaml, llama, lslr, maml, meta_sgd, nil, preconditioned, reptile
+from metaprior.learners import (
+    anil,
+    fomaml,
+    imaml,
+    llama,
+    lslr,
+    make_learner,
+    maml,
+    meta_sgd,
+    nil,
+    preconditioned,
+    reptile,
+)
 from metaprior.learners.reptile import minibatches
 from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.networks import mlp
+from metaprior.networks import conv4, mlp
 from metaprior.tasks import linear_gaussian, sinusoid
 from metaprior.tasks.linear_gaussian import Hierarchy, empirical_bayes_mean, exact_log_marginal, exact_posterior
 from metaprior.types import Batch, Model, Task
@@ -255,3 +267,19 @@ def test_the_implicit_posterior_of_few_steps_is_the_one_they_are_the_mode_of():
     root = jnp.stack(columns, 1)
     np.testing.assert_allclose(root @ root.T, exact.covariance, rtol=1e-10)
     assert posterior.clipped == 0
+
+
+@pytest.mark.parametrize("name", ["fomaml", "reptile", "imaml"])
+def test_memory_is_flat_in_the_inner_steps_on_images(name):
+    labels = jnp.arange(5)
+    task = Task(*(Batch(jax.random.uniform(key, (5, 40, 40, 3)), labels) for key in jax.random.split(KEY)))
+
+    def temporary(steps):
+        settings = {"minibatch": None} if name == "reptile" else {}
+        learner = make_learner(name, conv4(filters=16, blocks=2), Categorical(), steps=steps, rate=1e-3, **settings)
+        params = jax.eval_shape(learner.init, KEY, task)
+        gradient = jax.jit(jax.grad(lambda p: learner.loss(p, task, KEY)[0]))
+        return gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(16) == pytest.approx(temporary(4), rel=0.01)
+    assert temporary(16) < 1.1 * temporary(1)
