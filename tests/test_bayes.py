@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from metaprior.inference.gaussian import DiagonalGaussian, around, cross_entropy, entropy, kl
-from metaprior.inference.gradient import descend
+from metaprior.inference.gradient import descend, mean_nll
 from metaprior.inference.particles import stein_direction
 from metaprior.inference.variational import Variational, expected_nll, infer, natural_descent
 from metaprior.learners import gem_bml, make_learner, maml
@@ -114,6 +114,35 @@ def test_variational_inference_finds_the_exact_posterior():
     truth = exact(prior, task.support, noise)
     np.testing.assert_allclose(found.mean["head"], truth.mean["head"], atol=0.02)
     np.testing.assert_allclose(found.log_sd["head"], truth.log_sd["head"], atol=0.05)
+
+
+@pytest.mark.usefixtures("x64")
+def test_mirrored_draws_leave_no_noise_in_the_mean_of_a_linear_model():
+    task = orthogonal_task()
+    q = DiagonalGaussian({"head": jnp.asarray([[0.3], [-0.2], [1.0]])}, {"head": jnp.zeros((3, 1))})
+
+    def slope(samples, key):
+        how = Variational(samples=samples)
+        return jax.grad(lambda q: expected_nll(LINE, Gaussian(0.7), q, task.support, key, how))(q).mean["head"]
+
+    exact = jax.grad(lambda phi: mean_nll(Gaussian(0.7), LINE.apply(phi, task.support.x), task.support))(q.mean)["head"]
+    np.testing.assert_allclose(slope(2, jax.random.key(0)), exact, rtol=1e-12)
+    assert abs(slope(1, jax.random.key(0)) - exact).max() > 0.01
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("shown", [1, 4])
+@pytest.mark.parametrize("kl_weight", [0.1, 1.0])
+def test_natural_steps_find_the_tempered_posterior_of_however_few_examples(shown, kl_weight):
+    """A KL of weight w is Bayes' rule with noise sd sqrt(w) times as small."""
+    task, noise = orthogonal_task(), 0.7
+    how = Variational(steps=60, rate=0.2, optimizer="natural", samples=200, kl_weight=kl_weight)
+    prior = DiagonalGaussian({"head": jnp.asarray([[0.3], [-0.2], [1.0]])}, {"head": jnp.zeros((3, 1))})
+    seen = task.support._replace(weight=(jnp.arange(task.support.x.shape[0]) < shown).astype(float))
+    found = infer(LINE, Gaussian(noise), prior, seen, jax.random.key(0), how)
+    truth = exact(prior, jax.tree.map(lambda leaf: leaf[:shown], task.support), noise * kl_weight**0.5)
+    np.testing.assert_allclose(found.mean["head"], truth.mean["head"], atol=1e-3)
+    np.testing.assert_allclose(found.log_sd["head"], truth.log_sd["head"], atol=0.1)
 
 
 @pytest.mark.usefixtures("x64")
@@ -269,6 +298,9 @@ def test_without_support_the_posterior_is_the_prior(name):
         ("gem_bml", {"kl_weight": -0.1}, "kl_weight: came -0.1"),
         ("gem_bml", {"log_sd": -200.0}, "log_sd: came -200.0"),
         ("amortized_bml", {"samples": 0}, "samples: came 0"),
+        ("amortized_bml", {"samples": 3}, "samples: came 3, needs 1 or an even number"),
+        ("gem_bml", {"optimizer": "natural", "rate": 2.0}, "needs a rate of"),
+        ("gem_bml", {"optimizer": "natural", "kl_weight": 0.0}, "a kl_weight above 0"),
         ("maml_noise", {"noise": 0.0}, "noise: came 0.0"),
     ],
 )

@@ -29,6 +29,7 @@ from metaprior.tasks.linear_gaussian import (
 from metaprior.training import Training, fit
 from metaprior.types import Batch, Learner, Model
 
+NATURAL = {"steps": 60, "rate": 0.5, "optimizer": "natural", "samples": 8, "log_sd": -1.0, "draws": 0}
 # Enough inner steps for each method to come to its own answer; what is left is what the method itself gets wrong.
 SETTINGS: dict[str, dict[str, Any]] = {
     "maml": {"steps": 5, "rate": 0.05, "posterior": implicit()},
@@ -36,10 +37,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | {"posterior": implicit()},
     "imaml": {"strength": 0.2, "steps": 100, "rate": 0.05, "posterior": implicit()},
     "llama": {"objective": "evidence", "learn_precision": True, "steps": 60, "rate": 0.05},
-    "amortized_bml": {"steps": 60, "rate": 0.05, "samples": 8, "optimizer": "adam", "log_sd": -1.0, "draws": 0},
-    "gem_bml": {"steps": 60, "rate": 0.05, "samples": 8, "log_sd": -1.0, "draws": 0},
-    "gem_bml_plus": {"steps": 60, "rate": 0.05, "samples": 8, "log_sd": -1.0, "draws": 0},
-    "kl_chaser": {"steps": 60, "rate": 0.05, "samples": 8, "log_sd": -1.0, "draws": 0},
+    "amortized_bml": NATURAL,
+    "gem_bml": NATURAL,
+    "gem_bml_plus": NATURAL,
+    "kl_chaser": NATURAL,
     "bmaml": {"particles": 10, "steps": 20, "leader_steps": 20, "rate": 0.05},
     "platipus": {"steps": 5, "rate": 0.05, "kl_weight": 1.0, "log_sd": -1.0, "draws": 100},
     "maml_noise": {"steps": 5, "rate": 0.05, "noise": 0.3, "draws": 100},

@@ -17,12 +17,12 @@ class DiagonalGaussian(NamedTuple):
     mean: PyTree
     log_sd: PyTree
 
-    def sample(self, key: PRNGKeyArray) -> PyTree:
-        """One reparametrised draw: mean + sd * noise."""
+    def sample(self, key: PRNGKeyArray, sign: Scalar | float = 1.0) -> PyTree:
+        """One reparametrised draw: mean + sign sd noise; sign -1 is the draw of the same key mirrored at the mean."""
         leaves, treedef = jax.tree.flatten(self.mean)
         keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
         return jax.tree.map(
-            lambda k, m, s: m + jnp.exp(s) * jax.random.normal(k, m.shape, m.dtype), keys, self.mean, self.log_sd
+            lambda k, m, s: m + sign * jnp.exp(s) * jax.random.normal(k, m.shape, m.dtype), keys, self.mean, self.log_sd
         )
 
     def quadratic(self, row: PyTree) -> Scalar:

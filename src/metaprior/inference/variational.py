@@ -28,11 +28,11 @@ Objective = Callable[[DiagonalGaussian, Task, PRNGKeyArray], tuple[Scalar, dict[
 class Variational:
     """How a task's Gaussian is fitted.
 
-    steps, test_steps (None: as many): optimiser steps in training and on a new task. rate, optimizer: any of optax, or
-    "natural" (see `natural_descent`).
-    samples: reparametrised draws a step. kl_weight: 1 is Bayes' rule, less trusts the data more. local: draw each
-    linear map's outputs in place of its weights (Kingma, Salimans & Welling 2015), for networks with a `tap`: less
-    noise, but noise that depends on the order of the examples. remat: backward memory grows with log(steps).
+    steps, test_steps (None: as many): optimiser steps in training and on a new task. optimizer, rate: any of optax, or
+    "natural" (see `natural_descent`), whose rate is the share of the way to its target that a step takes the precision.
+    samples: reparametrised draws a step, one or mirrored pairs. kl_weight: 1 is Bayes' rule, less trusts the data more.
+    local: draw each linear map's outputs in place of its weights (Kingma, Salimans & Welling 2015), for networks with a
+    `tap`: less noise, but noise that depends on the order of the examples. remat: backward memory grows as log(steps).
     """
 
     steps: int = 5
@@ -48,18 +48,25 @@ class Variational:
         for name, least in (("steps", 0), ("samples", 1), ("kl_weight", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: came {getattr(self, name)}, needs at least {least}")
+        if self.optimizer == "natural" and not (0 < self.rate <= 1 and self.kl_weight > 0):
+            came = f"rate {self.rate} and kl_weight {self.kl_weight}"
+            raise ValueError(f"optimizer: came 'natural' with {came}, needs a rate of (0, 1] and a kl_weight above 0")
+        if self.samples > 1 and self.samples % 2:
+            raise ValueError(f"samples: came {self.samples}, needs 1 or an even number: draws are mirrored in pairs")
 
-    def transformation(self) -> Any:
-        """The inner optimiser."""
-        return natural_descent(self.rate) if self.optimizer == "natural" else make_optimizer(self.optimizer, self.rate)
+    def transformation(self, batch: Batch) -> Any:
+        """The inner optimiser; "natural" is told how many examples the mean loss is of, and so what a share is."""
+        if self.optimizer == "natural":
+            return natural_descent(self.rate * count(batch) / self.kl_weight)
+        return make_optimizer(self.optimizer, self.rate)
 
 
-def natural_descent(rate: float) -> optax.GradientTransformation:
+def natural_descent(rate: float | Scalar) -> optax.GradientTransformation:
     """Steps of a diagonal Gaussian along its natural gradient: precision first, then the mean over the new precision.
 
-    On the mean loss of n examples, rate / n is the share of the way that the precision goes to its target in a step,
-    however far that is (Khan & Rue 2023, the Bayesian learning rule). Where it falls, the second-order term of Lin,
-    Schmidt & Khan 2020 keeps it positive.
+    On a loss that is c times minus the ELBO, c rate is the share of the way that the precision goes to its target in a
+    step, however far that is (Khan & Rue 2023, the Bayesian learning rule). Where it falls, the second-order term of
+    Lin, Schmidt & Khan 2020 keeps it positive.
     """
 
     def update(g: DiagonalGaussian, state: optax.EmptyState, q: DiagonalGaussian | None = None) -> tuple[Any, Any]:
@@ -77,22 +84,30 @@ def expected_nll(
 ) -> Scalar:
     """E_q of the batch's mean nll, by `how.samples` reparametrised draws."""
 
-    def one(key: PRNGKeyArray) -> Scalar:
-        outputs = local_outputs(model, q, batch.x, key) if how.local else model.apply(q.sample(key), batch.x)
+    def one(key: PRNGKeyArray, sign: Scalar | float) -> Scalar:
+        local = how.local
+        outputs = local_outputs(model, q, batch.x, key, sign) if local else model.apply(q.sample(key, sign), batch.x)
         return mean_nll(likelihood, outputs, batch)
 
-    return jax.vmap(one)(jax.random.split(key, how.samples)).mean()
+    if how.samples == 1:
+        return one(key, 1.0)
+    # Mirrored pairs share their noise: half the random numbers, and no noise in the mean's slope of a quadratic loss.
+    both = jax.vmap(one, (None, 0))
+    return jax.vmap(both, (0, None))(jax.random.split(key, how.samples // 2), jnp.array([1.0, -1.0])).mean()
 
 
-def local_outputs(model: Model, q: DiagonalGaussian, x: PyTree, key: PRNGKeyArray) -> Array:
+def local_outputs(
+    model: Model, q: DiagonalGaussian, x: PyTree, key: PRNGKeyArray, sign: Scalar | float = 1.0
+) -> Array:
     """The outputs of a network whose dense layers' outputs are drawn, each example's its own (Kingma et al. 2015).
 
     All other weights, of convolutions and norms, are drawn once for all examples: their draws are shared between
-    pixels, which outputs drawn one by one would not be. Raises ValueError for a network without a `tap`.
+    pixels, which outputs drawn one by one would not be. sign: -1 mirrors the draw. Raises ValueError for a network
+    without a `tap`.
     """
     if "tap" not in signature(model.apply).parameters:
         raise ValueError("local: needs a network whose apply takes a `tap`, as mlp and conv4 do")
-    drawn, seen = q.sample(key), count_from(1)
+    drawn, seen = q.sample(key, sign), count_from(1)
 
     def dense(name: str) -> bool:
         return "w" in q.mean[name] and q.mean[name]["w"].ndim == 2
@@ -102,7 +117,7 @@ def local_outputs(model: Model, q: DiagonalGaussian, x: PyTree, key: PRNGKeyArra
             return s
         sd = jax.tree.map(jnp.exp, q.log_sd[name])
         variance = x**2 @ sd["w"] ** 2 + (sd["b"] ** 2 if "b" in sd else 0.0)
-        noise = jax.random.normal(jax.random.fold_in(key, next(seen)), s.shape, s.dtype)
+        noise = sign * jax.random.normal(jax.random.fold_in(key, next(seen)), s.shape, s.dtype)
         # The layer's own weights are at their means; + tiny, as a square root has no derivative at 0.
         return s + jnp.sqrt(variance + 1e-20) * noise
 
@@ -140,7 +155,7 @@ def infer(
     steps = how.steps if steps is None else steps
     energy = free_energy(model, likelihood, prior, batch, how)
     keys = jax.random.split(key, steps)
-    at = descend(energy, prior, how.transformation(), steps, first_order=first_order, remat=how.remat, data=keys)
+    at = descend(energy, prior, how.transformation(batch), steps, first_order=first_order, remat=how.remat, data=keys)
     return at.phi
 
 
@@ -173,7 +188,7 @@ def variational_learner(
     def path(params: DiagonalGaussian, support: Batch, key: PRNGKeyArray) -> DiagonalGaussian:
         energy = free_energy(model, likelihood, params, support, how)
         keys = jax.random.split(key, on_new_task)
-        course: Descent = trajectory(energy, params, how.transformation(), on_new_task, data=keys)
+        course: Descent = trajectory(energy, params, how.transformation(support), on_new_task, data=keys)
         return course.phi
 
     def predictive(params: DiagonalGaussian, posterior: DiagonalGaussian, x: PyTree, key: PRNGKeyArray) -> Any:
