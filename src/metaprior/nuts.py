@@ -31,19 +31,20 @@ from metaprior.types import Batch, Learner, Splits, Task
 
 NOISE = 0.5  # of Gaussian observations
 FAMILIES: dict[str, Likelihood] = {"gaussian": Gaussian(NOISE), "bernoulli": Bernoulli(), "poisson": Poisson()}
+NATURAL = {"steps": 100, "rate": 0.2, "optimizer": "natural", "samples": 16}
 # Inner budgets at which each method has come to its own answer under a given prior.
 INFERENCE: dict[str, dict[str, Any]] = {
     "llama": {"objective": "evidence", "steps": 1000, "rate": 0.1},
-    "amortized_bml": {"steps": 1000, "rate": 0.01, "samples": 16, "optimizer": "adam"},
-    "gem_bml": {"steps": 1000, "rate": 0.01, "samples": 16},
+    "amortized_bml": NATURAL,
+    "gem_bml": NATURAL,
     "bmaml": {"particles": 20, "steps": 1000, "rate": 0.1, "weight_precision": 1.0},
 }
 
 # Budgets to learn the prior with; a new task is then inferred as above.
 LEARNING: dict[str, dict[str, Any]] = {
     "llama": {"objective": "evidence", "learn_precision": True, "steps": 200, "test_steps": 1000, "rate": 0.1},
-    "amortized_bml": INFERENCE["amortized_bml"] | {"steps": 60, "test_steps": 1000, "rate": 0.03, "log_sd": -1.0},
-    "gem_bml": INFERENCE["gem_bml"] | {"steps": 60, "test_steps": 1000, "rate": 0.03, "log_sd": -1.0},
+    "amortized_bml": NATURAL | {"steps": 30, "test_steps": 100, "log_sd": -1.0},
+    "gem_bml": NATURAL | {"steps": 30, "test_steps": 100, "log_sd": -1.0},
     # Particles forget where they started, which is all that their prior is: no more steps than in training.
     "bmaml": {"particles": 10, "steps": 20, "leader_steps": 20, "rate": 0.1},
 }
