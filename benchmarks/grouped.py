@@ -32,7 +32,7 @@ from metaprior.tasks.table import NAMED, column, design, read_columns
 from metaprior.training import Training, fit
 from metaprior.types import Batch, Splits, Task
 
-VARIATIONAL = {"steps": 60, "test_steps": 600, "rate": 0.02, "samples": 8, "optimizer": "adam"}
+VARIATIONAL = {"steps": 30, "test_steps": 100, "rate": 0.2, "samples": 8, "optimizer": "natural"}
 VARIATIONAL |= {"log_sd": -1.0, "draws": 0}
 LEARNERS = {
     "llama": {"objective": "evidence", "learn_precision": True, "steps": 60, "test_steps": 600, "rate": 0.03},
@@ -128,7 +128,7 @@ def schools(steps: int, seed: int) -> dict:
     slow = {"steps": 100, "test_steps": 1000}
     ways = {
         "llama": ("llama", LEARNERS["llama"] | slow | {"rate": 1.0, "precision": 0.02}),
-        "gem_bml": ("gem_bml", VARIATIONAL | slow | {"rate": 0.3, "log_sd": 2.0}),
+        "gem_bml": ("gem_bml", VARIATIONAL | slow | {"rate": 0.3, "log_sd": 2.0, "precondition": False}),
         "amortized_bml": ("amortized_bml", VARIATIONAL | slow | {"rate": 0.3, "log_sd": 2.0}),
     }
     for way, (name, settings) in ways.items():
