@@ -46,6 +46,10 @@ def test_train_evaluate_plot(sinusoid_run, capsys):
     out = capsys.readouterr().out
     assert "MSE" in out
     assert "after each inner step" in out
+    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--steps", 3, "--set", "evaluation.course=false")
+    assert "after each inner step" not in (shorter := capsys.readouterr().out)
+    mse = next(line for line in out.splitlines() if "MSE" in line)
+    assert mse.split()[3] in shorter
     run_cli("evaluate", sinusoid_run, "--tasks", 10, "--posterior", "implicit", "--calibrated")
     assert "temperature" in capsys.readouterr().out
     report = json.loads((sinusoid_run / "report-implicit-calibrated.json").read_text())

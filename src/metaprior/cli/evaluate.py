@@ -141,7 +141,8 @@ def evaluate(
         seed: of the tasks.
         devices: into how many the cores are divided, each judging its own share of the tasks.
         set: options of the tasks or the learner by name, e.g. --set tasks.shot=5; evaluation.metrics names
-            figures of the learner's loss to report besides.
+            figures of the learner's loss to report besides, evaluation.course=false leaves out those after each inner
+            step.
     """
     configure(devices=devices)
     options: dict[str, Any] = {}
@@ -179,6 +180,8 @@ def evaluate(
     course = learner
     if posterior not in (None, "point") and learner.path is not None:
         course = recipe_learner(recipe, experiment.model, experiment.likelihood, posterior="point", steps=steps)
+    if not settings.course:
+        course = course._replace(path=None)
     report = evaluate_learner(
         learner,
         params,
