@@ -74,6 +74,26 @@ def test_other_tasks_have_a_report_of_their_own_and_no_published_figure(sinusoid
     assert shots["figures"]["mse"] != json.loads(before)["figures"]["mse"]
 
 
+def test_reports_stand_beside_each_other(sinusoid_run, tmp_path, capsys):
+    other, out = tmp_path / "other", tmp_path / "compared"
+    run_cli("train", "sinusoid", "--learner", "fomaml", "--steps", 20, "--out", other, "--set", *SMALL)
+    run_cli("evaluate", sinusoid_run, "--tasks", 10)
+    with pytest.raises(SystemExit):
+        main(["compare", str(sinusoid_run), str(other), "--out", str(out)])
+    assert "holds no report-own.json (it has none)" in capsys.readouterr().err.replace("\n", " ")
+    run_cli("evaluate", other, "--tasks", 10)
+    capsys.readouterr()
+    run_cli("compare", sinusoid_run, other, "--out", out)
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line.split() for line in lines if line.startswith("fomaml"))
+    found = json.loads((out / "compared.json").read_text())
+    assert list(found) == ["maml", "fomaml"]
+    assert row[1:5:2] == ["20", "10"]
+    assert row[4] == f"{found['fomaml']['figures']['mse']['mean']:.3f}"
+    assert (found["maml"]["meta_steps"], (out / "compared.png").exists()) == (60, True)
+    assert not any("note" in line for line in lines)
+
+
 def test_noise_is_fitted_around_a_learners_own_posterior(tmp_path):
     folder = tmp_path / "run"
     run_cli("train", "sinusoid", "--learner", "platipus", "--steps", 20, "--out", folder, "--set", *SMALL)

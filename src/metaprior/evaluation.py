@@ -6,7 +6,7 @@ query examples of all tasks.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Report:
         table = json.loads(text)
         table["figures"] = {k: Figure(**v) for k, v in table["figures"].items()}
         table["curve"] = [{k: Figure(**v) for k, v in row.items()} for row in table["curve"]]
-        return cls(**table)
+        return cls(**{f.name: table[f.name] for f in fields(cls)})
 
     def table(self, title: str = "") -> Table:
         """The report as a table to print."""
@@ -71,9 +71,9 @@ class Report:
         table.add_column("mean", justify="right")
         table.add_column("95 % interval", justify="right")
         for name, figure in self.figures.items():
-            table.add_row(_title(name), f"{figure.mean:.4f}", f"± {figure.interval:.4f}")
+            table.add_row(title_of(name), f"{figure.mean:.4f}", f"± {figure.interval:.4f}")
         for name, value in self.pooled.items():
-            table.add_row(_title(name), f"{value:.4f}", "")
+            table.add_row(title_of(name), f"{value:.4f}", "")
         return table
 
     def curve_table(self) -> Table | None:
@@ -83,14 +83,15 @@ class Report:
         table = Table(title="after each inner step", title_justify="left", header_style="bold")
         table.add_column("steps", justify="right")
         for name in self.curve[0]:
-            table.add_column(_title(name), justify="right")
+            table.add_column(title_of(name), justify="right")
         for step, row in enumerate(self.curve):
             if step <= 10 or step % 10 == 0 or step == len(self.curve) - 1:
                 table.add_row(str(step), *(str(figure) for figure in row.values()))
         return table
 
 
-def _title(name: str) -> str:
+def title_of(name: str) -> str:
+    """A figure's name as it is printed."""
     special = {"nll": "NLL", "mse": "MSE", "rmse": "RMSE", "ece": "ECE", "mce": "MCE"}
     return special.get(name, name.replace("_", " "))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -74,6 +74,27 @@ def adaptation_curve(report: Report) -> Figure:
         ax.plot(steps, mean, "o-" if len(steps) <= 20 else "-", color=BLUE, markersize=4, linewidth=1.4)
         ax.set(xlabel="inner steps", ylabel={"nll": "NLL", "mse": "MSE"}.get(name, name))
         ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def compared_curves(reports: Mapping[str, Report]) -> Figure:
+    """Each figure after each inner step, of several reports; one without inner steps is a level line."""
+    names = [n for n in ("accuracy", "mse", "nll") if all(n in report.figures for report in reports.values())]
+    figure, axes = panels(4.6 * len(names), 3.6, columns=len(names))
+    longest = max(len(report.curve) for report in reports.values())
+    for ax, name in zip(axes, names, strict=True):
+        for i, (label, report) in enumerate(reports.items()):
+            style = {"color": SERIES[i % len(SERIES)], "linestyle": ("-", "--", ":")[i // len(SERIES) % 3]}
+            rows = [row[name] for row in report.curve] or [report.figures[name]] * max(longest, 2)
+            mean, half = (np.array([getattr(figure, part) for figure in rows]) for part in ("mean", "interval"))
+            steps = np.arange(len(rows))
+            ax.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
+            ax.plot(steps, mean, linewidth=1.4, label=label, **style)
+        ax.set(xlabel="inner steps", ylabel={"nll": "NLL", "mse": "MSE"}.get(name, name))
+        if name == "mse":
+            ax.set_yscale("log")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].legend(frameon=False, fontsize="small")
     return figure
 
 

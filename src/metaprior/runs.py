@@ -5,6 +5,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,15 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 __all__ = ["CheckpointError", "CheckpointMismatch", "Run", "RunExists", "write_atomically"]
+
+
+def told_apart(runs: Sequence[Run]) -> dict[str, Run]:
+    """Each run by its learner's name, or by its folder's where two have one learner."""
+    if not runs:
+        raise ValueError("runs: came none, needs the folder of at least one run")
+    learners = [run.recipe["learner"] for run in runs]
+    names: dict[str, Run] = {}
+    for run, learner in zip(runs, learners, strict=True):
+        name = learner if learners.count(learner) == 1 else run.folder.name
+        names[name if name not in names else str(run.folder)] = run
+    return names

@@ -1,4 +1,4 @@
-"""The command line: `metaprior train | evaluate | adapt | plot | list | demo | truth | study`."""
+"""The command line: `metaprior train | evaluate | compare | adapt | plot | list | demo | truth | study`."""
 
 import sys
 
@@ -6,6 +6,7 @@ import tyro
 from rich.console import Console
 
 from metaprior.cli.adapt import adapt
+from metaprior.cli.compare import compare
 from metaprior.cli.demo import demo
 from metaprior.cli.evaluate import evaluate
 from metaprior.cli.listing import listing
@@ -16,8 +17,8 @@ from metaprior.cli.truth import truth
 from metaprior.training import NonFiniteLoss
 
 COMMANDS = {
-    "train": train, "evaluate": evaluate, "adapt": adapt, "plot": plot, "list": listing, "demo": demo, "truth": truth,
-    "study": study,
+    "train": train, "evaluate": evaluate, "compare": compare, "adapt": adapt, "plot": plot, "list": listing,
+    "demo": demo, "truth": truth, "study": study,
 }  # fmt: skip
 
 

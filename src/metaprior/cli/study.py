@@ -14,7 +14,7 @@ from metaprior.evaluation import Figure
 from metaprior.learners import LEARNERS
 from metaprior.named import option_names
 from metaprior.recipe import recipe_from_dict
-from metaprior.runs import Run, write_atomically
+from metaprior.runs import Run, told_apart, write_atomically
 from metaprior.studies import active, ambiguity, novelty, referee
 from metaprior.studies.pictures import acquisitions, explanations, novelty_bars
 from metaprior.types import Learner
@@ -167,20 +167,16 @@ def _open(
     steps: int | None = None,
     transductive: bool | None = None,
 ) -> dict[str, Opened]:
-    """Each run by its learner's name, or by its folder's where two have one learner."""
-    if not runs:
-        raise ValueError("runs: came none, needs the folder of at least one run")
     options: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
     if draws is not None and posterior not in (None, "point"):
         options["draws"] = draws
-    learners = [recipe_from_dict(Run.open(folder).recipe).learner for folder in runs]
     opened = {}
-    for folder, learner in zip(runs, learners, strict=True):
+    for name, run in told_apart([Run.open(folder) for folder in runs]).items():
+        learner = recipe_from_dict(run.recipe).learner
         alone = transductive is not None and "transductive" in option_names(LEARNERS[learner])
         settings = (*overrides, f"learner.transductive={str(transductive).lower()}") if alone else overrides
-        _, _, experiment, params = open_run(folder, steps, settings, **options)
-        name = learner if learners.count(learner) == 1 else folder.name
-        opened[name if name not in opened else str(folder)] = Opened(experiment.learner, params, experiment.splits.test)
+        _, _, experiment, params = open_run(run.folder, steps, settings, **options)
+        opened[name] = Opened(experiment.learner, params, experiment.splits.test)
     return opened
 
 
