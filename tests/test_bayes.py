@@ -117,6 +117,23 @@ def test_variational_inference_finds_the_exact_posterior():
 
 
 @pytest.mark.usefixtures("x64")
+def test_natural_steps_are_held_to_a_trust_region_and_differentiable_where_nothing_moves():
+    prior = gaussian([0.5, -1.0], [1.0, 0.3])
+
+    def energy(q, to):
+        # A mean that is pulled far and a variance that is not: without the region the first step would be 1e4 sds long.
+        return -1e4 * (to * q.mean).sum() + kl(q, prior)
+
+    def end(to, steps):
+        return descend(lambda q: energy(q, to), prior, natural_descent(0.5), steps, first_order=False).phi.mean
+
+    step = (end(jnp.ones(2), 1) - prior.mean) / jnp.exp(prior.log_sd)
+    np.testing.assert_allclose(jnp.linalg.norm(step), 1 + 0.1 * 2**0.5, rtol=1e-9)
+    slope = jax.jacobian(lambda to: end(to, 1))(jnp.zeros(2))
+    np.testing.assert_allclose(slope, jnp.diag(0.5e4 * jnp.exp(2 * prior.log_sd)), rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
 def test_mirrored_draws_leave_no_noise_in_the_mean_of_a_linear_model():
     task = orthogonal_task()
     q = DiagonalGaussian({"head": jnp.asarray([[0.3], [-0.2], [1.0]])}, {"head": jnp.zeros((3, 1))})

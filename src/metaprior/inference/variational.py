@@ -82,9 +82,10 @@ def natural_descent(rate: float, scale: float | Scalar = 1.0) -> optax.GradientT
         growth = jax.tree.map(lambda f: 1 + f + 0.5 * jnp.minimum(f, 0) ** 2, farther)
         over = jax.tree.map(lambda grown, f: jnp.maximum(grown, 1 + f / rate), growth, farther)
         step = jax.tree.map(lambda g, s, o: -rate * scale * jnp.exp(2 * s) * g / o, g.mean, q.log_sd, over)
-        length = optax.tree.norm(jax.tree.map(lambda leaf, s: leaf * jnp.exp(-s), step, start))
+        # Squared, as a norm has no derivative where nothing moves.
+        length = optax.tree.norm(jax.tree.map(lambda leaf, s: leaf * jnp.exp(-s), step, start), squared=True)
         longest = 1 + 0.1 * sum(leaf.size for leaf in jax.tree.leaves(step)) ** 0.5
-        mean = jax.tree.map(lambda leaf: leaf * (longest / jnp.maximum(length, longest)), step)
+        mean = jax.tree.map(lambda leaf: leaf * (longest / jnp.sqrt(jnp.maximum(length, longest**2))), step)
         return DiagonalGaussian(mean, jax.tree.map(lambda grown: -0.5 * jnp.log(grown), growth)), start
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
