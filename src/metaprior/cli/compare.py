@@ -60,9 +60,11 @@ def report_of(run: Run, name: str) -> Report:
 
 
 def trained(run: Run) -> dict[str, Any]:
-    """How long a run was trained."""
+    """The meta-step of the parameters that are judged, those that validated best, and the minutes up to it."""
     rows = run.metrics()
-    return {"meta_steps": int(rows[-1]["step"]) if rows else 0, "minutes": sum(row["seconds"] for row in rows) / 60}
+    validated = [row for row in rows if "validation/nll" in row] or rows[-1:]
+    step = int(min(validated, key=lambda row: row.get("validation/nll", 0.0))["step"]) if validated else 0
+    return {"meta_steps": step, "minutes": sum(row["seconds"] for row in rows if row["step"] <= step) / 60}
 
 
 def protocol(run: Run) -> dict[str, Any]:
