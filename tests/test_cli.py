@@ -57,7 +57,7 @@ def test_train_evaluate_plot(sinusoid_run, capsys):
     assert report["settings"]["fitted"]["temperature"] > 0
     run_cli("plot", sinusoid_run)
     pictures = {p.name for p in (sinusoid_run / "plots").iterdir()}
-    assert {"training.png", "tasks.png", "report-own-pit.png", "report-own-adaptation.png"} <= pictures
+    assert {"training.png", "tasks.png", "report-own-steps=3-pit.png", "report-own-steps=3-adaptation.png"} <= pictures
 
 
 def test_other_tasks_have_a_report_of_their_own_and_no_published_figure(sinusoid_run, capsys):

@@ -135,7 +135,7 @@ def evaluate(
         linear: draw linearised networks, which broad posteriors do not throw off course; --no-linear draws networks.
         calibrated: fit on validation tasks first: the posterior's temperature (or precision), and the noise or, of
             classes, the softmax's temperature.
-        steps: inner steps on a new task.
+        steps: inner steps on a new task, in place of the recipe's; the report is another file, as with --set.
         tasks: how many (default: the recipe's, usually 600).
         split: the tasks' split; one_shot is Omniglot's official 20 runs of 20 ways, 1 shot.
         seed: of the tasks.
@@ -163,6 +163,7 @@ def evaluate(
         number = source.total if tasks is None else tasks
     else:
         source = getattr(experiment.splits, split)
+    changed = (*set, f"steps={steps}") if steps is not None else set  # other tasks or steps: another report
     steps = settings.steps if steps is None else steps
     if calibrated:
         # Drawn networks are dear: one or two scalars are told well enough by fewer tasks.
@@ -192,8 +193,8 @@ def evaluate(
         course=course,
         metrics=settings.metrics,
     )
-    told_apart = [re.sub(r"[^\w.=]+", "_", option) for option in set]  # other tasks, another report
-    marks = ["calibrated"] * bool(fitted) + [split] * (split != "test") + told_apart
+    marks = ["calibrated"] * bool(fitted) + [split] * (split != "test")
+    marks += [re.sub(r"[^\w.=]+", "_", option) for option in changed]
     name = "-".join(["report", posterior or "own", *marks])
     told = _outsiders(learner, params, recipe, experiment, split, number, settings.seed if seed is None else seed)
     asked = {"posterior": posterior, "draws": draws, "fitted": fitted, "split": split, "set": set}
