@@ -57,19 +57,20 @@ class Variational:
     def transformation(self, batch: Batch) -> Any:
         """The inner optimiser; "natural" is told how many examples the mean loss is of, and so what a share is."""
         if self.optimizer == "natural":
-            return natural_descent(self.rate, count(batch) / self.kl_weight)
+            return natural_descent(self.rate, count(batch) / self.kl_weight, guarded=self.samples > 1)
         return make_optimizer(self.optimizer, self.rate)
 
 
-def natural_descent(rate: float, scale: float | Scalar = 1.0) -> optax.GradientTransformation:
+def natural_descent(rate: float, scale: float | Scalar = 1.0, guarded: bool = True) -> optax.GradientTransformation:
     """Steps of a diagonal Gaussian along its natural gradient: precision first, then the mean over the new precision.
 
     For a loss that is minus the ELBO over `scale`. rate is the share of the way that the precision goes to its target
     in a step, however far that is (Khan & Rue 2023, the Bayesian learning rule). Where it falls, the second-order term
     of Lin, Schmidt & Khan 2020 keeps it positive.
 
-    Weights that share the data's curvature overshoot together, most where the prior is wide. So the mean's step is over
-    the target where that is above the new precision, and, in the d sds of the start, no longer than 1 + sqrt(d) / 10.
+    Weights that share the data's curvature overshoot together, most where the prior is wide. If guarded, the mean's
+    step is over the target where that is above the new precision, and, in the d sds of the start, no longer than
+    1 + sqrt(d) / 10. One draw tells the target too badly for that, and steps shrink by its noise.
     """
 
     def init(q: DiagonalGaussian) -> PyTree:
@@ -80,13 +81,14 @@ def natural_descent(rate: float, scale: float | Scalar = 1.0) -> optax.GradientT
         # d loss / d log sd is the precision's relative distance from its target.
         farther = jax.tree.map(lambda g: rate * scale * g, g.log_sd)
         growth = jax.tree.map(lambda f: 1 + f + 0.5 * jnp.minimum(f, 0) ** 2, farther)
-        over = jax.tree.map(lambda grown, f: jnp.maximum(grown, 1 + f / rate), growth, farther)
+        over = jax.tree.map(lambda grown, f: jnp.maximum(grown, 1 + f / rate) if guarded else grown, growth, farther)
         step = jax.tree.map(lambda g, s, o: -rate * scale * jnp.exp(2 * s) * g / o, g.mean, q.log_sd, over)
-        # Squared, as a norm has no derivative where nothing moves.
-        length = optax.tree.norm(jax.tree.map(lambda leaf, s: leaf * jnp.exp(-s), step, start), squared=True)
-        longest = 1 + 0.1 * sum(leaf.size for leaf in jax.tree.leaves(step)) ** 0.5
-        mean = jax.tree.map(lambda leaf: leaf * (longest / jnp.sqrt(jnp.maximum(length, longest**2))), step)
-        return DiagonalGaussian(mean, jax.tree.map(lambda grown: -0.5 * jnp.log(grown), growth)), start
+        if guarded:
+            # Squared, as a norm has no derivative where nothing moves.
+            length = optax.tree.norm(jax.tree.map(lambda leaf, s: leaf * jnp.exp(-s), step, start), squared=True)
+            longest = 1 + 0.1 * sum(leaf.size for leaf in jax.tree.leaves(step)) ** 0.5
+            step = jax.tree.map(lambda leaf: leaf * (longest / jnp.sqrt(jnp.maximum(length, longest**2))), step)
+        return DiagonalGaussian(step, jax.tree.map(lambda grown: -0.5 * jnp.log(grown), growth)), start
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
