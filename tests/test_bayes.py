@@ -129,6 +129,8 @@ def test_natural_steps_are_held_to_a_trust_region_and_differentiable_where_nothi
 
     step = (end(jnp.ones(2), 1) - prior.mean) / jnp.exp(prior.log_sd)
     np.testing.assert_allclose(jnp.linalg.norm(step), 1 + 0.1 * 2**0.5, rtol=1e-9)
+    free = descend(lambda q: energy(q, jnp.ones(2)), prior, natural_descent(0.5, guarded=False), 1).phi.mean
+    np.testing.assert_allclose(free - prior.mean, 0.5e4 * jnp.exp(2 * prior.log_sd), rtol=1e-9)
     slope = jax.jacobian(lambda to: end(to, 1))(jnp.zeros(2))
     np.testing.assert_allclose(slope, jnp.diag(0.5e4 * jnp.exp(2 * prior.log_sd)), rtol=1e-9)
 
