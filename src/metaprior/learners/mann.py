@@ -124,7 +124,8 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
             after, out = step(params, state, drive)
             return jax.tree.map(lambda new, old: jnp.where(there, new, old), after._replace(label=label), state), out
 
-        return jax.lax.scan(see, nothing, shown)
+        # Recomputing a time step costs less than keeping all that it computed, which leaves the processor's cache.
+        return jax.lax.scan(jax.checkpoint(see), nothing, shown)
 
     def adapt(params: Mann, support: Batch, key: PRNGKeyArray) -> State:
         if examples(support) == 0:
