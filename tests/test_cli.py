@@ -127,6 +127,13 @@ def test_adapt_from_csv(sinusoid_run, tmp_path, capsys):
     assert float(rows[0]["5 %"]) < float(rows[0]["mean"]) < float(rows[0]["95 %"])
 
 
+def test_adapt_says_when_the_support_is_too_much_for_the_inner_steps(sinusoid_run, tmp_path, capsys):
+    (tmp_path / "support.csv").write_text("x,y\n1e15,1\n-1e15,2\n")
+    (tmp_path / "query.csv").write_text("x\n0.5\n")
+    run_cli("adapt", sinusoid_run, "--support", tmp_path / "support.csv", "--query", tmp_path / "query.csv", code=2)
+    assert "maml diverged on these 2 examples" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_resume_goes_on_and_an_existing_run_is_kept(sinusoid_run, tmp_path, capsys):
     folder = tmp_path / "run"
     run_cli("train", "sinusoid", "--steps", 20, "--out", folder, "--set", *SMALL)

@@ -1,6 +1,7 @@
 """The scikit-learn face: groups in, error bars out."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -94,6 +95,15 @@ def test_bad_input_is_named(regressor):
         MetaRegressor("mamml").fit(*lines(0, groups=10))
     with pytest.raises(ValueError, match="not fitted"):
         MetaRegressor().predict([[0.0]])
+
+
+def test_groups_on_which_the_learner_diverges_are_told(regressor):
+    x, y, group = lines(0, groups=3)
+    with pytest.warns(RuntimeWarning, match="maml diverged on 1 of 1 groups"):
+        regressor.adapt(x[:5] * 1e15, y[:5]).predict(x[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isfinite(regressor.predict(x, group)).all()
 
 
 def test_padding_goes_to_the_next_power_of_two():

@@ -4,6 +4,7 @@ A group (county, patient, school) is a task. `fit` learns the prior that groups 
 known group the posterior of its own rows, an unknown one the prior; `adapt(X, y)` is for a new group with some rows.
 """
 
+import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -178,6 +179,13 @@ class _MetaEstimator(BaseEstimator):
         out = np.zeros((sum(len(rows) for rows, _ in answers), *columns))
         for rows, predictive in answers:
             out[rows] = np.asarray(of(predictive))[: len(rows)]
+        if lost := sum(not np.isfinite(out[rows]).all() for rows, _ in answers):
+            warnings.warn(
+                f"{self.learner} diverged on {lost} of {len(answers)} groups, whose predictions are not finite; fit "
+                f"with fewer or smaller inner steps, e.g. options={{'rate': ...}}, or another learner",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return out
 
 
