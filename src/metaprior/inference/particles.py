@@ -68,12 +68,12 @@ def stein_direction(particles: PyTree, gradients: PyTree, repulsion: float | Arr
     squared = jnp.maximum(norms[:, None] + norms[None] - 2 * products, 0)
     h = bandwidth(squared)
     kernel = jnp.exp(-squared / h)
-    # sum_j k_ij g_j + 2 repulsion / h k_ij (phi_i - phi_j), as one product of each leaf's gradients and particles.
-    push = 2 * repulsion / h * (jnp.diag(kernel.sum(1)) - kernel)
-    mixing = jnp.concatenate([kernel, push], 1) / m
+    # sum_j k_ij g_j + 2 repulsion / h k_ij (phi_i - phi_j). Two products: at the first step tasks share the second.
+    push = 2 * repulsion / h * (jnp.diag(kernel.sum(1)) - kernel) / m
+    pull = kernel / m
 
     def leaf(g: Array, phi: Array) -> Array:
-        return product(mixing, jnp.concatenate([g, phi]).reshape(2 * m, -1)).reshape(g.shape)
+        return (product(pull, g.reshape(m, -1)) + product(push, phi.reshape(m, -1))).reshape(g.shape)
 
     return jax.tree.map(leaf, gradients, particles)
 
@@ -85,9 +85,9 @@ def stein(data: Batch) -> optax.GradientTransformation:
     """
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        downhill = jax.tree.map(jnp.negative, updates)
-        along = stein_direction(params, downhill, 1 / count(data))
+        # Uphill in the nll: the direction is linear, so both of its terms change sign, and no copy of them need be made.
+        along = stein_direction(params, updates, -1 / count(data))
         some = examples(data) > 0 if data.weight is None else data.weight.sum() > 0
-        return jax.tree.map(lambda leaf: jnp.where(some, -leaf, 0), along), state
+        return jax.tree.map(lambda leaf: jnp.where(some, leaf, 0), along), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)  # pyright: ignore[reportArgumentType]
