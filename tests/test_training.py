@@ -10,6 +10,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from metaprior.evaluation import evaluate
@@ -117,6 +118,27 @@ def test_a_non_finite_loss_names_the_step_and_keeps_the_last_good_state():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(caught.value.state.params))
 
 
+def test_meta_steps_that_diverge_are_passed_over_up_to_so_many_in_a_row():
+    learner, rows = tiny_learner(), []
+
+    def poisoned(share):
+        def loss(params, task, key):
+            value, metrics = learner.loss(params, task, key)
+            return value * jnp.where(jax.random.uniform(key) < share, jnp.inf, 1.0), metrics
+
+        return learner._replace(loss=loss)
+
+    fitted = fit(poisoned(0.1), tiny_splits(), replace(TINY, steps=40, skip=30), report=rows.append)
+    lost = sum(row["train/skipped"] for row in rows)
+    assert 0 < lost < 40
+    assert int(optax.tree.get(fitted.state.opt_state, "total_notfinite")) == lost
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    # Adam counts the steps that it took.
+    assert int(optax.tree.get_all_with_path(fitted.state.opt_state, "count")[0][1]) == 40 - lost
+    with pytest.raises(NonFiniteLoss, match="meta-step 1;"):
+        fit(poisoned(1.0), tiny_splits(), replace(TINY, skip=3))
+
+
 def test_ctrl_c_finishes_the_chunk():
     before = signal.getsignal(signal.SIGINT)
 
@@ -135,6 +157,7 @@ def test_ctrl_c_finishes_the_chunk():
     ("options", "message"),
     [
         ({"steps": 0}, "training.steps: came 0"),
+        ({"skip": -1}, "training.skip: came -1"),
         ({"schedule": "cosin"}, "training.schedule"),
         ({"task_chunk": 3}, "a divisor of meta_batch"),
     ],

@@ -30,8 +30,10 @@ class Training:
 
     steps: meta-steps. meta_batch: tasks a meta-step. optimizer, rate, schedule ("constant", "linear" or "cosine" to 0),
     warmup (meta-steps from 0): the outer optimiser, an optax name. clip_value: each component of the meta-gradient to
-    +-c (MAML); clip_norm: its global norm. chunk: meta-steps a compiled call; what a kill can lose. task_chunk: tasks
-    whose gradient is in memory at once (None: all). validate_every: meta-steps, rounded up to whole chunks.
+    +-c (MAML); clip_norm: its global norm. skip: so many meta-steps in a row may have a gradient that is not finite, as
+    one diverging task makes it, and then change nothing (0: the first ends training). chunk: meta-steps a compiled
+    call; what a kill can lose. task_chunk: tasks whose gradient is in memory at once (None: all). validate_every:
+    meta-steps, rounded up to whole chunks.
     """
 
     steps: int = 10_000
@@ -42,6 +44,7 @@ class Training:
     warmup: int = 0
     clip_value: float | None = None
     clip_norm: float | None = None
+    skip: int = 0
     chunk: int = 100
     task_chunk: int | None = None
     validate_every: int = 1000
@@ -53,6 +56,8 @@ class Training:
         for name in ("steps", "meta_batch", "chunk", "validate_every", "validation_tasks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name}: came {getattr(self, name)}, needs at least 1")
+        if self.skip < 0:
+            raise ValueError(f"training.skip: came {self.skip}, needs 0 or more meta-steps in a row")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"training.schedule: came {self.schedule!r}, needs 'constant', 'linear' or 'cosine'")
         if self.task_chunk is not None and (self.task_chunk < 1 or self.meta_batch % self.task_chunk):
@@ -87,7 +92,8 @@ class NonFiniteLoss(RuntimeError):
         super().__init__(
             f"the loss of {name} became non-finite at meta-step {step}; the state before its chunk (meta-step "
             f"{int(state.step)}) is kept. Try a lower inner rate (--set learner.rate=...), gradient clipping "
-            "(--set training.clip_norm=10), fewer inner steps, or float64 (--set training.float64=true)"
+            "(--set training.clip_norm=10), fewer inner steps, float64 (--set training.float64=true), or passing over "
+            "such meta-steps (--set training.skip=10)"
         )
 
 
@@ -115,7 +121,8 @@ def outer_optimizer(training: Training) -> optax.GradientTransformation:
         schedule = optax.join_schedules([rise, schedule], [training.warmup])
     clips = [] if training.clip_value is None else [optax.clip(training.clip_value)]
     clips += [] if training.clip_norm is None else [optax.clip_by_global_norm(training.clip_norm)]
-    return optax.chain(*clips, factory(schedule))
+    chained = optax.chain(*clips, factory(schedule))
+    return optax.apply_if_finite(chained, training.skip) if training.skip else chained
 
 
 def init_state(learner: Learner, source: TaskSource, training: Training) -> TrainState:
@@ -308,12 +315,15 @@ def fit(
             steps = min(training.chunk, training.steps - done)
             after, metrics = chunk(state, splits.train, steps)
             metrics = jax.device_get(metrics)
-            if not (finite := metrics.pop("finite")).all():
+            finite = metrics.pop("finite")
+            lost = optax.tree.get(after.opt_state, "notfinite_count") if training.skip else steps - finite.sum()
+            if lost > training.skip:
                 raise NonFiniteLoss(done + int(np.argmin(finite)) + 1, name, state)
             state = after
             seconds = time.perf_counter() - began
             row = {"step": done + steps, "seconds": seconds, "steps_per_second": steps / seconds}
-            row |= {f"train/{k}": float(v.mean()) for k, v in metrics.items()}
+            row |= {f"train/{k}": float(v[finite].mean()) for k, v in metrics.items() if finite.any()}
+            row |= {"train/skipped": float(steps - finite.sum())} if training.skip else {}
             better = False
             if row["step"] % every == 0 or row["step"] == training.steps:
                 figures = jax.device_get(validate(state.params, splits.validation))

@@ -87,8 +87,8 @@ def adapt(
     predictive = jax.jit(learner.predict)(params, adapted, jnp.asarray(x_query), key)
     if not jnp.isfinite(predictive.mean()).all():
         raise ValueError(
-            f"--support: {recipe.learner} diverged on these {len(x)} examples, its predictions are not finite; try fewer "
-            "inner steps (--steps), features on the scale of those in training, or a run with a lower learner.rate"
+            f"--support: {recipe.learner} diverged on these {len(x)} examples, its predictions are not finite; try "
+            "fewer inner steps (--steps), features on the scale of training's, or a run with a lower learner.rate"
         )
     rows = class_rows(predictive, names, classes) if classify else target_rows(predictive, names)
     _show(rows, f"{recipe.name}, {recipe.learner}: {len(x)} support examples, {len(names)} predictions")

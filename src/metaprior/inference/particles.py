@@ -85,7 +85,7 @@ def stein(data: Batch) -> optax.GradientTransformation:
     """
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        # Uphill in the nll: the direction is linear, so both of its terms change sign, and no copy of them need be made.
+        # Uphill in the nll: the direction is linear, so both of its terms change sign without a copy of either.
         along = stein_direction(params, updates, -1 / count(data))
         some = examples(data) > 0 if data.weight is None else data.weight.sum() > 0
         return jax.tree.map(lambda leaf: jnp.where(some, leaf, 0), along), state
