@@ -8,7 +8,7 @@ import pytest
 
 from metaprior.inference.gaussian import DiagonalGaussian, around, cross_entropy, entropy, kl
 from metaprior.inference.gradient import descend, mean_nll
-from metaprior.inference.particles import stein_direction
+from metaprior.inference.particles import stein, stein_direction
 from metaprior.inference.variational import Variational, expected_nll, infer, natural_descent
 from metaprior.learners import gem_bml, make_learner, maml
 from metaprior.learners.amortized_bml import hyper_nll
@@ -237,6 +237,20 @@ def test_stein_direction_by_hand_and_for_one_particle():
     # Particles in one place have nowhere to be pushed: they follow the gradient together.
     together = jnp.full((3, 2), 0.7)
     close(stein_direction(together, -together), -together, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_what_stein_descends_is_its_direction_up_the_log_density_and_nothing_without_data():
+    particles, slopes = jnp.asarray([[0.0], [1.0]]), jnp.asarray([[0.3], [-2.0]])
+    data = Batch(jnp.zeros((4, 1)), jnp.zeros((4, 1)))
+    transformation = stein(data)
+    step = transformation.update(slopes, transformation.init(particles), particles)[0]
+    close(step, -stein_direction(particles, -slopes, 1 / 4), 1e-12)
+    # Without a slope only the repulsion is left: a step down it parts the particles.
+    apart = transformation.update(jnp.zeros((2, 1)), transformation.init(particles), particles)[0]
+    assert apart[0, 0] > 0 > apart[1, 0]
+    empty = stein(data._replace(weight=jnp.zeros(4)))
+    close(empty.update(slopes, empty.init(particles), particles)[0], jnp.zeros((2, 1)), 0)
 
 
 @pytest.mark.usefixtures("x64")
