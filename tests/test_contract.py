@@ -277,6 +277,19 @@ def test_a_small_budget_of_training_lowers_the_test_loss(name, make):
 
 
 @pytest.mark.parametrize("name", LEARNERS)
+def test_a_meta_step_and_its_answers_are_programs_for_a_gpu_too(name):
+    case = problem(name)
+    tasks, params = case.start
+    task, key = first(tasks), jax.random.key(4)
+    for program, args in (
+        (case.gradient, (params, task, key)),
+        (case.answer, (params, task.support, task.query.x, key)),
+    ):
+        text = program.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        assert "metaprior_" not in text  # the kernels are a processor's
+
+
+@pytest.mark.parametrize("name", LEARNERS)
 def test_the_same_key_gives_the_same_bits(name):
     case = problem(name)
     tasks, params = case.start

@@ -63,6 +63,13 @@ def test_accumulated_gradients_are_the_gradients_and_need_less_memory():
     assert temporary[1] < 0.5 * temporary[0]
 
 
+def test_how_many_tasks_at_once_is_the_machines_to_say(monkeypatch):
+    training = replace(TINY, task_chunk="auto")
+    assert (training.at_once, replace(TINY, task_chunk=2).at_once, TINY.at_once) == (1, 2, None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert (training.at_once, replace(TINY, task_chunk=2).at_once) == (None, 2)
+
+
 SHARED_OUT = """
 import jax, numpy as np, sys
 from dataclasses import replace
@@ -160,6 +167,7 @@ def test_ctrl_c_finishes_the_chunk():
         ({"skip": -1}, "training.skip: came -1"),
         ({"schedule": "cosin"}, "training.schedule"),
         ({"task_chunk": 3}, "a divisor of meta_batch"),
+        ({"task_chunk": "some"}, "a number of tasks or 'auto'"),
     ],
 )
 def test_bad_settings_are_named(options, message):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ class Training:
     warmup (meta-steps from 0): the outer optimiser, an optax name. clip_value: each component of the meta-gradient to
     +-c (MAML); clip_norm: its global norm. skip: so many meta-steps in a row may have a gradient that is not finite, as
     one diverging task makes it, and then change nothing (0: the first ends training). chunk: meta-steps a compiled
-    call; what a kill can lose. task_chunk: tasks whose gradient is in memory at once (None: all). validate_every:
-    meta-steps, rounded up to whole chunks.
+    call; what a kill can lose. task_chunk: tasks whose gradient is in memory at once (None: all; "auto": one on a
+    processor, whose cache it stays in, all on an accelerator). validate_every: meta-steps, rounded up to whole chunks.
     """
 
     steps: int = 10_000
@@ -46,7 +46,7 @@ class Training:
     clip_norm: float | None = None
     skip: int = 0
     chunk: int = 100
-    task_chunk: int | None = None
+    task_chunk: int | Literal["auto"] | None = None
     validate_every: int = 1000
     validation_tasks: int = 200
     seed: int = 0
@@ -60,10 +60,19 @@ class Training:
             raise ValueError(f"training.skip: came {self.skip}, needs 0 or more meta-steps in a row")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"training.schedule: came {self.schedule!r}, needs 'constant', 'linear' or 'cosine'")
-        if self.task_chunk is not None and (self.task_chunk < 1 or self.meta_batch % self.task_chunk):
+        if isinstance(self.task_chunk, str) and self.task_chunk != "auto":
+            raise ValueError(f"training.task_chunk: came {self.task_chunk!r}, needs a number of tasks or 'auto'")
+        if isinstance(self.task_chunk, int) and (self.task_chunk < 1 or self.meta_batch % self.task_chunk):
             raise ValueError(
                 f"training.task_chunk: came {self.task_chunk}, needs a divisor of meta_batch = {self.meta_batch}"
             )
+
+    @property
+    def at_once(self) -> int | None:
+        """Tasks whose gradient is in memory at once on this machine; None: all."""
+        if self.task_chunk == "auto":
+            return 1 if jax.default_backend() == "cpu" else None
+        return self.task_chunk
 
 
 class TrainState(NamedTuple):
@@ -161,7 +170,7 @@ def meta_gradient(
 
 def step_mesh(training: Training) -> Mesh | None:
     """The devices that share a meta-step's tasks; None where there is but one."""
-    mesh = task_mesh(training.meta_batch, at_once := training.task_chunk or 1)
+    mesh = task_mesh(training.meta_batch, at_once := training.at_once or 1)
     if mesh is None and (n := jax.device_count()) > 1:
         raise ValueError(
             f"training.meta_batch: came {training.meta_batch} tasks for {n} devices, {at_once} (task_chunk) at once "
@@ -185,7 +194,7 @@ def meta_step(learner: Learner, training: Training) -> Callable[..., tuple[Train
     optimizer = outer_optimizer(training)
 
     def own_mean(params: PyTree, drawn: tuple[Task, PRNGKeyArray]) -> tuple[dict[str, Array], PyTree]:
-        return meta_gradient(learner, params, *drawn, training.task_chunk)
+        return meta_gradient(learner, params, *drawn, training.at_once)
 
     mean = mean_over_tasks(own_mean, step_mesh(training))
 
@@ -248,7 +257,7 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
                 figures["mse"] = mean(((centre - y) ** 2).reshape(y.shape[0], -1).mean(-1))
             return figures
 
-        return jax.tree.map(jnp.mean, jax.lax.map(one, keys, batch_size=training.task_chunk or 25))
+        return jax.tree.map(jnp.mean, jax.lax.map(one, keys, batch_size=training.at_once or 25))
 
     mean = mean_over_tasks(own_mean, task_mesh(training.validation_tasks))
 

@@ -94,7 +94,7 @@ def _fitted(
     options: dict[str, Any], tasks: int, key: jax.Array,
 ) -> Calibration:  # fmt: skip
     """The posterior's scalars first; then, of classes, the softmax's temperature around it, which leaves it alone."""
-    source, chunk = experiment.splits.validation, experiment.training.task_chunk or 10
+    source, chunk = experiment.splits.validation, experiment.training.at_once or 10
     found = []
     if knobs := starting_knobs(posterior, experiment.likelihood):
         build = partial(with_knobs, recipe, experiment, posterior, steps, options)
@@ -189,7 +189,7 @@ def evaluate(
         source,
         jax.random.key(settings.seed if seed is None else seed),
         tasks=number,
-        chunk=experiment.training.task_chunk or 20,
+        chunk=experiment.training.at_once or 20,
         course=course,
         metrics=settings.metrics,
     )
