@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from metaprior.named import passes_options_to
 from metaprior.tasks.checks import DataError, check_count
 from metaprior.tasks.labelled import Texts, read_texts
 from metaprior.tasks.pictures import fingerprint
@@ -56,12 +58,13 @@ class TextPool:
         return jax.vmap(one)(jax.random.split(key, n))
 
 
-def texts(
-    *,
-    path: str | Path,
-    text: str | None = None,
-    label: str | None = None,
+def text_splits(
+    name: str,
+    origin: Any,
+    read: Callable[[], Texts],
     outside: str | None = None,
+    drop_small: bool = False,
+    *,
     way: int = 5,
     shot: int = 1,
     query: int = 15,
@@ -70,10 +73,45 @@ def texts(
     train_labels: str = "task",
     split: Split = (0.64, 0.16, 0.2),
     seed: int = 0,
-    drop_small: bool = False,
     words: int = 2,
     characters: tuple[int, int] = (3, 4),
     length: int = 96,
+) -> Splits:
+    """The pools of what `read` gives, encoded once for each `name` and `origin`; options as `texts`."""
+    way, shot = check_count("way", way, 2), check_count("shot", shot)
+    query, test_query = check_count("query", query), check_count("test_query", test_query)
+    train_way = way if train_way is None else check_count("train_way", train_way, 2)
+    if train_labels not in ("task", "class"):
+        raise ValueError(f"train_labels: came {train_labels!r}, needs 'task' or 'class'")
+    encode = Hashing(words, characters, length)
+    identity = {"version": 1, "encode": asdict(encode), "outside": outside, "origin": origin}
+    arrays = cached(name, identity, lambda: _by_class(read(), outside, encode))
+    names, counts = [str(label) for label in arrays["names"]], np.asarray(arrays["counts"])
+    parts = split_groups(names, split, seed, "class")
+    sizes = (query, test_query, test_query)
+    if drop_small:
+        parts = [part[counts[part] >= shot + size] for part, size in zip(parts, sizes, strict=True)]
+    ways = (train_way, way, way)
+    for part, w, size in zip(parts, ways, sizes, strict=True):
+        check_enough(part, counts, names, w, shot, size, "texts")
+    grams, starts = jnp.asarray(arrays["grams"]), np.cumsum(counts) - counts
+    own = (train_labels == "class", False, False)
+    return Splits(*(
+        TextPool(grams, jnp.asarray(part, jnp.int32), jnp.asarray(starts[part], jnp.int32),
+                 jnp.asarray(counts[part], jnp.int32), apart, encode, w, shot, size, labels)
+        for part, apart, w, size, labels in zip(parts, _halves(arrays["outside"], seed), ways, sizes, own, strict=True)
+    ))  # fmt: skip
+
+
+@passes_options_to(text_splits)
+def texts(
+    *,
+    path: str | Path,
+    text: str | None = None,
+    label: str | None = None,
+    outside: str | None = None,
+    drop_small: bool = False,
+    **options: Any,
 ) -> Splits:
     """Few-shot classification from texts by class: x int32 [n, length], the hashed n-grams of a text, y int32 [n].
 
@@ -96,29 +134,13 @@ def texts(
     """
     if not Path(path).expanduser().exists():
         raise DataError(f"path: came {path}, which does not exist; needs a CSV or JSON file, or a folder by class")
-    return _splits(
-        f"texts-{Path(path).stem}", [fingerprint(path), text, label], lambda: read_texts(path, text=text, label=label),
-        outside=outside, way=way, shot=shot, query=query, test_query=test_query, train_way=train_way,
-        train_labels=train_labels, split=split, seed=seed, drop_small=drop_small,
-        encode=Hashing(words, characters, length),
-    )  # fmt: skip
+    origin = [fingerprint(path), text, label]
+    read = partial(read_texts, path, text=text, label=label)
+    return text_splits(f"texts-{Path(path).stem}", origin, read, outside, drop_small, **options)
 
 
-def clinc150(
-    *,
-    way: int = 5,
-    shot: int = 1,
-    query: int = 15,
-    test_query: int = 15,
-    train_way: int | None = None,
-    train_labels: str = "task",
-    path: str | Path | None = None,
-    split: Split = (0.64, 0.16, 0.2),
-    seed: int = 0,
-    words: int = 2,
-    characters: tuple[int, int] = (3, 4),
-    length: int = 96,
-) -> Splits:
+@passes_options_to(text_splits)
+def clinc150(*, path: str | Path | None = None, **options: Any) -> Splits:
     """CLINC150: 150 intents of 150 utterances, and 1,200 out of scope. Options as `texts`.
 
     Read from METAPRIOR_DATA/text/clinc150_full.json.xz, or from `path`: the official data_full.json. The utterances out
@@ -127,28 +149,11 @@ def clinc150(
     Source: Larson et al. 2019 (CC BY 3.0).
     """
     file = _intents("clinc150", path)[0]
-    return _splits(
-        "clinc150", fingerprint(file), lambda: read_texts(file), outside="oos", way=way, shot=shot, query=query,
-        test_query=test_query, train_way=train_way, train_labels=train_labels, split=split, seed=seed,
-        drop_small=False, encode=Hashing(words, characters, length),
-    )  # fmt: skip
+    return text_splits("clinc150", fingerprint(file), partial(read_texts, file), "oos", **options)
 
 
-def banking77(
-    *,
-    way: int = 5,
-    shot: int = 1,
-    query: int = 15,
-    test_query: int = 15,
-    train_way: int | None = None,
-    train_labels: str = "task",
-    path: str | Path | None = None,
-    split: Split = (0.64, 0.16, 0.2),
-    seed: int = 0,
-    words: int = 2,
-    characters: tuple[int, int] = (3, 4),
-    length: int = 96,
-) -> Splits:
+@passes_options_to(text_splits)
+def banking77(*, path: str | Path | None = None, **options: Any) -> Splits:
     """Banking77: 77 intents of a bank's customers, 13,083 utterances. Options as `texts`.
 
     Read from METAPRIOR_DATA/text/banking77_{train,test}.csv.xz, or from `path`: one CSV file with text and category.
@@ -161,11 +166,7 @@ def banking77(
         parts = [read_texts(file) for file in files]
         return Texts([t for part in parts for t in part.texts], [y for part in parts for y in part.labels or ()])
 
-    return _splits(
-        "banking77", [fingerprint(file) for file in files], read, outside=None, way=way, shot=shot, query=query,
-        test_query=test_query, train_way=train_way, train_labels=train_labels, split=split, seed=seed,
-        drop_small=False, encode=Hashing(words, characters, length),
-    )  # fmt: skip
+    return text_splits("banking77", [fingerprint(file) for file in files], read, **options)
 
 
 def _intents(name: str, path: str | Path | None) -> list[Path]:
@@ -182,35 +183,6 @@ def _intents(name: str, path: str | Path | None) -> list[Path]:
             "or path=, a file of your own"
         )
     return files
-
-
-def _splits(
-    name: str, origin: Any, read: Callable[[], Texts], *, outside: str | None, way: int, shot: int, query: int,
-    test_query: int, train_way: int | None, train_labels: str, split: Any, seed: int, drop_small: bool,
-    encode: Hashing,
-) -> Splits:  # fmt: skip
-    way, shot = check_count("way", way, 2), check_count("shot", shot)
-    query, test_query = check_count("query", query), check_count("test_query", test_query)
-    train_way = way if train_way is None else check_count("train_way", train_way, 2)
-    if train_labels not in ("task", "class"):
-        raise ValueError(f"train_labels: came {train_labels!r}, needs 'task' or 'class'")
-    identity = {"version": 1, "encode": asdict(encode), "outside": outside, "origin": origin}
-    arrays = cached(name, identity, lambda: _by_class(read(), outside, encode))
-    names, counts = [str(label) for label in arrays["names"]], np.asarray(arrays["counts"])
-    parts = split_groups(names, split, seed, "class")
-    sizes = (query, test_query, test_query)
-    if drop_small:
-        parts = [part[counts[part] >= shot + size] for part, size in zip(parts, sizes, strict=True)]
-    ways = (train_way, way, way)
-    for part, w, size in zip(parts, ways, sizes, strict=True):
-        check_enough(part, counts, names, w, shot, size, "texts")
-    grams, starts = jnp.asarray(arrays["grams"]), np.cumsum(counts) - counts
-    own = (train_labels == "class", False, False)
-    return Splits(*(
-        TextPool(grams, jnp.asarray(part, jnp.int32), jnp.asarray(starts[part], jnp.int32),
-                 jnp.asarray(counts[part], jnp.int32), apart, encode, w, shot, size, labels)
-        for part, apart, w, size, labels in zip(parts, _halves(arrays["outside"], seed), ways, sizes, own, strict=True)
-    ))  # fmt: skip
 
 
 def _by_class(found: Texts, outside: str | None, encode: Hashing) -> Arrays:
