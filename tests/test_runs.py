@@ -16,7 +16,7 @@ import pytest
 
 from metaprior.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints, check_fingerprint
 from metaprior.runs import Run, RunExists
-from metaprior.training import fit, init_state
+from metaprior.training import NonFiniteLoss, fit, init_state
 from scenarios import TINY, same_bits, tiny_learner, tiny_splits
 
 KILLS = 20
@@ -40,6 +40,36 @@ def test_a_resumed_run_has_the_same_bits_as_an_unstopped_one(tmp_path):
     assert same_bits(Run.open(tmp_path / "parts").params(like), whole.best)
     assert same_bits(Run.open(tmp_path / "parts").params(like, "last"), whole.params)
     assert list((tmp_path / "parts" / "tensorboard").iterdir())
+
+
+def test_fast_chunks_share_a_checkpoint_and_a_stop_between_them_loses_no_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr("metaprior.training.SAVE_EVERY", 1e6)
+    training, learner, folder = replace(TINY, chunk=2, validate_every=12), tiny_learner(), tmp_path / "run"
+
+    def stop(row):
+        if row["step"] == 8:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(learner, tiny_splits(), training, run=Run.create(folder, {}), report=stop)
+    assert [row["step"] for row in _rows(folder)] == [2, 4, 6, 8]
+    assert [p.name for p in (folder / "checkpoints" / "last").iterdir()] == ["2"]
+    resumed = train(folder, training, resume=True)
+    assert same_bits(resumed.state, fit(learner, tiny_splits(), training).state)
+    assert [row["step"] for row in _rows(folder)] == [2, 4, 6, 8, 10, 12]
+    assert sorted(int(p.name) for p in (folder / "checkpoints" / "last").iterdir()) == [4, 12]
+
+
+def test_the_last_good_state_of_a_run_that_diverged_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr("metaprior.training.SAVE_EVERY", 1e6)
+    training = replace(TINY, steps=400, chunk=2, validate_every=400, optimizer="sgd", rate=10.0)
+    with pytest.raises(NonFiniteLoss) as caught:
+        train(tmp_path / "run", training)
+    like = init_state(tiny_learner(), tiny_splits().train, training)
+    state, _, rows = Run.open(tmp_path / "run").restore(like)
+    assert same_bits(state, caught.value.state)
+    assert int(state.step) > training.chunk  # else its first checkpoint would do
+    assert [row["step"] for row in rows] == list(range(2, int(state.step) + 1, 2))
 
 
 VICTIM = """

@@ -364,7 +364,7 @@ def untrained(folder, recipe):
     """A run folder as training leaves it, at meta-step 0: what a study does does not depend on how good a run is."""
     experiment = build(recipe)
     state = init_state(experiment.learner, experiment.splits.train, experiment.training)
-    Run.create(folder, as_dict(recipe)).record(state, {"step": 0}, best=True)
+    Run.create(folder, as_dict(recipe)).save(state, best=True)
     return folder
 
 

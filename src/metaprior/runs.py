@@ -68,8 +68,8 @@ class Run:
                 break
         return rows
 
-    def record(self, state: TrainState, row: dict[str, float], best: bool) -> None:
-        """Keep a chunk: its figures first, then the state. A kill in between loses the chunk, nothing else."""
+    def record(self, row: dict[str, float]) -> None:
+        """Keep a chunk's figures. Those of a state that a kill kept from being saved are dropped by `restore`."""
         try:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -79,6 +79,9 @@ class Run:
                 f"{self.folder}: could not write figures ({error}); checkpoints are whole. Free some disk space and go "
                 "on with --resume"
             ) from error
+
+    def save(self, state: TrainState, best: bool = False) -> None:
+        """Keep the state, once; best: its parameters are the best so far."""
         step = int(state.step)
         if not (self.folder / "state.json").is_file():
             write_atomically(self.folder / "state.json", json.dumps(fingerprint(state), indent=2) + "\n")

@@ -22,6 +22,7 @@ from metaprior.devices import everywhere, mean_over_tasks, task_mesh
 from metaprior.types import Learner, Splits, Task, TaskSource
 
 BLOCK_BYTES = 2**23  # of tasks drawn ahead: what stays in a processor's cache
+SAVE_EVERY = 10.0  # seconds: a checkpoint takes a quarter of one, a chunk on a GPU far less
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Training:
     warmup (meta-steps from 0): the outer optimiser, an optax name. clip_value: each component of the meta-gradient to
     +-c (MAML); clip_norm: its global norm. skip: so many meta-steps in a row may have a gradient that is not finite, as
     one diverging task makes it, and then change nothing (0: the first ends training). chunk: meta-steps a compiled
-    call; what a kill can lose. task_chunk: tasks whose gradient is in memory at once (None: all; "auto": one on a
-    processor, whose cache it stays in, all on an accelerator). validate_every: meta-steps, rounded up to whole chunks.
+    call; a kill loses one, and ten seconds at most besides. task_chunk: tasks whose gradient is in memory at once
+    (None: all; "auto": one on a processor, whose cache it stays in, all on an accelerator). validate_every: meta-steps,
+    rounded up to whole chunks.
     """
 
     steps: int = 10_000
@@ -111,7 +113,9 @@ class Recorder(Protocol):
 
     def restore(self, like: TrainState) -> tuple[TrainState, PyTree | None, list[dict[str, float]]]: ...
 
-    def record(self, state: TrainState, row: dict[str, float], best: bool) -> None: ...
+    def record(self, row: dict[str, float]) -> None: ...
+
+    def save(self, state: TrainState, best: bool = False) -> None: ...
 
 
 def outer_optimizer(training: Training) -> optax.GradientTransformation:
@@ -317,7 +321,7 @@ def fit(
     lowest = min((row["validation/nll"] for row in history if "validation/nll" in row), default=float("inf"))
     chunk, validate = run_chunk(learner, training), validator(learner, training)
     every = -(-training.validate_every // training.chunk) * training.chunk
-    interrupted = False
+    interrupted, saved = False, -SAVE_EVERY
     with interruptible() as asked:
         while (done := int(state.step)) < training.steps:
             began = time.perf_counter()
@@ -327,25 +331,30 @@ def fit(
             finite = metrics.pop("finite")
             lost = optax.tree.get(after.opt_state, "notfinite_count") if training.skip else steps - finite.sum()
             if lost > training.skip:
+                if run is not None:
+                    run.save(state)
                 raise NonFiniteLoss(done + int(np.argmin(finite)) + 1, name, state)
             state = after
             seconds = time.perf_counter() - began
             row = {"step": done + steps, "seconds": seconds, "steps_per_second": steps / seconds}
             row |= {f"train/{k}": float(v[finite].mean()) for k, v in metrics.items() if finite.any()}
             row |= {"train/skipped": float(steps - finite.sum())} if training.skip else {}
-            better = False
+            validated = better = False
             if row["step"] % every == 0 or row["step"] == training.steps:
                 figures = jax.device_get(validate(state.params, splits.validation))
                 row |= {f"validation/{k}": float(v) for k, v in figures.items()}
-                better = row["validation/nll"] < lowest
+                validated, better = True, row["validation/nll"] < lowest
                 if better:
                     lowest, best = row["validation/nll"], state.params
             history.append(row)
             if run is not None:
-                run.record(state, row, better)
+                run.record(row)
             if report is not None:
                 report(row)
-            if asked():
-                interrupted = int(state.step) < training.steps
+            interrupted = asked() and row["step"] < training.steps
+            if run is not None and (validated or interrupted or time.monotonic() - saved >= SAVE_EVERY):
+                run.save(state, better)
+                saved = time.monotonic()
+            if interrupted:
                 break
     return Fitted(state.params, state.params if best is None else best, state, history, interrupted)
