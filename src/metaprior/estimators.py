@@ -168,10 +168,10 @@ class _MetaEstimator(BaseEstimator):
     def _predictive(self, X: np.ndarray, seen: np.ndarray, targets: np.ndarray) -> Any:
         x, seen, scaling = padded(X), padded(seen), self.scaling_
         weight = (np.arange(len(seen)) < len(targets)).astype(float)
-        y = padded(targets) if self._classes else (padded(targets)[:, None] - scaling.y_mean) / scaling.y_deviation
-        support = Batch(scaling.features(jnp.asarray(seen, float)), jnp.asarray(y), jnp.asarray(weight, float))
+        y = padded(targets) if self._classes else scaling.standardised(padded(targets)[:, None])
+        support = Batch(*(jnp.asarray(values) for values in (scaling.features(seen), y, weight)))
         knobs = {name: jnp.asarray(value, float) for name, value in self.knobs_.items()}
-        return compiled(self.setting_)(self.params_, knobs, support, scaling.features(jnp.asarray(x, float)))
+        return compiled(self.setting_)(self.params_, knobs, support, jnp.asarray(scaling.features(x)))
 
     def _collect(self, X: Any, groups: Any, of: Any, columns: tuple[int, ...]) -> np.ndarray:
         """One row of figures a row of X, whichever group it is of."""

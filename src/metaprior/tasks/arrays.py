@@ -13,30 +13,42 @@ from metaprior.tasks.checks import DataError, check_count
 from metaprior.tasks.labels import encode_labels
 from metaprior.tasks.pool import distinct
 from metaprior.tasks.splitting import rows_of, split_groups
-from metaprior.types import Batch, Splits, Task
+from metaprior.types import Batch, Predictive, Splits, Task
+from metaprior.units import in_units
 
 RAGGED = ("pad", "resample", "exact")
 
 
 class Scaling(NamedTuple):
-    """How raw features and targets were standardised: (raw - mean) / deviation, by the training groups."""
+    """How raw features and targets were standardised, in float64: (raw - mean) / deviation, by the training groups.
 
-    x_mean: Float[Array, " d"]
-    x_deviation: Float[Array, " d"]
-    y_mean: Float[Array, " c"]
-    y_deviation: Float[Array, " c"]
+    Centre with it before anything is cast to float32: 1.7e9 + 1 and 1.7e9 are one float32 number.
+    """
 
-    def features(self, raw: Any) -> Any:
-        """Raw features in the units that a learner sees."""
-        return (raw - self.x_mean) / self.x_deviation
+    x_mean: Float[np.ndarray, " d"]
+    x_deviation: Float[np.ndarray, " d"]
+    y_mean: Float[np.ndarray, " c"]
+    y_deviation: Float[np.ndarray, " c"]
 
-    def targets(self, y: Any) -> Any:
-        """Targets or predicted means in original units."""
-        return y * self.y_deviation + self.y_mean
+    def features(self, raw: Any) -> Float[np.ndarray, "... d"]:
+        """Raw features as a learner sees them, in float64."""
+        return (np.asarray(raw, float) - self.x_mean) / self.x_deviation
 
-    def variances(self, variance: Any) -> Any:
+    def standardised(self, y: Any) -> Float[np.ndarray, "... c"]:
+        """Raw targets as a learner sees them, in float64."""
+        return (np.asarray(y, float) - self.y_mean) / self.y_deviation
+
+    def targets(self, y: Any) -> Float[np.ndarray, "... c"]:
+        """Standardised targets or predicted means in original units, in float64."""
+        return np.asarray(y, float) * self.y_deviation + self.y_mean
+
+    def variances(self, variance: Any) -> Float[np.ndarray, "... c"]:
         """Predicted variances in original units."""
-        return variance * self.y_deviation**2
+        return np.asarray(variance, float) * self.y_deviation**2
+
+    def predictive(self, predictive: Predictive) -> Predictive:
+        """A predictive of standardised targets as one in original units."""
+        return in_units(predictive, self.y_mean, self.y_deviation)
 
 
 @jax.tree_util.register_dataclass
@@ -208,5 +220,5 @@ def _standardised(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[np.nd
 
     x_mean, x_deviation = moments(x)
     y_mean, y_deviation = moments(y) if y.ndim > 1 else (np.zeros(1), np.ones(1))
-    scaling = Scaling(*(jnp.asarray(v, float) for v in (x_mean, x_deviation, y_mean, y_deviation)))
+    scaling = Scaling(x_mean, x_deviation, y_mean, y_deviation)
     return (x - x_mean) / x_deviation, (y - y_mean) / y_deviation if y.ndim > 1 else y, scaling
