@@ -1,6 +1,9 @@
 """The kernels in C++ against what XLA makes of the same, and what becomes of a machine that cannot compile them."""
 
+import ctypes
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -13,7 +16,8 @@ import pytest
 
 from metaprior.networks import native, product
 from metaprior.networks.conv import _by_xla, _operands, conv2d, conv_p, geometry
-from metaprior.networks.native import TARGETS, build, registered
+from metaprior.networks.native import TARGETS, build, registered, trusted
+from metaprior.runtime import private_folder
 
 SOURCE = Path(native.__file__).with_name("kernels.cc")
 # Of image, kernel, stride, padding; tasks, images, channels in and out: what networks use, and what is awkward.
@@ -91,7 +95,92 @@ def test_it_is_compiled_once(tmp_path):
     stamp = first.stat().st_mtime_ns
     assert build(SOURCE, tmp_path) == first
     assert first.stat().st_mtime_ns == stamp
-    assert [p.name for p in tmp_path.iterdir()] == [first.name]
+    assert {p.name for p in tmp_path.iterdir()} == {first.name, first.with_suffix(".sha256").name, ".lock"}
+
+
+def cut(library, share):
+    library.write_bytes(library.read_bytes()[: int(share * library.stat().st_size)])
+
+
+def planted(library):
+    library.write_bytes(b"another program")
+    library.with_suffix(".sha256").write_text(hashlib.sha256(b"another program").hexdigest())
+    library.chmod(0o777)
+
+
+def linked(library):
+    elsewhere = library.with_name("elsewhere.so")
+    library.rename(elsewhere)
+    library.symlink_to(elsewhere)
+
+
+DOUBTS = {
+    "cut to a half": lambda library: cut(library, 0.5),
+    "its last bytes cut off": lambda library: cut(library, 0.999),
+    "without its hash": lambda library: library.with_suffix(".sha256").unlink(),
+    "an empty hash": lambda library: library.with_suffix(".sha256").write_text(""),
+    "open to others' writing": lambda library: library.chmod(0o722),
+    "planted": planted,
+    "a link": linked,
+}
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    return build(SOURCE, tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_a_library_in_doubt_is_not_loaded(doubt, compiled_once, tmp_path):
+    library = tmp_path / compiled_once.name
+    for suffix in (".so", ".sha256"):
+        shutil.copy2(compiled_once.with_suffix(suffix), library.with_suffix(suffix))
+    assert trusted(library)
+    DOUBTS[doubt](library)
+    assert not trusted(library)
+
+
+def test_a_library_of_another_user_is_not_loaded(compiled_once, monkeypatch):
+    assert trusted(compiled_once)
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    assert not trusted(compiled_once)
+
+
+def test_a_library_in_doubt_is_compiled_again(tmp_path):
+    source = tmp_path / "small.cc"
+    source.write_text("extern \"C\" int metaprior() { return 7; }\n")
+    library = build(source, tmp_path / "kept")
+    cut(library, 0.5)
+    again = build(source, tmp_path / "kept")
+    assert again == library
+    assert trusted(again)
+    assert ctypes.CDLL(str(again)).metaprior() == 7
+
+
+def test_processes_that_compile_at_once_all_get_a_whole_library(tmp_path):
+    (tmp_path / "small.cc").write_text("extern \"C\" int metaprior() { return 7; }\n")
+    code = (
+        "import sys, ctypes; from pathlib import Path; from metaprior.networks.native import build\n"
+        "print(ctypes.CDLL(str(build(Path(sys.argv[1]), Path(sys.argv[2])))).metaprior())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "small.cc"), str(tmp_path / "kept")]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0].strip() for process in started] == ["7"] * 3
+
+
+def test_a_private_folder_is_this_users_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("METAPRIOR_CACHE", str(tmp_path / "cache"))
+    folder = private_folder("native")
+    folder.chmod(0o777)
+    assert private_folder("native") == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.warns(UserWarning, match=r"native-\d+ is not a folder of this user's"):
+        assert private_folder("native") is None
+    monkeypatch.setenv("METAPRIOR_CACHE", str(SOURCE / "below a file"))
+    with pytest.warns(UserWarning, match="cannot be used"):
+        assert private_folder("native") is None
 
 
 def test_without_a_compiler_or_with_a_broken_one_xla_does_it(tmp_path, monkeypatch):
@@ -108,7 +197,7 @@ def test_a_library_that_does_not_load_is_done_without(tmp_path, monkeypatch):
     text = tmp_path / "text.so"
     text.write_text("no library")
     monkeypatch.setattr(native, "build", lambda source, folder: text)
-    with pytest.warns(UserWarning, match="does not load"):
+    with pytest.warns(UserWarning, match="do not load"):
         assert not registered.__wrapped__()
 
 

@@ -1,6 +1,8 @@
 """Settings of the process: the persistent compilation cache and float64. Nothing happens at import."""
 
 import os
+import stat
+import warnings
 from pathlib import Path
 
 import jax
@@ -10,6 +12,33 @@ import platformdirs
 def cache_folder() -> Path:
     """Where compiled programs and decoded data are kept: METAPRIOR_CACHE, or the user's cache folder."""
     return Path(os.environ.get("METAPRIOR_CACHE") or platformdirs.user_cache_dir("metaprior"))
+
+
+def private_folder(name: str) -> Path | None:
+    """A folder of the cache for code that will be executed: owned by this user, with permissions 0700.
+
+    Other users may share the cache, so the folder's name ends in the user's id.
+
+    Returns:
+        The folder, or None with a warning where it belongs to another user, is a link, or cannot be made.
+    """
+    folder = cache_folder() / (f"{name}-{os.getuid()}" if hasattr(os, "getuid") else name)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and owned(found):
+            folder.chmod(0o700)
+            return folder
+        problem = "is not a folder of this user's"
+    except OSError as error:
+        problem = f"cannot be used ({error.strerror or error})"
+    warnings.warn(f"{folder} {problem}, so nothing is kept there; set METAPRIOR_CACHE to another folder", stacklevel=2)
+    return None
+
+
+def owned(found: os.stat_result) -> bool:
+    """Whether a file belongs to this user (always true where the system has no user ids)."""
+    return not hasattr(os, "getuid") or found.st_uid == os.getuid()
 
 
 def configure(*, float64: bool = False, cache: bool = True, devices: int = 1, threads: int | None = None) -> None:
@@ -27,7 +56,8 @@ def configure(*, float64: bool = False, cache: bool = True, devices: int = 1, th
         jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_enable_x64", float64)
     if cache:
-        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        # Compiled programs are machine code: nobody else may put any there.
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (folder := private_folder("compiled")):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

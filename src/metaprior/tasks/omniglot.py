@@ -6,7 +6,6 @@ uint8 with ink 255 on 0, reduced from 105 x 105 by exact area averaging.
 
 import io
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,13 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.limits import open_zip
 from metaprior.tasks.pool import pool_splits
 from metaprior.tasks.store import Arrays, cached, data_folder, download, read_npz, reading, stamp
 from metaprior.types import Splits
 
-SOURCE = "https://github.com/brendenlake/omniglot/raw/master/python/"
+REPOSITORY = "https://github.com/brendenlake/omniglot/raw"
+SOURCE = f"{REPOSITORY}/master/python/"
 
 # The official archives: characters that they hold, and their sha256 (as TensorFlow Datasets publishes them).
 ARCHIVES = {
@@ -134,7 +135,7 @@ def read_drawings(path: Path, characters: int) -> Bool[np.ndarray, "characters 2
 def read_zip(path: Path) -> Bool[np.ndarray, "characters drawers h w"]:
     """Decode an archive of alphabet/character/NNNN_MM.png: NNNN the character's number, MM the drawer's."""
     pattern = re.compile(r"(?:^|/)(\d{4})_(\d{2})\.png$")
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with reading(path), open_zip(path) as archive:
         found = {match.groups(): name for name in archive.namelist() if (match := pattern.search(name))}
         numbers = sorted({number for number, _ in found})
         drawers = sorted({drawer for _, drawer in found})

@@ -12,10 +12,13 @@ from jaxtyping import Bool, Int
 
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.fixed import FixedTasks
-from metaprior.tasks.omniglot import SOURCE, check_size, ink_bytes, read_png
+from metaprior.tasks.limits import open_zip
+from metaprior.tasks.omniglot import REPOSITORY, check_size, ink_bytes, read_png
 from metaprior.tasks.store import data_folder, download, reading
 from metaprior.types import Batch, Task
 
+ARCHIVE = f"{REPOSITORY}/32aee47094f15296299b761dcaa01400b90c60d5/python/one-shot-classification/all_runs.zip"
+SHA256 = "437c1eeab0af8484112e1b4cc0f3d541ec727f7c47b9b202da738af9dfd6c325"
 # sha256 of the decoded drawings and labels, so that it holds however the archive is packed.
 CONTENT = "6b10142f1dffc947516e48506057cf1bd70c62985d53877fe7f3fad57bf4b419"
 
@@ -32,7 +35,7 @@ def one_shot_runs(*, size: int = 28) -> Task:
         DataError: no network and no METAPRIOR_DATA/omniglot/all_runs.zip, or an archive that is not the official.
     """
     check_size(size)
-    path = _local() or download(f"{SOURCE}one-shot-classification/all_runs.zip", None, "omniglot")
+    path = _local() or download(ARCHIVE, SHA256, "omniglot")
     training, test, labels = read_runs(path)
     digest = hashlib.sha256()
     for array in (training, test, labels.astype("<i4")):
@@ -66,7 +69,7 @@ def read_runs(path: Path) -> tuple[Drawings, Drawings, Int[np.ndarray, "runs way
     The archive holds runNN/training/classMM.png, runNN/test/itemMM.png and runNN/class_labels.txt, whose lines pair a
     test file with the training file of the same character.
     """
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with reading(path), open_zip(path) as archive:
         listings = sorted(name for name in archive.namelist() if re.search(r"run\d+/class_labels\.txt$", name))
         if not listings:
             raise DataError(f"{path}: came no runNN/class_labels.txt, needs the official runs; download it again")

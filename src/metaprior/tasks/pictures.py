@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.limits import check_expansion, check_member, check_pixels, check_regular, open_arrays, open_zip
 from metaprior.tasks.store import DAMAGE, reading
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -49,17 +50,23 @@ def find_pictures(path: str | Path) -> list[Picture]:
         if all(file.is_file() for _, file in parts):
             return [picture for part, file in parts for picture in _from_npz(file, f"{part}/")]
         files = [file for file in sorted(path.rglob("*")) if _is_picture(file.relative_to(path).as_posix())]
-        found = [(file.relative_to(path).as_posix(), str(file), file.read_bytes) for file in files]
+        files = [file for file in files if not file.is_dir()]
+        found = [(file.relative_to(path).as_posix(), str(file), partial(_read_file, file)) for file in files]
     else:
         with reading(path):
             if path.suffix == ".npz":
                 return _from_npz(path, "")
             if path.suffix.lower() in SUFFIXES:
-                return [Picture("", str(path), path.read_bytes)]
+                return [Picture("", str(path), partial(_read_file, path))]
             found = list(_from_archive(path))
     if not found:
         raise DataError(f"{path}: came no picture ({', '.join(sorted(SUFFIXES))}), needs folders of pictures by class")
     return _grouped(found)
+
+
+def _read_file(path: Path) -> bytes:
+    check_regular(path)
+    return path.read_bytes()
 
 
 def _is_picture(name: str) -> bool:
@@ -78,14 +85,20 @@ def _grouped(found: Iterable[tuple[str, str, Callable[[], bytes]]]) -> list[Pict
 
 def _from_archive(path: Path) -> Iterable[tuple[str, str, Callable[[], bytes]]]:
     if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        for name in sorted(filter(_is_picture, archive.namelist())):
+        with open_zip(path) as checked:
+            members = sorted((m.filename, m.file_size) for m in checked.infolist() if _is_picture(m.filename))
+        archive = zipfile.ZipFile(path)  # left open: its pictures are read later
+        for name, size in members:
+            check_member(f"{path}: {name}", size)
             yield name, f"{path}: {name}", partial(archive.read, name)
     elif tarfile.is_tarfile(path):
         # A compressed tar can only be read in its own order, so the encoded files are taken into memory at once.
         with tarfile.open(path) as archive:
+            total = 0
             for member in archive:
+                check_expansion(path, total := total + member.size)
                 if member.isfile() and _is_picture(member.name):
+                    check_member(f"{path}: {member.name}", member.size)
                     data = archive.extractfile(member).read()  # type: ignore[union-attr]
                     yield member.name, f"{path}: {member.name}", partial(bytes, data)
     else:
@@ -96,7 +109,7 @@ def _from_archive(path: Path) -> Iterable[tuple[str, str, Callable[[], bytes]]]:
 
 
 def _from_npz(path: Path, prefix: str) -> list[Picture]:
-    with reading(path), np.load(path, allow_pickle=False) as file:
+    with reading(path), open_arrays(path) as file:
         arrays = {name: file[name] for name in file.files if name in ("images", "jpeg", "offsets", "labels", "wnids")}
     labels = arrays.get("labels")
     if "jpeg" in arrays and "offsets" in arrays:
@@ -135,10 +148,13 @@ def decode_picture(picture: Picture, size: tuple[int, int] | None, channels: int
         data = picture.read()
         opened = _as_image(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
         with opened as image:
+            check_pixels(picture.place, image.size)
             image = image.convert(MODES[channels])
             if size is not None and image.size != (size[1], size[0]):
                 image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
             array = np.asarray(image)
+    except DataError:
+        raise
     except DAMAGED_PICTURE as error:
         raise DataError(
             f"{picture.place}: cannot be decoded as a picture ({type(error).__name__}: {error}); it is corrupt or "

@@ -4,7 +4,6 @@ Read from METAPRIOR_DATA/posteriordb (Magnusson et al., posteriordb; Rubin 1981;
 """
 
 import json
-import zipfile
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 from metaprior.named import passes_options_to
 from metaprior.tasks.arrays import array_tasks
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.limits import open_zip
 from metaprior.tasks.store import data_folder, reading
 from metaprior.types import Batch, Splits
 
@@ -29,7 +29,7 @@ def read_posteriordb(name: str) -> Any:
     if folder is None or not (folder / f"{name}.json.zip").is_file():
         raise DataError(f"{name}: needs {name}.json.zip in a folder posteriordb/ inside the one METAPRIOR_DATA names")
     path = folder / f"{name}.json.zip"
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with reading(path), open_zip(path) as archive:
         return json.loads(archive.read(archive.namelist()[0]))
 
 

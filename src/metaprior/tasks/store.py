@@ -20,6 +20,7 @@ import requests
 
 from metaprior.runtime import cache_folder
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.limits import check_regular, open_arrays
 
 Arrays = dict[str, np.ndarray]
 
@@ -38,6 +39,7 @@ def reading(path: str | Path, fix: str = "delete it and download or copy it agai
     """Turns what a damaged file raises into a DataError that names the file and the fix."""
     if not Path(path).exists():
         raise DataError(f"{path}: no such file; correct the path, or download or copy the file there")
+    check_regular(path)
     try:
         yield
     except DataError:
@@ -52,7 +54,7 @@ def read_npz(path: str | Path, names: tuple[str, ...]) -> list[np.ndarray]:
     Raises:
         DataError: the file is absent, damaged, or lacks one of the arrays.
     """
-    with reading(path), np.load(path, allow_pickle=False) as file:
+    with reading(path), open_arrays(path) as file:
         missing = [name for name in names if name not in file.files]
         if missing:
             raise DataError(f"{path}: came arrays {', '.join(file.files)}, needs {', '.join(names)}")

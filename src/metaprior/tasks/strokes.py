@@ -6,7 +6,6 @@ described by its own strokes.
 """
 
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,18 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.tasks.checks import DataError
-from metaprior.tasks.omniglot import DRAWERS, SIDE, SOURCE, load_omniglot
+from metaprior.tasks.limits import open_zip
+from metaprior.tasks.omniglot import DRAWERS, REPOSITORY, SIDE, load_omniglot
 from metaprior.tasks.pool import ClassPool, class_pool
 from metaprior.tasks.splitting import Split, split_groups
 from metaprior.tasks.store import Arrays, cached, data_folder, download, reading, stamp
 from metaprior.types import Attributes, Batch, Splits, Task
 
-ARCHIVES = ("strokes_background_small1.zip", "strokes_background_small2.zip")
+SOURCE = f"{REPOSITORY}/ceffff1ba059df9c19f12021b738dd1e0d8dd650/python/"
+ARCHIVES = {  # and their sha256
+    "strokes_background_small1.zip": "8cb3960fb6cf4ccf5f064ad83169f828c36c36782a0f6e7faacb7ecfae4468a2",
+    "strokes_background_small2.zip": "345bf2141efbea062833dbb2828abbc23d9e07825e46f2afdd4daecddfed6e78",
+}
 DESCRIBING = DRAWERS // 2  # the drawers 1..10, whose strokes make the attributes
 STEP = 3 / SIDE  # how far apart points are along a stroke before angles are taken: pixels' corners are no curvature
 ATTRIBUTES = (
@@ -78,7 +82,7 @@ def turned(strokes: list[Stroke], quarters: int) -> list[Stroke]:
 def read_strokes(path: Path) -> dict[int, dict[int, list[Stroke]]]:
     """An archive's drawings: official character number -> drawer -> strokes."""
     found: dict[int, dict[int, list[Stroke]]] = {}
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with reading(path), open_zip(path) as archive:
         for name in sorted(archive.namelist()):
             match = re.search(r"(?:^|/)(\d{4})_(\d{2})\.txt$", name)
             if match is None or name.startswith("__MACOSX"):
@@ -166,12 +170,12 @@ def omniglot_strokes(
 def load_attributes() -> Arrays:
     """`characters` [242] (official numbers) and their `attributes` [4, 242, 18], not turned and by quarter turns."""
     folder = data_folder("omniglot")
-    local = [folder / name if folder and (folder / name).is_file() else None for name in ARCHIVES]
+    local = {name: folder / name if folder and (folder / name).is_file() else None for name in ARCHIVES}
 
     def build() -> Arrays:
         drawings: dict[int, dict[int, list[Stroke]]] = {}
-        for name, path in zip(ARCHIVES, local, strict=True):
-            drawings |= read_strokes(path or download(f"{SOURCE}{name}", None, "omniglot"))
+        for name, sha256 in ARCHIVES.items():
+            drawings |= read_strokes(local[name] or download(f"{SOURCE}{name}", sha256, "omniglot"))
         characters = sorted(drawings)
         table = [
             [np.mean([describe(turned(drawings[c][d], k)) for d in range(1, DESCRIBING + 1)], 0) for c in characters]
@@ -179,5 +183,5 @@ def load_attributes() -> Arrays:
         ]
         return {"characters": np.array(characters), "attributes": np.array(table)}
 
-    identity = {"version": 1, "names": ATTRIBUTES, "origin": [stamp(path) if path else None for path in local]}
+    identity = {"version": 1, "names": ATTRIBUTES, "origin": [stamp(path) if path else None for path in local.values()]}
     return dict(cached("omniglot-strokes", identity, build))

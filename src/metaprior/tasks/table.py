@@ -10,6 +10,7 @@ import numpy as np
 
 from metaprior.tasks.arrays import array_tasks
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.limits import open_arrays
 from metaprior.tasks.store import data_folder, reading
 from metaprior.types import Splits
 
@@ -41,7 +42,7 @@ def read_columns(path: str | Path) -> Columns:
     path = Path(path).expanduser()
     with reading(path, "correct it, or delete it and copy it again"):
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
+            with open_arrays(path) as file:
                 return {name: file[name] for name in file.files}
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row]

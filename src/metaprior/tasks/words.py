@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from metaprior.tasks.checks import DataError, check_count
+from metaprior.tasks.limits import read_limited
 from metaprior.tasks.store import reading
 
 ABSENT = 0  # what pads a row of numbers: no word, no n-gram
@@ -35,7 +36,7 @@ def read_text(path: str | Path) -> str:
     with reading(path, "copy it again, or save it as text in UTF-8"):
         try:
             with PACKED.get(path.suffix.lower(), open)(path, "rb") as file:
-                return io.TextIOWrapper(file, encoding="utf-8-sig").read()
+                return io.TextIOWrapper(io.BytesIO(read_limited(file, path)), encoding="utf-8-sig").read()
         except lzma.LZMAError as error:
             raise DataError(f"{path}: corrupt or truncated ({error}); copy it again") from error
 
