@@ -21,7 +21,7 @@ from metaprior.types import Learner, Model, Task
 
 
 def hyper_nll(theta: DiagonalGaussian, a0: float, b0: float) -> Scalar:
-    """-log p(theta) up to a constant: 1/2 |mu|^2 - sum (a0 - 1) log tau - b0 tau, tau = 1 / sigma^2."""
+    """-log p(theta) up to a constant: 1/2 |mu|^2 - sum [(a0 - 1) log tau - b0 tau], tau = 1 / sigma^2."""
 
     def leaf(mean: Any, log_sd: Any) -> Any:
         return (0.5 * mean**2 + 2 * (a0 - 1) * log_sd + b0 * jnp.exp(-2 * log_sd)).sum()

@@ -85,9 +85,9 @@ class Memory(NamedTuple):
 def nil(
     model: Model, likelihood: Likelihood, *, temperature: float = 10.0, softmax: bool = False, **options: Any
 ) -> Learner:
-    """ANIL in training; at test, class scores are sums of cosine similarities to the class's support examples.
+    """ANIL in training; at test, a class's score is the mean cosine similarity to its support examples.
 
-    softmax=True turns similarities into attention weights first. `temperature` multiplies the cosines (accuracy does
+    The paper sums the similarities, which ranks classes alike where each has as many shots. softmax=True turns similarities into attention weights first. `temperature` multiplies the cosines (accuracy does
     not depend on it without softmax, calibration does). Classification only; the model needs `features`.
     """
     trained = anil(model, likelihood, **options)

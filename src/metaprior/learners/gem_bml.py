@@ -30,7 +30,7 @@ def gem_gradient(
     """The gradient of log p(D | Theta) in (mean, log_sd), from posteriors alone: the data may live elsewhere.
 
     posterior: given all of D; before: given the support, to get the gradient of log p(query | support) (GEM-BML+).
-    Exact where the posteriors are (Zou & Lu 2020, Theorem 1 and eq. 11). Each leaf needs only its own leaves.
+    Exact where the posteriors are (Zou & Lu 2020, Theorem 1). Each leaf needs only its own leaves.
     """
 
     def g(q: DiagonalGaussian) -> DiagonalGaussian:
@@ -59,7 +59,7 @@ def ascends(theta: DiagonalGaussian, gradient: DiagonalGaussian) -> Scalar:
 def two_posteriors(
     model: Model, likelihood: Likelihood, theta: DiagonalGaussian, task: Task, key: PRNGKeyArray, how: Variational
 ) -> tuple[DiagonalGaussian, DiagonalGaussian]:
-    """(q_S, q_SQ), lines 5 and 6: the second has the first as its prior; no gradient flows through either."""
+    """(q_S, q_SQ), lines 2 and 3 of the subroutine: the second has the first as its prior; no gradient flows through either."""
     key_support, key_query = jax.random.split(key)
     prior = jax.lax.stop_gradient(theta)
     q_s = infer(model, likelihood, prior, task.support, key_support, how, first_order=True)

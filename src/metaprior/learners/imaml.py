@@ -2,7 +2,7 @@
 
 phi* = argmin L_S(phi) + s/2 |phi - theta|^2 (eq. 3); the meta-gradient solves (I + H/s) g = grad L_Q(phi*) by a few
 conjugate-gradient steps (Algorithm 2), so that neither its memory nor its value depends on the path to phi*.
-The paper's operator, not the damped one of its public code.
+The paper's operator: its public code solves ((1 + damping) I + H/(s + 10)) g = grad L_Q instead.
 """
 
 import optax
