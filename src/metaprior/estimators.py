@@ -193,9 +193,11 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
     """Regression on many small groups of rows, with intervals.
 
     Args:
-        learner: any of `metaprior.LEARNERS` that does regression. options: its options, e.g. {"steps": 5}.
+        learner: any of `metaprior.LEARNERS` that does regression.
+        options: the learner's options, e.g. {"steps": 5}.
         hidden: widths of the network; () is a linear model.
-        shot, query: rows a group shows and is judged by in training; groups with fewer are padded.
+        shot: rows that a group shows in training; groups with fewer rows are padded.
+        query: rows that a group is judged by in training.
         split: shares of the groups that train the prior, choose among its checkpoints, and fit noise and temperature.
         training: the outer loop (default: 3,000 meta-steps).
     """

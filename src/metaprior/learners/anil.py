@@ -87,8 +87,9 @@ def nil(
 ) -> Learner:
     """ANIL in training; at test, a class's score is the mean cosine similarity to its support examples.
 
-    The paper sums the similarities, which ranks classes alike where each has as many shots. softmax=True turns similarities into attention weights first. `temperature` multiplies the cosines (accuracy does
-    not depend on it without softmax, calibration does). Classification only; the model needs `features`.
+    The paper sums the similarities; the mean ranks classes alike where each has as many shots. softmax=True turns
+    similarities into attention weights first. `temperature` multiplies the cosines (accuracy does not depend on it
+    without softmax, calibration does). Classification only; the model needs `features`.
     """
     trained = anil(model, likelihood, **options)
     embed = model.features

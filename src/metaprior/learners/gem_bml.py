@@ -59,7 +59,7 @@ def ascends(theta: DiagonalGaussian, gradient: DiagonalGaussian) -> Scalar:
 def two_posteriors(
     model: Model, likelihood: Likelihood, theta: DiagonalGaussian, task: Task, key: PRNGKeyArray, how: Variational
 ) -> tuple[DiagonalGaussian, DiagonalGaussian]:
-    """(q_S, q_SQ), lines 2 and 3 of the subroutine: the second has the first as its prior; no gradient flows through either."""
+    """(q_S, q_SQ), lines 2 and 3 of the subroutine: q_S is the prior of q_SQ; no gradient flows through either."""
     key_support, key_query = jax.random.split(key)
     prior = jax.lax.stop_gradient(theta)
     q_s = infer(model, likelihood, prior, task.support, key_support, how, first_order=True)

@@ -25,7 +25,7 @@ KINDS = ("other classes", "rotated", "noise")
 class Novelty(NamedTuple):
     """Over tasks: accuracy on the known, and the AUROC of each score against each kind of stranger.
 
-    auroc[score][kind]: 1/2 tells nothing, 1 tells all apart. means[score][kind]: of the score, "known" among the kinds.
+    `auroc` by score and kind: 1/2 tells nothing, 1 tells all apart. `means` of each score by kind, "known" among them.
     """
 
     accuracy: Figure

@@ -139,10 +139,12 @@ def wave_or_line(
     Two points fix both exactly, and a fair coin says which one the queries are of.
 
     Args:
-        query, test_query: points of the query in training, and in validation and test.
+        query: points of the query in training.
+        test_query: points of the query in validation and test.
         amplitude: of the wave; its phase is uniform.
         gap: between the two points, inside (0, pi), where the wave through them is unique.
-        domain: of all points. noise: sd of the queries' noise.
+        domain: of all points.
+        noise: sd of the queries' noise.
 
     Raises:
         ValueError: a size below 1, an interval that is not (low, high) or lies outside, a domain shorter than the gap.
@@ -168,8 +170,10 @@ def two_circles(
     The radius is the same in all tasks, so two circles pass through the two points; a fair coin says which is meant.
 
     Args:
-        query, test_query: points of the query in training, and in validation and test.
-        radius: of all circles. apart: distance of the two centres in radii, inside (0, 2).
+        query: points of the query in training.
+        test_query: points of the query in validation and test.
+        radius: of all circles.
+        apart: distance of the two centres in radii, inside (0, 2).
 
     Raises:
         ValueError: a size below 1, a radius that is not positive, or centres not inside (0, 2) radii.
