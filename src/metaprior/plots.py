@@ -23,6 +23,11 @@ SERIES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)  # of many
 DPI = 160
 
 
+def literal(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: '$' would begin a formula."""
+    return name.replace("$", r"\$")
+
+
 def panels(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
     from matplotlib.figure import Figure  # not above: commands that draw nothing need not wait for it
 
@@ -89,7 +94,7 @@ def compared_curves(reports: Mapping[str, Report]) -> Figure:
             mean, half = (np.array([getattr(figure, part) for figure in rows]) for part in ("mean", "interval"))
             steps = np.arange(len(rows))
             ax.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
-            ax.plot(steps, mean, linewidth=1.4, label=label, **style)
+            ax.plot(steps, mean, linewidth=1.4, label=literal(label), **style)
         ax.set(xlabel="inner steps", ylabel={"nll": "NLL", "mse": "MSE"}.get(name, name))
         if name == "mse":
             ax.set_yscale("log")
@@ -218,7 +223,7 @@ def gate_values(forget: PyTree, input: PyTree) -> Figure:
             low, middle, high = np.percentile(layer, (10, 50, 90), axis=1)
             steps, colour = np.arange(1, len(middle) + 1), SERIES[i % len(SERIES)]
             ax.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
-            ax.plot(steps, middle, "o-", color=colour, markersize=4, linewidth=1.4, label=name)
+            ax.plot(steps, middle, "o-", color=colour, markersize=4, linewidth=1.4, label=literal(name))
         ax.set(xlabel="inner step", ylabel=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -3,7 +3,7 @@
 import sys
 
 import tyro
-from rich.console import Console
+from rich.text import Text
 
 from metaprior.cli.adapt import adapt
 from metaprior.cli.compare import compare
@@ -11,6 +11,7 @@ from metaprior.cli.demo import demo
 from metaprior.cli.evaluate import evaluate
 from metaprior.cli.listing import listing
 from metaprior.cli.plot import plot
+from metaprior.cli.screen import screen
 from metaprior.cli.study import study
 from metaprior.cli.train import train
 from metaprior.cli.truth import truth
@@ -43,9 +44,5 @@ def main(args: list[str] | None = None) -> None:
         given = one_set(sys.argv[1:] if args is None else args)
         sys.exit(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="metaprior", args=given) or 0)
     except (ValueError, NonFiniteLoss) as error:
-        Console(stderr=True).print(f"[bold red]error[/]: {_plain(str(error))}", highlight=False, soft_wrap=True)
+        screen(stderr=True).print(Text.assemble(("error", "bold red"), f": {error}"), soft_wrap=True)
         sys.exit(2 if isinstance(error, ValueError) else 1)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from metaprior.cli.evaluate import fitted_knobs, open_run, with_knobs
+from metaprior.cli.screen import screen
 from metaprior.likelihoods import Categories
 from metaprior.recipe import Recipe, most_ways
 from metaprior.tasks import Examples, encode_labels, read_examples, read_texts
@@ -151,9 +151,9 @@ def target_rows(predictive: Any, names: list[str]) -> list[dict[str, Any]]:
 def _show(rows: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title, title_justify="left", header_style="bold")
     for name in rows[0]:
-        table.add_column(name.replace("[", "\\["), justify="left" if name in ("query", "prediction") else "right")
+        table.add_column(name, justify="left" if name in ("query", "prediction") else "right")
     for row in rows[:SHOWN]:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v).replace("[", "\\[") for v in row.values()))
-    Console().print(table)
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    screen().print(table)
     if len(rows) > SHOWN:
-        Console().print(f"... and {len(rows) - SHOWN} more; --out FILE.csv holds all")
+        screen().print(f"... and {len(rows) - SHOWN} more; --out FILE.csv holds all")

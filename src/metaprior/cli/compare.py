@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from metaprior.cli.screen import screen
 from metaprior.evaluation import Report, title_of
 from metaprior.plots import compared_curves
 from metaprior.recipe import own_table
@@ -32,7 +32,7 @@ def compare(
     if len(kinds := sorted({it.kind for it in reports.values()})) > 1:
         raise ValueError(f"runs: came reports of {' and of '.join(kinds)}, need to be of one kind")
     found = {name: asdict(it) | trained(named[name]) for name, it in reports.items()}
-    console, shown = Console(), [n for n in SHOWN if any(n in it.figures or n in it.pooled for it in reports.values())]
+    console, shown = screen(), [n for n in SHOWN if any(n in it.figures or n in it.pooled for it in reports.values())]
     table = Table(title=f"report-{report}", title_justify="left", header_style="bold", box=None, pad_edge=False)
     for column in ("learner", "steps", "min", "tasks", *map(title_of, shown)):
         table.add_column(column, justify="left" if column == "learner" else "right", no_wrap=True)
@@ -42,11 +42,11 @@ def compare(
         table.add_row(name, str(row["meta_steps"]), f"{row['minutes']:.1f}", str(it.tasks), *figures)
     console.print(table)
     if len(protocols := {json.dumps(protocol(run), sort_keys=True) for run in named.values()}) > 1:
-        console.print(f"note: the runs were judged on {len(protocols)} kinds of tasks", highlight=False)
+        console.print(f"note: the runs were judged on {len(protocols)} kinds of tasks")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "compared.json", json.dumps(found, indent=2) + "\n")
     compared_curves(reports).savefig(out / "compared.png")
-    console.print(f"written: {out}/compared.json and {out}/compared.png", highlight=False, soft_wrap=True)
+    console.print(f"written: {out}/compared.json and {out}/compared.png", soft_wrap=True)
     return 0
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from metaprior.calibration import calibrate
 from metaprior.cli.progress import Progress
+from metaprior.cli.screen import screen
 from metaprior.evaluation import evaluate
 from metaprior.inference.posteriors import implicit, point
 from metaprior.learners import maml
@@ -27,7 +27,7 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
         steps: meta-steps of training.
     """
     configure()
-    console = Console()
+    console = screen()
     out.mkdir(parents=True, exist_ok=True)
     splits = {shot: sinusoid(shot=shot, query=10, test_query=100) for shot in (5, 10)}
     model = mlp(1, (40, 40))
@@ -35,7 +35,7 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
     def learner(rule=point()):
         return maml(model, Gaussian(), steps=5, rate=0.01, posterior=rule)
 
-    console.print(f"[bold]training[/] MAML (5 inner steps) on sinusoids: {steps} meta-steps of 25 tasks")
+    console.print(f"training MAML (5 inner steps) on sinusoids: {steps} meta-steps of 25 tasks")
     training = Training(steps=steps, meta_batch=25, chunk=min(1000, steps), validate_every=2000, clip_norm=1.0)
     with Progress(steps, console) as progress:
         fitted = fit(learner(), splits[10], training, report=progress.report)
@@ -65,5 +65,5 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
     console.print(table)
     said = "'point' is MAML with a constant error bar; 'implicit' is the posterior that its own steps imply."
     console.print(said, soft_wrap=True)
-    console.print("pictures: " + ", ".join(str(p) for p in sorted(out.glob("*.png"))), highlight=False, soft_wrap=True)
+    console.print("pictures: " + ", ".join(str(p) for p in sorted(out.glob("*.png"))), soft_wrap=True)
     return 0

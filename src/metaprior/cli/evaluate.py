@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 import jax
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from metaprior.calibration import Calibration, calibrate, calibrate_softmax, temperature_scaled
+from metaprior.cli.screen import screen
 from metaprior.evaluation import Report
 from metaprior.evaluation import evaluate as evaluate_learner
 from metaprior.inference.normalised import settled
@@ -155,7 +155,7 @@ def evaluate(
             options["linear"] = linear
     opened, recipe, experiment, params = open_run(run, steps, set, **options)
     settings = experiment.evaluation
-    console = Console()
+    console = screen()
     learner, fitted = experiment.learner, None
     number = settings.tasks if tasks is None else tasks
     if split == "one_shot":
@@ -175,7 +175,6 @@ def evaluate(
         shown = ", ".join(f"{name} {value:.4g}" for name, value in fitted.items())
         console.print(
             f"fitted on {validation} validation tasks: {shown} (NLL {result.nll_before:.4f} -> {result.nll_after:.4f})",
-            highlight=False,
             soft_wrap=True,
         )
     course = learner
@@ -207,7 +206,7 @@ def evaluate(
         console.print(curve)
     others = split != "test" or any(option.startswith("tasks.") for option in set)  # than the paper's tasks
     if not others and (published := recipe.published.get(recipe.learner)) is not None:
-        console.print(f"published: {published}", highlight=False)
+        console.print(f"published: {published}")
     console.print(f"written: {opened.folder / name}.json and pictures in {opened.folder / 'plots'}", soft_wrap=True)
     return 0
 

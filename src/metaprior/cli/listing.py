@@ -2,9 +2,10 @@
 
 import inspect
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from metaprior.cli.screen import screen
 from metaprior.inference.posteriors import POSTERIORS
 from metaprior.learners import LEARNERS
 from metaprior.networks import NETWORKS
@@ -14,7 +15,7 @@ from metaprior.tasks import SOURCES
 
 def listing() -> int:
     """List learners, recipes, task sources, networks and posteriors."""
-    console = Console()
+    console = screen()
     sections = {
         "learners": {name: _first_line(factory) for name, factory in LEARNERS.items()},
         "recipes": {name: load_recipe(name).description for name in recipe_names()},
@@ -25,7 +26,7 @@ def listing() -> int:
     for title, entries in sections.items():
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
         for name, text in entries.items():
-            table.add_row(f"[cyan]{name}[/]", text.replace("[", "\\["))
+            table.add_row(Text(name, "cyan"), text)
         console.print(table)
         console.print()
     return 0

@@ -6,9 +6,9 @@ from typing import Annotated
 import jax
 import tyro
 from jaxtyping import PyTree
-from rich.console import Console
 
 from metaprior.cli.evaluate import open_run
+from metaprior.cli.screen import screen
 from metaprior.inference.learned import P
 from metaprior.learners.meta_lstm import gates
 from metaprior.plots import gate_values, regression_tasks, training_curve
@@ -37,7 +37,7 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
         shown = jax.jit(jax.vmap(lambda support: gates(model, likelihood, params, support, steps, p=p)))(task.support)
         written.append(plots / "gates.png")
         gate_values(*shown).savefig(written[-1])
-    Console().print("\n".join(f"written: {path}" for path in written), soft_wrap=True)
+    screen().print("\n".join(f"written: {path}" for path in written), soft_wrap=True)
     return 0
 
 

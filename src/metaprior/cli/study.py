@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import jax
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from metaprior.cli.evaluate import open_run
+from metaprior.cli.screen import screen
 from metaprior.evaluation import Figure
 from metaprior.learners import LEARNERS
 from metaprior.named import option_names
@@ -193,12 +193,12 @@ def _shown(value: Any) -> str:
 
 
 def _keep(out: Path, name: str, found: dict[str, Any], picture: Any, table: Table) -> int:
-    console = Console()
+    console = screen()
     console.print(table)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / f"{name}.json", json.dumps(found, indent=2, default=_plain) + "\n")
     picture.savefig(out / f"{name}.png")
-    console.print(f"written: {out / name}.json and {out / name}.png", highlight=False, soft_wrap=True)
+    console.print(f"written: {out / name}.json and {out / name}.png", soft_wrap=True)
     return 0
 
 

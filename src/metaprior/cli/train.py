@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
+from rich.text import Text
 
 from metaprior.cli.progress import Progress
+from metaprior.cli.screen import screen
 from metaprior.named import lookup
 from metaprior.recipe import (
     as_dict,
@@ -65,8 +66,9 @@ def train(
     configure(float64=training.float64, devices=devices, threads=threads)
     experiment = build(chosen)
     run = Run.create(folder, as_dict(chosen)) if kept is None else kept
-    console = Console()
-    console.print(f"[bold]{chosen.name}[/] with [bold]{chosen.learner}[/]: {chosen.description}", soft_wrap=True)
+    console = screen()
+    named = Text.assemble((chosen.name, "bold"), " with ", (chosen.learner, "bold"), f": {chosen.description}")
+    console.print(named, soft_wrap=True)
     with Progress(training.steps, console) as progress:
         fitted = fit(
             experiment.learner,

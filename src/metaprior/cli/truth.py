@@ -7,6 +7,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from metaprior.cli.screen import screen
 from metaprior.plots import pit_histogram
 from metaprior.runtime import configure
 from metaprior.truth import SETTINGS, Verdict, referee
@@ -48,12 +49,12 @@ def truth(
         out: folder for the figures (truth.json) and each learner's PIT histogram.
     """
     configure()
-    console = Console()
+    console = screen()
     if family != "gaussian":
         return _by_nuts(console, family, learners, steps, tasks, shot, seen, seed, out)
 
     def tell(name: str, verdict: Verdict) -> None:
-        console.print(f"{name}: NLL {verdict.nll:+.4f} over the exact predictive", highlight=False)
+        console.print(f"{name}: NLL {verdict.nll:+.4f} over the exact predictive")
 
     verdicts = referee(learners or tuple(SETTINGS), steps=steps, tasks=tasks, seed=seed, shot=shot, report=tell)
     table = Table(title=f"against exact answers, {tasks} new tasks", title_justify="left", header_style="bold")
@@ -65,7 +66,7 @@ def truth(
         table.add_row(name, *(f"{getattr(verdict, field):.3f}" for field, _ in COLUMNS.values()))
     console.print(table)
     for column, (_, meaning) in COLUMNS.items():
-        console.print(f"{column}: {meaning}", highlight=False, soft_wrap=True)
+        console.print(f"{column}: {meaning}", soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / "truth.json").write_text(json.dumps({n: v._asdict() for n, v in verdicts.items()}, indent=2) + "\n")
     for name, verdict in verdicts.items():
@@ -96,11 +97,11 @@ def _by_nuts(
     columns = ("bias", "sd ratio", "coverage of 90 %")
     rows = {name: tuple(row) for name, row in given.items()}
     console.print(_figures(f"{family}, the true prior given: {tasks} new tasks against NUTS", columns, rows))
-    console.print("bias: rms gap of the means, in NUTS sds; sd ratio: sds over those of NUTS", highlight=False)
+    console.print("bias: rms gap of the means, in NUTS sds; sd ratio: sds over those of NUTS")
     rows = {name: (*prior, *posterior) for name, (prior, posterior) in learned.items()}
     both = (*(f"prior's {column}" for column in columns), *columns)
     console.print(_figures(f"{family}, the prior learned from {seen} tasks, against NUTS on all", both, rows))
-    console.print("the prior's bias is in prior sds, its coverage that of NUTS' intervals for it", highlight=False)
+    console.print("the prior's bias is in prior sds, its coverage that of NUTS' intervals for it")
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{family}.json"
     figures = {"given": {name: row._asdict() for name, row in given.items()}} | {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from metaprior.plots import BLUE, GREEN, GREY, ORANGE, SERIES, inputs_over, panels
+from metaprior.plots import BLUE, GREEN, GREY, ORANGE, SERIES, inputs_over, literal, panels
 from metaprior.studies.active import Acquisition
 from metaprior.studies.novelty import Novelty
 from metaprior.tasks.explained import ExplainedTasks
@@ -57,7 +57,7 @@ def explanations(
                 ax.set_ylim(truth.min() - 1, truth.max() + 1)
             ax.plot(support.x[:, 0], support.x[:, 1] if flat else support.y[:, 0], "o", color="black", markersize=5)
             if j == 0:
-                ax.set_title(name, loc="left", fontsize=10)
+                ax.set_title(literal(name), loc="left", fontsize=10)
     return figure
 
 
@@ -84,7 +84,7 @@ def acquisitions(found: dict[str, Acquisition]) -> Figure:
             ax.fill_between(result.seen, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
             ax.plot(result.seen, mean, "o-", color=colour, markersize=4, linewidth=1.4, label=label)
         ax.set(xlabel="points seen", ylabel="MSE", ylim=(0, None))
-        ax.set_title(name, loc="left", fontsize=10)
+        ax.set_title(literal(name), loc="left", fontsize=10)
     axes[0].legend(frameon=False)
     return figure
 
@@ -99,7 +99,7 @@ def novelty_bars(found: dict[str, Novelty]) -> Figure:
     for i, (label, kinds) in enumerate(rows.items()):
         at = np.arange(len(kinds)) + (i - (len(rows) - 1) / 2) * width
         mean, half = ([getattr(f, part) for f in kinds.values()] for part in ("mean", "interval"))
-        ax.bar(at, mean, 0.92 * width, yerr=half, color=SERIES[i % len(SERIES)], ecolor="black", label=label)
+        ax.bar(at, mean, 0.92 * width, yerr=half, color=SERIES[i % len(SERIES)], ecolor="black", label=literal(label))
     ax.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
     kinds = next(iter(rows.values()))
     ax.set(ylabel="AUROC", ylim=(0, 1), xticks=np.arange(len(kinds)))
