@@ -25,10 +25,11 @@ from metaprior.mixed import mixed_by_nuts, mixed_by_statsmodels, new_group, with
 from metaprior.networks import known_noise, linear, mlp
 from metaprior.runtime import configure
 from metaprior.tasks import eight_schools, eight_schools_reference
+from metaprior.tasks.columns import as_numbers, read_columns
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.posteriordb import radon_all_table
 from metaprior.tasks.store import data_folder
-from metaprior.tasks.table import NAMED, column, design, read_columns
+from metaprior.tasks.table import NAMED
 from metaprior.training import Training, fit
 from metaprior.types import Batch, Splits, Task
 
@@ -51,7 +52,8 @@ def table_of(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return radon_all_table()
     target, group, features = NAMED[name]
     columns = read_columns(data_folder("grouped_tables") / f"{name}.csv")
-    return design(columns, features).x, column(columns, target, "target")[:, None], column(columns, group, "group")
+    x, y = ([as_numbers(columns[n], n, columns) for n in names] for names in (features, [target]))
+    return np.concatenate(x, 1), y[0], columns[group]
 
 
 def by_nuts(name: str, fold: Fold, steps: int, seed: int) -> tuple:

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 from metaprior.tasks.ambiguous import ambiguous, linear, three_families
-from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
+from metaprior.tasks.arrays import ArrayTasks, array_tasks
 from metaprior.tasks.augment import Augmented, augmented
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.cloze import ClozePool, cloze
+from metaprior.tasks.columns import read_columns
 from metaprior.tasks.explained import two_circles, wave_or_line
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.hidden import HiddenLabels, ask_for, hide_labels
@@ -19,7 +20,9 @@ from metaprior.tasks.oneshot import one_shot_runs, one_shot_source
 from metaprior.tasks.optimisees import digits, quadratics
 from metaprior.tasks.pool import ClassPool, class_pool, pool_splits
 from metaprior.tasks.posteriordb import eight_schools, eight_schools_reference, radon_all
+from metaprior.tasks.preparation import Preparation
 from metaprior.tasks.reading import Examples, check_same_form, read_examples
+from metaprior.tasks.scaling import Scaling
 from metaprior.tasks.sinusoid import sinusoid, sinusoid_hard
 from metaprior.tasks.strokes import DescribedTasks, omniglot_strokes
 from metaprior.tasks.table import radon, sleepstudy, table
@@ -72,6 +75,7 @@ __all__ = [
     "Examples",
     "FixedTasks",
     "HiddenLabels",
+    "Preparation",
     "Scaling",
     "TextPool",
     "Texts",
@@ -103,6 +107,7 @@ __all__ = [
     "quadratics",
     "radon",
     "radon_all",
+    "read_columns",
     "read_examples",
     "read_texts",
     "sinusoid",

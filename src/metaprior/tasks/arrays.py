@@ -1,8 +1,9 @@
 """Tasks from arrays: features, targets and a group for every row; a group (subject, school, assay) is a task."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,45 +11,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metaprior.tasks.checks import DataError, check_count
+from metaprior.tasks.columns import Columns, as_ids, is_text, missing, refuse_missing
 from metaprior.tasks.labels import encode_labels
 from metaprior.tasks.pool import distinct
-from metaprior.tasks.splitting import rows_of, split_groups
-from metaprior.types import Batch, Predictive, Splits, Task
-from metaprior.units import in_units
+from metaprior.tasks.preparation import Preparation, target_of
+from metaprior.tasks.scaling import Scaling, cast
+from metaprior.tasks.splitting import split_groups
+from metaprior.types import Batch, Splits, Task
 
 RAGGED = ("pad", "resample", "exact")
-
-
-class Scaling(NamedTuple):
-    """How raw features and targets were standardised, in float64: (raw - mean) / deviation, by the training groups.
-
-    Centre with it before anything is cast to float32: 1.7e9 + 1 and 1.7e9 are one float32 number.
-    """
-
-    x_mean: Float[np.ndarray, " d"]
-    x_deviation: Float[np.ndarray, " d"]
-    y_mean: Float[np.ndarray, " c"]
-    y_deviation: Float[np.ndarray, " c"]
-
-    def features(self, raw: Any) -> Float[np.ndarray, "... d"]:
-        """Raw features as a learner sees them, in float64."""
-        return (np.asarray(raw, float) - self.x_mean) / self.x_deviation
-
-    def standardised(self, y: Any) -> Float[np.ndarray, "... c"]:
-        """Raw targets as a learner sees them, in float64."""
-        return (np.asarray(y, float) - self.y_mean) / self.y_deviation
-
-    def targets(self, y: Any) -> Float[np.ndarray, "... c"]:
-        """Standardised targets or predicted means in original units, in float64."""
-        return np.asarray(y, float) * self.y_deviation + self.y_mean
-
-    def variances(self, variance: Any) -> Float[np.ndarray, "... c"]:
-        """Predicted variances in original units."""
-        return np.asarray(variance, float) * self.y_deviation**2
-
-    def predictive(self, predictive: Predictive) -> Predictive:
-        """A predictive of standardised targets as one in original units."""
-        return in_units(predictive, self.y_mean, self.y_deviation)
 
 
 @jax.tree_util.register_dataclass
@@ -66,10 +37,15 @@ class ArrayTasks:
     groups: Int[Array, " groups"]
     starts: Int[Array, " groups"]
     counts: Int[Array, " groups"]
-    scaling: Scaling | None
+    preparation: Preparation | None = field(metadata={"static": True})
     shot: int = field(metadata={"static": True})
     query: int = field(metadata={"static": True})
     ragged: str = field(metadata={"static": True})
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """How features and targets were standardised; None for features that are no columns, such as images."""
+        return None if self.preparation is None else self.preparation.scaling
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
         """n tasks: x [n, shot, ...], y [n, shot, c] or labels [n, shot], weight [n, shot] where padded; query alike.
@@ -96,20 +72,6 @@ class ArrayTasks:
         return Batch(self.x[index], self.y[index], weight)
 
 
-def check_finite(name: str, values: np.ndarray, columns: Sequence[str] | None = None) -> np.ndarray:
-    """The array, or a DataError that names the column and row of the first NaN or infinity."""
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        row, *rest = bad[0].tolist()
-        column = columns[rest[0]] if columns is not None and rest else rest[0] if rest else None
-        where = f"row {row}" if column is None else f"column {column!r}, row {row}"
-        raise DataError(
-            f"{name}: came {values[tuple(bad[0])]} in {where} ({len(bad)} such values), needs finite numbers; fill "
-            "them in or leave those rows out"
-        )
-    return values
-
-
 def array_tasks(
     x: Any,
     y: Any,
@@ -124,75 +86,158 @@ def array_tasks(
     small: str = "error",
     standardise: bool = False,
     classification: bool | None = None,
+    counts: bool = False,
     columns: Sequence[str] | None = None,
+    categories: Sequence[str] = (),
+    names: tuple[str, str] = ("y", "group"),
+    preparation: Preparation | None = None,
 ) -> Splits:
     """Tasks from rows with a group column.
 
     Args:
-        x: features [N, d] (or [N], or any [N, ...] without standardising). y: targets [N] or [N, c], or labels [N].
+        x: features [N, d] (or [N], or any [N, ...] without standardising), or a mapping of columns by name, where text
+            is a category with a feature a level. y: targets [N] or [N, c], or labels [N].
         groups: [N], any hashable values; the rows of a group need not be adjacent.
         shot, query, test_query: rows of the support, of the query in training, and in validation and test (as `query`).
         split: three fractions of the groups, or lists of groups; `seed` shares out at random.
         ragged: groups of fewer than shot + query rows are padded with weight 0 ('pad'), filled with their own rows
             again ('resample') or count as too small ('exact').
         small: groups too small for a task (below 2 rows, or shot + query with 'exact') are an 'error' or 'drop'ped.
-        standardise: features and real targets to mean 0, deviation 1 over the training groups; see `.scaling`.
-        classification: whether y holds labels; by default if it is text or truth values. Labels become 0..k-1, sorted.
-        columns: names of the features, for errors.
+        standardise: features and real targets to mean 0, deviation 1 over the training groups; see `.scaling`. Counts
+            are never standardised, but only `counts` says that numbers are some: without it, a Poisson likelihood would
+            be given standardised ones.
+        classification: whether y holds labels; by default if it is text or truth values. Whole numbers could be either,
+            so it must be said of them. Labels become 0..k-1, sorted.
+        counts: whether y holds counts, for a Poisson likelihood.
+        columns: names of the features. categories: columns by name that are categories although they hold numbers.
+        names: of the target and of the group, for errors and reports.
+        preparation: of an earlier run, in place of one fitted here: its levels, classes, scaling and groups' shares.
 
     Raises:
-        DataError: lengths that differ, NaN (naming column and row), groups too small, a split that does not fit.
+        DataError: lengths that differ, NaN (naming column and row), groups too small, a split that does not fit,
+            numbers that float32 cannot tell apart.
     """
     if ragged not in RAGGED:
         raise ValueError(f"ragged: came {ragged!r}, needs one of {', '.join(RAGGED)}")
     if small not in ("error", "drop"):
         raise ValueError(f"small: came {small!r}, needs 'error' or 'drop'")
+    if preparation is not None:
+        _check_same_table(preparation, names)
     shot, query = check_count("shot", shot), check_count("query", query)
     test_query = query if test_query is None else check_count("test_query", test_query)
-    features = _features(x, columns)
-    targets = _targets(y, classification)
-    ids, names = encode_labels(groups)
-    if not len(features) == len(targets) == len(ids):
-        raise DataError(f"x, y, groups: came {len(features)}, {len(targets)}, {len(ids)} rows, needs as many of each")
-    order = np.argsort(ids, kind="stable")
-    features, targets, counts = features[order], targets[order], np.bincount(ids)
-    parts = split_groups(names, split, seed, "group")
+    raw, images = (x, None) if isinstance(x, Columns) else _as_columns(x, columns)
+    goal, ids = _one_dimensional(y, names[0], raw), _one_dimensional(groups, names[1], raw)
+    if not raw.rows == len(goal) == len(ids):
+        raise DataError(f"x, y, groups: came {raw.rows}, {len(goal)}, {len(ids)} rows, needs as many of each")
+    for column in raw:
+        refuse_missing(raw[column], column, raw, "features")
+    integers = "number" if isinstance(x, Columns) else "error"
+    target = None if preparation is None else preparation.target
+    if target is None:
+        target = target_of(goal, names[0], raw, classification=classification, counts=counts, integers=integers)
+    codes, group_names = encode_labels(as_ids(ids, names[1], raw, "groups"))
+    counted = np.bincount(codes)
+    shares = split if preparation is None or preparation.groups is None else _known(preparation.groups, group_names)
+    parts = split_groups(group_names, shares, seed, "group")
     sizes = (query, test_query, test_query)
     kept = [
-        _large_enough(part, counts, names, shot + size if ragged == "exact" else 2, small)
+        _large_enough(part, counted, group_names, shot + size if ragged == "exact" else 2, small)
         for part, size in zip(parts, sizes, strict=True)
     ]
-    starts = np.cumsum(counts) - counts
-    scaling = None
-    if standardise:
-        features, targets, scaling = _standardised(features, targets, rows_of(kept[0], counts))
-    x_all, y_all = jnp.asarray(features, float), jnp.asarray(targets, float if targets.ndim > 1 else jnp.int32)
+    if preparation is None:
+        preparation = Preparation.fit(
+            raw, target, goal, np.isin(codes, kept[0]), standardise=standardise, categories=categories, group=names[1],
+            groups=tuple(tuple(group_names[g] for g in part) for part in parts),
+        )  # fmt: skip
+    if images is not None and standardise:
+        raise DataError(f"standardise: came features {images.shape}, needs [N, d]")
+    features = preparation.encode(raw) if images is None else images
+    targets = preparation.encode_target(goal, raw)
+    order, starts = np.argsort(codes, kind="stable"), np.cumsum(counted) - counted
+    x_all, y_all = jnp.asarray(features[order]), jnp.asarray(targets[order])
     return Splits(*(
         ArrayTasks(x_all, y_all, jnp.asarray(part, jnp.int32), jnp.asarray(starts[part], jnp.int32),
-                   jnp.asarray(counts[part], jnp.int32), scaling, shot, size, ragged)
+                   jnp.asarray(counted[part], jnp.int32), preparation if images is None else None, shot, size, ragged)
         for part, size in zip(kept, sizes, strict=True)
     ))  # fmt: skip
 
 
-def _features(x: Any, columns: Sequence[str] | None) -> np.ndarray:
-    try:
-        features = np.asarray(x, float)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"x: came values that are not numbers ({error}); encode them first, e.g. one-hot") from None
-    if features.ndim == 0:
+def _check_same_table(preparation: Preparation, names: tuple[str, str]) -> None:
+    if not isinstance(preparation, Preparation):
+        raise ValueError(f"preparation: came {preparation!r}, needs the Preparation of a run")
+    if names[0] != preparation.target.name:
+        raise DataError(f"target: came {names[0]!r}, but the run learned to predict {preparation.target.name!r}")
+
+
+def _as_columns(x: Any, names: Sequence[str] | None) -> tuple[Columns, np.ndarray | None]:
+    """Features by name; those that are no columns, such as images, are returned as they are."""
+    if isinstance(x, Mapping) or hasattr(x, "columns"):  # a DataFrame
+        return Columns(dict(x.items())), None
+    values = np.asanyarray(x)
+    if values.ndim == 0:
         raise DataError("x: came a single number, needs [N, d]")
-    return check_finite("x", features[:, None] if features.ndim == 1 else features, columns)
+    if is_text(values) or values.dtype.kind not in "fiubO":
+        raise DataError(f"x: came values that are not numbers ({values.dtype}); encode them first, e.g. one-hot")
+    if values.ndim > 2:
+        return Columns({"x": np.zeros(len(values))}), cast_images(values)
+    wide = values[:, None] if values.ndim == 1 else values
+    if names is not None and len(set(names)) != wide.shape[1]:
+        raise DataError(f"columns: came {len(set(names))} different names for {wide.shape[1]} features, needs one each")
+    _refuse_gaps("x", wide, names)
+    return Columns({"x": wide} if names is None else {name: wide[:, i] for i, name in enumerate(names)}), None
 
 
-def _targets(y: Any, classification: bool | None) -> np.ndarray:
-    values = np.asarray(y)
-    if classification or (classification is None and values.dtype.kind in "USOb"):
-        return encode_labels(values)[0]
-    try:
-        targets = values.astype(float)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"y: came values that are not numbers ({error}); set classification=True for labels") from None
-    return check_finite("y", targets[:, None] if targets.ndim == 1 else targets)
+def cast_images(values: np.ndarray) -> np.ndarray:
+    """Features that are no columns, checked and in the type that learners compute in."""
+    _refuse_gaps("x", values.reshape(len(values), -1), None)
+    flat = values.reshape(len(values), -1).astype(float)
+    return cast(flat, flat, "x", Columns({"x": flat}), "x").reshape(values.shape)
+
+
+def _one_dimensional(values: Any, name: str, raw: Columns) -> np.ndarray:
+    """Targets, labels or groups as an array; what numpy would change (tuples, 1 beside '1') stays as it is."""
+    if isinstance(values, np.ndarray):
+        array = values
+    else:
+        listed = list(values)
+        array = np.empty(len(listed), object)
+        for i, value in enumerate(listed):
+            array[i] = value
+        kinds = {type(value) for value in listed}
+        alike = len(kinds) == 1 and not kinds & {tuple, frozenset}
+        if alike or all(issubclass(kind, int | float | np.number) for kind in kinds):
+            array = np.asarray(listed)
+    if array.dtype.kind == "f":
+        _refuse_gaps(name, array[:, None] if array.ndim == 1 else array, None)
+    return array
+
+
+def _refuse_gaps(name: str, values: np.ndarray, columns: Sequence[str] | None) -> None:
+    """A DataError that names the column and row of the first NaN, infinity or missing value."""
+    if values.dtype.kind == "f" and not np.ma.isMaskedArray(values):
+        bad = np.argwhere(~np.isfinite(values))
+    else:
+        bad = np.argwhere(np.stack([missing(column) for column in values.T], 1)) if values.size else np.empty((0, 2))
+    if len(bad):
+        row, at = bad[0][:2].tolist()
+        column = at if columns is None else columns[at]
+        raise DataError(
+            f"{name}: came {values[row, at]} in column {column!r}, row {row} ({len(bad)} such values), needs finite "
+            "numbers; fill them in or leave those rows out"
+        )
+
+
+def _known(groups: Sequence[Sequence[Any]], names: Sequence[Any]) -> list[list[Any]]:
+    """A run's shares of the groups, which must all be there still; new ones belong to none."""
+    there, listed = set(names), {name for part in groups for name in part}
+    if lost := [name for part in groups for name in part if name not in there]:
+        raise DataError(
+            f"groups: the table no longer has group {lost[0]!r} ({len(lost)} such), which the run learned from or was "
+            "to be judged by; use the table of training, or say tasks.split anew"
+        )
+    if new := [name for name in names if name not in listed]:
+        warnings.warn(f"groups: {len(new)} are new since training ({new[0]!r}, ...) and are left out", stacklevel=3)
+    return [list(part) for part in groups]
 
 
 def _large_enough(part: np.ndarray, counts: np.ndarray, names: list, least: int, small: str) -> np.ndarray:
@@ -207,18 +252,3 @@ def _large_enough(part: np.ndarray, counts: np.ndarray, names: list, least: int,
     if not len(kept):
         raise DataError(f"groups: none of a split has the {least} rows that a task needs; lower shot or query")
     return kept
-
-
-def _standardised(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, Scaling]:
-    if x.ndim != 2:
-        raise DataError(f"standardise: came features {x.shape}, needs [N, d]")
-
-    def moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        deviation = values[rows].std(0)
-        # A constant column carries nothing; it is centred and left in its own units.
-        return values[rows].mean(0), np.where(deviation > 0, deviation, 1.0)
-
-    x_mean, x_deviation = moments(x)
-    y_mean, y_deviation = moments(y) if y.ndim > 1 else (np.zeros(1), np.ones(1))
-    scaling = Scaling(x_mean, x_deviation, y_mean, y_deviation)
-    return (x - x_mean) / x_deviation, (y - y_mean) / y_deviation if y.ndim > 1 else y, scaling

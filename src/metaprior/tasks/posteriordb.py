@@ -65,5 +65,5 @@ def radon_all_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def radon_all(*, standardise: bool = True, small: str = "drop", **options: Any) -> Splits:
     """Log radon in the houses of 386 counties; options of `array_tasks`."""
     x, y, county = radon_all_table()
-    columns = ("floor", "log_uranium")
-    return array_tasks(x, y, county, standardise=standardise, small=small, columns=columns, **options)
+    named: dict[str, Any] = {"columns": ("floor", "log_uranium"), "names": ("log_radon", "county")} | options
+    return array_tasks(x, y, county, standardise=standardise, small=small, **named)

@@ -6,18 +6,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.columns import Columns, as_ids, as_text, kind_of, read_columns
 from metaprior.tasks.pictures import SUFFIXES, check_channels, decode_picture, decode_pictures, find_pictures
-from metaprior.tasks.table import Columns, column, design, read_columns
+from metaprior.tasks.preparation import Column
+from metaprior.tasks.scaling import cast
 
 LABELS = ("label", "labels", "class", "target", "y")
 
 
 class Examples(NamedTuple):
-    """Examples as read: x float32 [n, h, w, c] in 0..1 or [n, d], or int32 [n, length]; a label and a name for each."""
+    """Examples as read: x float32 [n, h, w, c] in 0..1 or [n, d], or int32 [n, length]; a label and a name for each.
+
+    `features` names the columns of a table, in order; a text column's are those of the levels that this file has.
+    """
 
     x: np.ndarray
     labels: list[Any] | None
     names: list[str]
+    features: list[str] | None = None
 
 
 def read_examples(
@@ -86,14 +92,31 @@ def _from_columns(columns: Columns, path: Path, target: str | None, features: li
     name = target or next((name for name in LABELS if name in columns), None)
     goal = None if name is None else columns.get(name)
     if features is None:
-        features = ["x"] if "x" in columns and path.suffix == ".npz" else [c for c in columns if c and c != name]
+        features = ["x"] if "x" in columns and path.suffix == ".npz" else [c for c in columns if c != name]
     if path.suffix == ".npz" and features == ["x"]:
-        x = _array(column(columns, "x", "features"), path)
+        x, named = _array(columns.find("x", "features"), path), None
     else:
-        x = design(columns, features).x.astype(np.float32)
+        x, named = _design(columns, features)
     if goal is not None and len(goal) != len(x):
         raise DataError(f"{path}: came {len(goal)} labels for {len(x)} examples, needs one an example")
-    return Examples(x, None if goal is None else goal.tolist(), [f"row {i}" for i in range(len(x))])
+    labels = None
+    if goal is not None and name is not None:
+        labels = as_ids(goal, name, columns, "target") if goal.ndim == 1 else list(goal)
+    return Examples(x, labels, [f"row {i}" for i in range(len(x))], named)
+
+
+def _design(columns: Columns, features: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Numbers as they are, text one-hot with the levels of this file, and the name of each feature."""
+    blocks, names = [], []
+    for name in features:
+        kind = kind_of(name, columns)
+        levels = tuple(sorted(set(as_text(columns[name])))) if kind == "category" else ()
+        raw = Column(name, kind, levels).raw(columns)
+        blocks.append(cast(raw, raw, name, columns, "features"))
+        names += Column(name, kind, levels, (0.0,) * raw.shape[1]).features
+    if not blocks:
+        raise DataError("features: came none, needs one column at least")
+    return np.concatenate(blocks, 1), names
 
 
 def _array(x: np.ndarray, path: Path) -> np.ndarray:

@@ -25,6 +25,9 @@ def split_groups(names: Sequence[Hashable], split: Any, seed: int, kind: str) ->
     if all(isinstance(part, int | float) for part in parts):
         return _by_fractions(len(names), parts, seed, kind)
     place = {name: i for i, name in enumerate(names)}
+    # A recipe may write '308' for a group that a table holds as 308, or the other way round.
+    written = {str(name): name for name in names}
+    parts = [[name if name in place else written.get(str(name), name) for name in part] for part in parts]
     unknown = [name for part in parts for name in part if name not in place]
     if unknown:
         raise DataError(f"split: came unknown {kind} {unknown[0]!r}, needs some of {list(names)[:5]!r} ...")

@@ -1,0 +1,284 @@
+"""What turns a raw table into what a learner sees, and predictions back: columns by name, levels, classes, scaling.
+
+It is fitted on the training groups, belongs to the run (`preparation.json`), and is the one way in and out: training,
+`adapt`, `evaluate` and pictures. All of it is float64; the cast to float32 comes after centring.
+"""
+
+import json
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from metaprior.named import nearest
+from metaprior.tasks.checks import DataError
+from metaprior.tasks.columns import TRUTH, Columns, as_ids, as_numbers, as_text, is_text, kind_of, refuse_missing
+from metaprior.tasks.scaling import Scaling, cast, check_digits, moments
+from metaprior.types import Predictive
+from metaprior.units import Floats
+
+FAR = 100.0  # deviations from the training mean beyond which a value is warned of
+
+
+@dataclass(frozen=True)
+class Column:
+    """A feature column: kind 'number', 'truth value' or 'category' (one feature a level), and the scaling of each."""
+
+    name: str
+    kind: str
+    levels: tuple[str, ...] = ()
+    mean: Floats = (0.0,)
+    deviation: Floats = (1.0,)
+
+    @property
+    def features(self) -> list[str]:
+        """The name of each feature that the column makes."""
+        if self.kind == "category":
+            return [f"{self.name}={level}" for level in self.levels]
+        return [self.name] if len(self.mean) == 1 else [f"{self.name}[{i}]" for i in range(len(self.mean))]
+
+    def raw(self, columns: Columns) -> Float[np.ndarray, "n k"]:
+        """The column's features before scaling."""
+        values = columns.find(self.name, "features")
+        if self.kind == "number":
+            return as_numbers(values, self.name, columns)
+        refuse_missing(values, self.name, columns, "features")
+        cells = as_text(values)
+        levels = {level: i for i, level in enumerate(TRUTH if self.kind == "truth value" else self.levels)}
+        if self.kind == "truth value":
+            cells = [cell.lower() for cell in cells]
+        unknown = next((row for row, cell in enumerate(cells) if cell not in levels), None)
+        if unknown is not None:
+            known = list(levels)
+            raise DataError(
+                f"features: column {self.name!r} has {cells[unknown]!r} in {columns.place(unknown)}, a level that no "
+                f"training group has; known are {', '.join(known[:20])}{nearest(cells[unknown], known)}"
+            )
+        codes = np.asarray([levels[cell] for cell in cells], int)
+        return codes[:, None].astype(float) if self.kind == "truth value" else np.eye(len(levels))[codes]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The target: kind 'number' (scaled), 'count' (as it is) or 'class' (codes in the order of `classes`)."""
+
+    name: str
+    kind: str
+    classes: tuple[Any, ...] = ()
+    mean: Floats = (0.0,)
+    deviation: Floats = (1.0,)
+
+    def codes(self, values: np.ndarray, name: str, columns: Columns, argument: str = "target") -> np.ndarray:
+        """The run's code of each label.
+
+        Raises:
+            DataError: a label that the run never saw, naming it and the nearest.
+        """
+        place: dict[Hashable, int] = {str(label): code for code, label in enumerate(self.classes)}
+        place |= {label: code for code, label in enumerate(self.classes)}
+        labels = as_ids(values, name, columns, argument)
+        found = [place.get(label, place.get(str(label))) for label in labels]
+        if None in found:
+            row = found.index(None)
+            known = [str(label) for label in self.classes]
+            raise DataError(
+                f"{argument}: came class {labels[row]!r} in {columns.place(row)}, needs one of those of training: "
+                f"{', '.join(known[:20])}{nearest(str(labels[row]), known)}"
+            )
+        return np.asarray(found, np.int32)
+
+    def numbers(self, values: np.ndarray, name: str, columns: Columns, argument: str) -> Float[np.ndarray, "n d"]:
+        """Targets before scaling."""
+        numbers = as_numbers(values, name, columns, argument)
+        if self.kind == "count" and ((numbers < 0) | (numbers != np.rint(numbers))).any():
+            row, at = np.argwhere((numbers < 0) | (numbers != np.rint(numbers)))[0]
+            raise DataError(
+                f"{argument}: column {name!r} has {numbers[row, at]:g} in {columns.place(row)}; a count is a whole "
+                "number, 0 or more."
+            )
+        return numbers
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The preparation of one table.
+
+    Attributes:
+        columns: the feature columns, in the order in which a learner sees them.
+        target: the target column.
+        group: name of the group column.
+        groups: names of the groups of training, validation and test, or None.
+    """
+
+    columns: tuple[Column, ...]
+    target: Target
+    group: str = "group"
+    groups: tuple[tuple[Hashable, ...], ...] | None = field(default=None, compare=False)
+
+    @classmethod
+    def fit(
+        cls,
+        columns: Columns,
+        target: Target,
+        goal: np.ndarray,
+        rows: Bool[np.ndarray, " n"],
+        *,
+        standardise: bool,
+        categories: Sequence[str] = (),
+        **names: Any,
+    ) -> "Preparation":
+        """Levels and scaling from the training rows; kinds from all rows.
+
+        Args:
+            columns: the feature columns and no others.
+            target: its name, kind and classes.
+            goal: the target's raw values.
+            rows: which are of training groups.
+            standardise: features and real targets to mean 0, deviation 1; counts stay as they are.
+            categories: columns that are categories although they hold numbers, dates or many levels.
+            names: `group` and `groups`.
+        """
+        if unknown := [name for name in categories if name not in columns]:
+            columns.find(unknown[0], "categories")
+        fitted = tuple(_fit_column(name, columns, rows, standardise, name in categories) for name in columns)
+        if target.kind != "class":
+            argument = "y" if columns.path is None else "target"
+            raw = target.numbers(goal, target.name, columns, argument)
+            mean, deviation = np.zeros(raw.shape[1]), np.ones(raw.shape[1])
+            if standardise and target.kind == "number":
+                mean, deviation = moments(raw[rows], target.name)
+            check_digits(raw, mean, deviation, [target.name] * raw.shape[1], columns, argument)
+            target = Target(target.name, target.kind, (), tuple(mean.tolist()), tuple(deviation.tolist()))
+        return cls(fitted, target, **names)
+
+    @cached_property
+    def scaling(self) -> Scaling:
+        """The scaling of all features and targets as arrays."""
+        mean, deviation = ([v for c in self.columns for v in getattr(c, part)] for part in ("mean", "deviation"))
+        return Scaling(*map(np.asarray, (mean, deviation, self.target.mean, self.target.deviation)))
+
+    @property
+    def features(self) -> list[str]:
+        """The name of each feature that a learner sees."""
+        return [name for column in self.columns for name in column.features]
+
+    def encode(self, columns: Mapping[str, Any], *, warn: bool = False) -> Float[np.ndarray, "n d"]:
+        """Features as a learner sees them, from columns by name; others (group, target) are passed over.
+
+        warn: of values far outside what training had.
+
+        Raises:
+            DataError: an unknown or missing column or level, naming it and the nearest; values that are no numbers.
+        """
+        columns = columns if isinstance(columns, Columns) else Columns(columns)
+        blocks = []
+        for column in self.columns:
+            raw = column.raw(columns)
+            if raw.shape[1] != len(column.mean):
+                raise DataError(
+                    f"features: column {column.name!r} came {raw.shape[1]} wide, needs {len(column.mean)}"
+                )
+            scaled = (raw - column.mean) / column.deviation
+            if warn and (far := np.abs(scaled).max(1) > FAR).any():
+                row = int(np.flatnonzero(far)[0])
+                warnings.warn(
+                    f"features: column {column.name!r} has {raw[row].tolist()} in {columns.place(row)}, "
+                    f"{np.abs(scaled[row]).max():.0f} deviations from what training had; check its units.",
+                    stacklevel=2,
+                )
+            blocks.append(cast(scaled, raw, column.name, columns, "features"))
+        return np.concatenate(blocks, 1)
+
+    def encode_target(self, values: Any, columns: Columns | None = None, name: str | None = None) -> np.ndarray:
+        """Targets as a learner sees them: numbers [n, d], or class codes [n].
+
+        Raises:
+            DataError: values that are no numbers, or a class that training never saw; names place and value.
+        """
+        values, name = np.asanyarray(values), self.target.name if name is None else name
+        columns = Columns({name: values}) if columns is None else columns
+        if self.target.kind == "class":
+            return self.target.codes(values, name, columns)
+        raw = self.target.numbers(values, name, columns, "target")
+        if raw.shape[1] != len(self.target.mean):
+            raise DataError(f"target: column {name!r} came {raw.shape[1]} wide, needs {len(self.target.mean)}")
+        return cast((raw - self.target.mean) / self.target.deviation, raw, name, columns, "target")
+
+    def predictive(self, predictive: Predictive) -> Predictive:
+        """A learner's predictive in the units of the target; classes and counts are in them already."""
+        return self.scaling.predictive(predictive) if self.target.kind == "number" else predictive
+
+    def to_json(self) -> str:
+        """All of it as JSON; floats to the last bit."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Preparation":
+        """What `to_json` wrote.
+
+        Raises:
+            DataError: other or damaged text.
+        """
+        try:
+            table = json.loads(text)
+            columns = tuple(Column(**_tuples(column)) for column in table["columns"])
+            groups = None if table["groups"] is None else tuple(map(tuple, table["groups"]))
+            return cls(columns, Target(**_tuples(table["target"])), table["group"], groups)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"preparation: damaged ({type(error).__name__}: {error}); train the run again") from error
+
+
+def _tuples(table: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+
+
+def _fit_column(name: str, columns: Columns, rows: np.ndarray, standardise: bool, category: bool) -> Column:
+    kind = "category" if category else kind_of(name, columns)
+    levels: tuple[str, ...] = ()
+    if kind == "category":
+        refuse_missing(columns[name], name, columns, "features")
+        levels = tuple(sorted({cell for cell, kept in zip(as_text(columns[name]), rows, strict=True) if kept}))
+    raw = Column(name, kind, levels).raw(columns)
+    mean, deviation = np.zeros(raw.shape[1]), np.ones(raw.shape[1])
+    if standardise:
+        mean, deviation = moments(raw[rows], name)
+    check_digits(raw, mean, deviation, Column(name, kind, levels, tuple(mean)).features, columns, "features")
+    return Column(name, kind, levels, tuple(mean.tolist()), tuple(deviation.tolist()))
+
+
+def target_of(
+    goal: np.ndarray, name: str, columns: Columns, *, classification: bool | None, counts: bool, integers: str
+) -> Target:
+    """The target's name, kind and classes.
+
+    integers: what whole numbers are where it is not said: 'number', or 'error'.
+
+    Raises:
+        DataError: a target that could be classes or numbers, where 'error' is asked for.
+    """
+    if classification and counts:
+        raise ValueError("classification, counts: both came true; a target is classes or counts.")
+    if classification is None and not counts:
+        if integers == "error" and goal.dtype.kind in "iu" and goal.ndim == 1:
+            raise DataError(
+                f"{name}: came whole numbers ({goal.dtype}), which may be classes, counts or other numbers; say "
+                "classification=True, counts=True or classification=False"
+            )
+        named = Columns({name: goal}, columns.path, columns.lines)
+        text = is_text(goal) or goal.dtype.kind == "b" or (goal.dtype == object and integers == "error")
+        refuse_missing(goal, name, columns, "target")
+        classification = text and (integers == "error" or kind_of(name, named, "target") != "number")
+    if not classification:
+        return Target(name, "count" if counts else "number")
+    labels = list(dict.fromkeys(as_ids(goal, name, columns, "target")))
+    try:
+        labels = sorted(labels)
+    except TypeError:
+        labels = sorted(labels, key=lambda label: (type(label).__name__, str(label)))
+    return Target(name, "class", tuple(labels))
+
+
