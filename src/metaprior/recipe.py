@@ -17,7 +17,7 @@ from metaprior.learners.registry import LEARNERS, READ_ATTRIBUTES, READ_UNLABELL
 from metaprior.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.named import construct, lookup, nearest, option_names
 from metaprior.networks import NETWORKS
-from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, around, augmented
+from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, Preparation, around, augmented, preparation_of
 from metaprior.training import Training
 from metaprior.types import Learner, Model, Splits
 
@@ -62,6 +62,7 @@ class Experiment(NamedTuple):
     splits: Splits
     training: Training
     evaluation: Evaluation
+    preparation: Preparation | None = None
 
 
 def recipe_names() -> list[str]:
@@ -152,33 +153,49 @@ def build(
     posterior: str | None = None,
     steps: int | None = None,
     splits: Splits | None = None,
+    preparation: Preparation | None = None,
     **posterior_options: Any,
 ) -> Experiment:
     """The learner, model, likelihood and task sources of a recipe.
 
     posterior: "point", "implicit" or "laplace", with its options (None: the learner's own). steps: inner steps when
-    adapting to a new task. splits: task sources to use in place of the recipe's.
+    adapting to a new task. splits: task sources to use in place of the recipe's. preparation: that of an earlier run on
+    the same table, in place of one fitted here.
     """
+    check_support(recipe)
+    kind = recipe.likelihood.get("name")
+    sources = task_sources(own_table(recipe.tasks, recipe.learner), kind, preparation) if splits is None else splits
+    preparation = preparation_of(sources.train) or preparation
     likelihood = component("likelihood", own_table(recipe.likelihood, recipe.learner), LIKELIHOODS)
     network = dict(recipe.network)
-    way = most_ways(recipe)
-    if way is not None and "outputs" in option_names(lookup("network", network["name"], NETWORKS)):
+    way = most_ways(recipe, preparation)
+    if preparation is not None and kind == "bernoulli":
+        if way != 2:
+            raise ValueError(f"likelihood: bernoulli needs 2 classes, but the target has {way}; use categorical")
+    elif way is not None and "outputs" in option_names(lookup("network", network["name"], NETWORKS)):
         network.setdefault("outputs", way)
     model = component("network", network, NETWORKS)
-    learner = recipe_learner(recipe, model, likelihood, posterior=posterior, steps=steps, **posterior_options)
-    check_support(recipe)
-    sources = task_sources(own_table(recipe.tasks, recipe.learner)) if splits is None else splits
+    learner = recipe_learner(recipe, model, likelihood, posterior=posterior, steps=steps, way=way, **posterior_options)
     if recipe.augmentation:
         _check("augmentation", recipe.augmentation, option_names(augmented)[1:])
         sources = augmented(sources, **recipe.augmentation)
-    return Experiment(learner, model, likelihood, sources, training_of(recipe), evaluation_of(recipe))
+    return Experiment(learner, model, likelihood, sources, training_of(recipe), evaluation_of(recipe), preparation)
 
 
-def task_sources(table: dict[str, Any]) -> Splits:
-    """The sources of a [tasks] table: the named one, inside what its `labelled` and `unlabelled` ask for."""
+def task_sources(
+    table: dict[str, Any], likelihood: str | None = None, preparation: Preparation | None = None
+) -> Splits:
+    """The sources of a [tasks] table: the named one, inside what its `labelled` and `unlabelled` ask for.
+
+    likelihood: its name says what a table's target holds: classes, counts (which are not standardised) or numbers.
+    """
     outer = {name: value for name, value in table.items() if name in option_names(around)}
-    inner: Splits = component("tasks", {k: v for k, v in table.items() if k not in outer}, SOURCES)
-    return around(inner, **outer)
+    inner = {k: v for k, v in table.items() if k not in outer}
+    if "name" in inner and "preparation" in option_names(lookup("tasks", inner["name"], SOURCES)):
+        kinds = {"classification": likelihood in ("categorical", "bernoulli"), "counts": likelihood == "poisson"}
+        inner = (kinds if likelihood in LIKELIHOODS else {}) | inner
+        inner |= {} if preparation is None else {"preparation": preparation}
+    return around(component("tasks", inner, SOURCES), **outer)
 
 
 def check_support(recipe: Recipe) -> None:
@@ -196,10 +213,14 @@ def check_support(recipe: Recipe) -> None:
         )
 
 
-def most_ways(recipe: Recipe) -> int | None:
-    """The largest number of classes in a task of the recipe, in training or later; None where tasks have no classes."""
+def most_ways(recipe: Recipe, preparation: Preparation | None = None) -> int | None:
+    """The largest number of classes in a task of the recipe, in training or later; None where tasks have no classes.
+
+    The classes of a table are those of its preparation.
+    """
     tasks = own_table(recipe.tasks, recipe.learner)
     ways = [tasks[name] for name in ("way", "train_way") if name in tasks]
+    ways += [len(preparation.target.classes)] if preparation is not None and preparation.target.classes else []
     return max(ways, default=None)
 
 
@@ -210,12 +231,14 @@ def recipe_learner(
     *,
     posterior: str | None = None,
     steps: int | None = None,
+    way: int | None = None,
     **posterior_options: Any,
 ) -> Learner:
-    """The recipe's learner over a given model and likelihood."""
+    """The recipe's learner over a given model and likelihood; way: the largest number of classes (see `most_ways`)."""
     options = dict(recipe.learners.get(recipe.learner, {}))
     known = option_names(LEARNERS[recipe.learner])
-    if "way" in known and (way := most_ways(recipe)) is not None:
+    way = most_ways(recipe) if way is None else way
+    if "way" in known and way is not None:
         options.setdefault("way", way)
     if steps is not None:
         if "test_steps" not in known:

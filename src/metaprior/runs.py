@@ -1,6 +1,7 @@
 """A run is a folder: its recipe, its figures as JSON lines and TensorBoard events, its checkpoints and pictures.
 
-    recipe.json   metrics.jsonl   tensorboard/   checkpoints/{last,best}/STEP   report-*.json   plots/
+    recipe.json   preparation.json (of a table)
+    metrics.jsonl   tensorboard/   checkpoints/{last,best}/STEP   report-*.json   plots/
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from metaprior.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints, check_fingerprint, fingerprint
+from metaprior.tasks.preparation import Preparation
 from metaprior.training import TrainState
 
 
@@ -56,6 +58,16 @@ class Run:
             return json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: is not JSON ({error}); the run folder is damaged") from error
+
+    @property
+    def preparation(self) -> Preparation | None:
+        """What turned the table of training into what the learner saw; None for tasks that are no tables."""
+        path = self.folder / "preparation.json"
+        return Preparation.from_json(path.read_text()) if path.is_file() else None
+
+    def keep(self, preparation: Preparation) -> None:
+        """Keep the table's preparation for all that reads the run later."""
+        write_atomically(self.folder / "preparation.json", preparation.to_json())
 
     def metrics(self) -> list[dict[str, float]]:
         """The rows of metrics.jsonl; a last line that a kill cut short is left out."""

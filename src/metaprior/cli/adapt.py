@@ -3,8 +3,9 @@
 import csv
 import textwrap
 from collections.abc import Callable
+from math import floor, log10
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from metaprior.cli.evaluate import fitted_knobs, open_run, with_knobs
 from metaprior.cli.screen import screen
 from metaprior.likelihoods import Categories
 from metaprior.recipe import Recipe, most_ways
-from metaprior.tasks import Examples, encode_labels, read_examples, read_texts
+from metaprior.tasks import Examples, Preparation, encode_labels, read_columns, read_examples, read_texts
+from metaprior.tasks.columns import Columns, as_numbers
 from metaprior.types import Attributes, Batch
 
 SHOWN = 50  # rows of the table on screen; --out holds all
@@ -36,11 +38,15 @@ def adapt(
 ) -> int:
     """Adapt a run to labelled examples and predict others: a table with class probabilities or means and intervals.
 
+    Tables go in and predictions come out in the table's own units.
+
     Args:
         run: the folder that `train` wrote.
-        support: labelled examples: a folder of class-named folders of images, a CSV file (last column: label or target)
-            or an NPZ file (x and y). For a run on texts: a CSV, TSV or JSON file (columns text and label, or those the
-            run was trained on) or a folder of class folders of text files; a missing word is written ___.
+        support: labelled examples. For a run on a table: a CSV or NPZ file with that table's columns, by name and in
+            any order; the column of its target may also be called target or label. For a run on images: a folder of
+            class-named folders. For a run on texts: a CSV, TSV or JSON file (columns text and label, or those the run
+            was trained on) or a folder of class folders of text files; a missing word is written ___. Else a CSV file
+            (with a column label or target) or an NPZ file (x and y).
         query: what to predict: an image, a folder of images, a CSV or an NPZ file; texts also one a line (.txt).
         posterior: what is put around phi_k (default: the learner's own).
         draws: networks drawn from the posterior; 0 is the linearised predictive.
@@ -52,52 +58,82 @@ def adapt(
     options: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
     if draws is not None and posterior not in (None, "point"):
         options["draws"] = draws
-    opened, recipe, experiment, params = open_run(run, steps, **options)
+    opened, recipe, experiment, params = open_run(run, steps, blank=True, **options)
     like = jax.eval_shape(lambda: experiment.splits.train.sample(jax.random.key(0), 1)).support
     if isinstance(like.x, Attributes):
         raise ValueError(
             f"{run}: its support is class attributes, which files of examples do not hold; give learner.adapt a "
             "Batch(Attributes(...), labels) in Python"
         )
-    encode = getattr(experiment.splits.train, "encode", None)
-    if encode is None:
-        (x, labels, _), (x_query, _, names) = _from_examples(run, recipe, like.x.shape[2:], support, query)
+    preparation, encode = experiment.preparation, getattr(experiment.splits.train, "encode", None)
+    if preparation is not None:
+        given = _from_tables(preparation, support, query)
+    elif encode is None:
+        given = _given(run, recipe, like, *_from_examples(run, recipe, like.x.shape[2:], support, query))
     else:
-        (x, labels, _), (x_query, _, names) = _from_texts(recipe, encode, support, query)
-    if labels is None:
-        raise ValueError(f"--support: {support} has no labels; give class-named folders, or a last column of labels")
+        given = _given(run, recipe, like, *_from_texts(recipe, encode, support, query))
     learner, key = experiment.learner, jax.random.key(seed)
     if calibrated:
         knobs, steps = fitted_knobs(opened.folder, posterior), experiment.evaluation.steps if steps is None else steps
         learner = with_knobs(recipe, experiment, posterior, steps, options, knobs)
-    classify = jnp.issubdtype(like.y.dtype, jnp.integer)
-    if classify:
-        codes, classes = encode_labels(labels)
-        way = most_ways(recipe) or len(classes)
-        if len(classes) > way:
-            raise ValueError(
-                f"--support: has {len(classes)} classes, but {run} was trained to tell {way} apart; give at most "
-                f"{way}, or train with --set tasks.way={len(classes)}"
-            )
-        y = jnp.asarray(codes)
-    else:
-        classes = []
-        y = jnp.asarray(np.asarray(labels, float).reshape(len(x), *like.y.shape[2:]), like.y.dtype)
-    adapted = jax.jit(learner.adapt)(params, Batch(jnp.asarray(x), y), key)
-    predictive = jax.jit(learner.predict)(params, adapted, jnp.asarray(x_query), key)
+    shown = Batch(jnp.asarray(given.x), jnp.asarray(given.y))
+    adapted = jax.jit(learner.adapt)(params, shown, key)
+    predictive = jax.jit(learner.predict)(params, adapted, jnp.asarray(given.query), key)
     if not jnp.isfinite(predictive.mean()).all():
         raise ValueError(
-            f"--support: {recipe.learner} diverged on these {len(x)} examples, its predictions are not finite; try "
-            "fewer inner steps (--steps), features on the scale of training's, or a run with a lower learner.rate"
+            f"--support: {recipe.learner} diverged on these {len(given.x)} examples, its predictions are not finite; "
+            "try fewer inner steps (--steps), features on the scale of training's, or a run with a lower learner.rate"
         )
-    rows = class_rows(predictive, names, classes) if classify else target_rows(predictive, names)
-    _show(rows, f"{recipe.name}, {recipe.learner}: {len(x)} support examples, {len(names)} predictions")
+    target = None if preparation is None else preparation.target.name
+    if given.classes is not None:
+        rows = class_rows(predictive, given.names, given.classes)
+    else:
+        rows = target_rows(predictive if preparation is None else preparation.predictive(predictive), given.names)
+    told = f"{len(given.x)} support examples, {len(given.names)} predictions"
+    _show(rows, f"{recipe.name}, {recipe.learner}: {told}" + (f" of {target}" if target else ""))
     if out is not None:
         with out.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)
     return 0
+
+
+class Given(NamedTuple):
+    """What the user's files hold, as the learner sees it: a support, queries with their names, and the classes."""
+
+    x: np.ndarray
+    y: np.ndarray
+    query: np.ndarray
+    names: list[str]
+    classes: list[Any] | None
+
+
+def _from_tables(preparation: Preparation, support: Path, query: Path) -> Given:
+    """Both files by the names of their columns, in the run's own scaling, levels and class codes."""
+    x, y = preparation.examples(read_columns(support), labelled=True)
+    asked, _ = preparation.examples(read_columns(query), labelled=False)
+    assert y is not None
+    names = [f"row {i}" for i in range(len(asked))]
+    return Given(x, y, asked, names, list(preparation.target.classes) or None)
+
+
+def _given(run: Path, recipe: Recipe, like: Batch, shown: Examples, asked: Examples) -> Given:
+    """Examples of a run whose tasks bring classes of their own, or numbers without names."""
+    if shown.labels is None:
+        raise ValueError("--support: has no labels; give class-named folders, or a column of labels")
+    if not jnp.issubdtype(like.y.dtype, jnp.integer):
+        values = np.asarray(shown.labels)
+        y = as_numbers(values, "target", Columns({"target": values}), "--support")
+        return Given(shown.x, y.reshape(len(y), *like.y.shape[2:]).astype(like.y.dtype), asked.x, asked.names, None)
+    codes, classes = encode_labels(shown.labels)
+    way = most_ways(recipe) or len(classes)
+    if len(classes) > way:
+        raise ValueError(
+            f"--support: has {len(classes)} classes, but {run} was trained to tell {way} apart; give at most {way}, or "
+            f"train with --set tasks.way={len(classes)}"
+        )
+    return Given(shown.x, codes, asked.x, asked.names, classes)
 
 
 def _from_examples(
@@ -107,7 +143,7 @@ def _from_examples(
     # Omniglot's tasks show ink as 1 on 0; people's scans are dark ink on light paper.
     image |= {"invert": True} if recipe.tasks["name"] == "omniglot" else {}
     shown = read_examples(support, labelled=True, **image)
-    asked = read_examples(query, labelled=False, **image)
+    asked = _in_order(shown, read_examples(query, labelled=False, **image))
     for argument, given in (("--support", shown.x), ("--query", asked.x)):
         if given.shape[1:] != shape:
             raise ValueError(
@@ -115,6 +151,17 @@ def _from_examples(
                 "same features in the same order, or images (which are resized)"
             )
     return shown, asked
+
+
+def _in_order(shown: Examples, asked: Examples) -> Examples:
+    """The query's columns in the order of the support's, by name."""
+    if shown.features is None or asked.features is None or shown.features == asked.features:
+        return asked
+    for name in (*shown.features, *asked.features):
+        if name not in asked.features or name not in shown.features:
+            here, there = ("--support", "--query") if name in shown.features else ("--query", "--support")
+            raise ValueError(f"{there}: lacks column {name!r}, which {here} has; give both the same columns")
+    return asked._replace(x=asked.x[:, [asked.features.index(name) for name in shown.features]])
 
 
 def _from_texts(recipe: Recipe, encode: Callable[..., Any], support: Path, query: Path) -> tuple[Examples, Examples]:
@@ -139,21 +186,32 @@ def class_rows(predictive: Categories, names: list[str], classes: list[Any]) -> 
 
 
 def target_rows(predictive: Any, names: list[str]) -> list[dict[str, Any]]:
-    """A row a query: mean and central 90 % interval of its (first) target."""
-    low, high = predictive.quantile(0.05), predictive.quantile(0.95)
-    mean, low, high = (np.asarray(a)[:, 0] for a in (predictive.mean(), low, high))
-    return [
-        {"query": name, "mean": float(m), "5 %": float(a), "95 %": float(b)}
-        for name, m, a, b in zip(names, mean, low, high, strict=True)
-    ]
+    """A row a query: mean and central 90 % interval of its target, or of each of several."""
+    parts = {"mean": predictive.mean(), "5 %": predictive.quantile(0.05), "95 %": predictive.quantile(0.95)}
+    several = parts["mean"].shape[1] > 1
+    columns = {
+        f"{part}[{i}]" if several else part: np.asarray(values, float)[:, i]
+        for i in range(parts["mean"].shape[1])
+        for part, values in parts.items()
+    }
+    return [{"query": name} | {c: float(v[i]) for c, v in columns.items()} for i, name in enumerate(names)]
 
 
 def _show(rows: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title, title_justify="left", header_style="bold")
     for name in rows[0]:
         table.add_column(name, justify="left" if name in ("query", "prediction") else "right")
+    digits = _digits(rows)
     for row in rows[:SHOWN]:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(*(f"{v:.{digits}g}" if isinstance(v, float) else str(v) for v in row.values()))
     screen().print(table)
     if len(rows) > SHOWN:
         screen().print(f"... and {len(rows) - SHOWN} more; --out FILE.csv holds all")
+
+
+def _digits(rows: list[dict[str, Any]]) -> int:
+    """As many digits as tell the ends of the narrowest interval apart to a hundredth; 4 at least."""
+    sizes = [max(abs(v) for v in row.values() if isinstance(v, float)) for row in rows if "5 %" in row]
+    widths = [row["95 %"] - row["5 %"] for row in rows if "5 %" in row]
+    ratio = min((w / s for w, s in zip(widths, sizes, strict=True) if w > 0 and s > 0), default=1.0)
+    return min(max(4, 3 - floor(log10(ratio))), 16)

@@ -2,7 +2,8 @@
 
 import json
 import re
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,18 +41,37 @@ from metaprior.types import Learner
 
 
 def open_run(
-    folder: Path, steps: int | None = None, overrides: tuple[str, ...] = (), **posterior: Any
+    folder: Path, steps: int | None = None, overrides: tuple[str, ...] = (), *, blank: bool = False, **posterior: Any
 ) -> tuple[Run, Recipe, Experiment, Any]:
-    """A run, its recipe (with options set anew), what that builds, and the parameters that validated best."""
+    """A run, its recipe (with options set anew), what that builds, and the parameters that validated best.
+
+    A table is prepared as it was for training, and its groups are shared out as they were, unless `tasks.path`,
+    `tasks.split` or `tasks.seed` is set anew. blank: the tasks of a table are of the right shapes and empty, so that
+    the table itself need not be there.
+    """
     run = Run.open(folder)
     recipe = with_overrides(recipe_from_dict(run.recipe), None, parse_overrides(overrides))
     configure(float64=training_of(recipe).float64)
     steps = evaluation_of(recipe).steps if steps is None else steps
-    experiment = build(recipe, steps=steps, **posterior)
+    preparation, tasks = run.preparation, own_table(recipe.tasks, recipe.learner)
+    if preparation is not None and any(re.match(r"tasks\.(path|split|seed)=", option) for option in overrides):
+        preparation = replace(preparation, groups=None)
+    splits = None
+    if blank and preparation is not None and recipe.network.get("norm") != "running":
+        shot, query = tasks.get("shot", 5), tasks.get("query", 5)
+        splits = preparation.blank(shot, query, padded=tasks.get("ragged", "pad") == "pad")
+    experiment = build(recipe, steps=steps, splits=splits, preparation=preparation, **posterior)
+    if preparation is None and experiment.preparation is not None:
+        warnings.warn(
+            f"{folder} was trained by a version that kept no preparation.json; columns, levels and scaling are taken "
+            "from the table as it is today",
+            stacklevel=2,
+        )
     params = run.params(init_state(experiment.learner, experiment.splits.train, experiment.training))
     if experiment.model.statistics == "running":
         model = settled(experiment.model, params, experiment.splits.train, jax.random.key(experiment.training.seed))
-        learner = recipe_learner(recipe, model, experiment.likelihood, steps=steps, **posterior)
+        way = most_ways(recipe, experiment.preparation)
+        learner = recipe_learner(recipe, model, experiment.likelihood, steps=steps, way=way, **posterior)
         experiment = experiment._replace(model=model, learner=learner)
     return run, recipe, experiment, params
 
@@ -69,13 +89,15 @@ def with_knobs(
     knobs: dict[str, Any],
 ) -> Learner:  # fmt: skip
     """The experiment's learner with fitted scalars in its posterior and in what predicts from it."""
+    way = most_ways(recipe, experiment.preparation)
     learner, inner = experiment.learner, {n: v for n, v in knobs.items() if n != "softmax_temperature"}
     if posterior is None and inner:
         # The learner's own posterior stays as it is; only what predicts from it sees another noise.
-        noisy = recipe_learner(recipe, experiment.model, Gaussian(inner["noise"]), steps=steps)
+        noisy = recipe_learner(recipe, experiment.model, Gaussian(inner["noise"]), steps=steps, way=way)
         learner = learner._replace(predict=noisy.predict)
     elif inner:
-        learner = recipe_learner(recipe, experiment.model, experiment.likelihood, steps=steps, **(options | inner))
+        likelihood, own = experiment.likelihood, options | inner
+        learner = recipe_learner(recipe, experiment.model, likelihood, steps=steps, way=way, **own)
     scale = knobs.get("softmax_temperature")
     return learner if scale is None else temperature_scaled(learner, scale)
 
@@ -179,7 +201,8 @@ def evaluate(
         )
     course = learner
     if posterior not in (None, "point") and learner.path is not None:
-        course = recipe_learner(recipe, experiment.model, experiment.likelihood, posterior="point", steps=steps)
+        way, likelihood = most_ways(recipe, experiment.preparation), experiment.likelihood
+        course = recipe_learner(recipe, experiment.model, likelihood, posterior="point", steps=steps, way=way)
     if not settings.course:
         course = course._replace(path=None)
     report = evaluate_learner(

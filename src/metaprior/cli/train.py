@@ -64,8 +64,10 @@ def train(
         chosen = with_overrides(recipe_from_dict(kept.recipe), None, overrides)
     training = training_of(chosen)
     configure(float64=training.float64, devices=devices, threads=threads)
-    experiment = build(chosen)
+    experiment = build(chosen, preparation=None if kept is None else kept.preparation)
     run = Run.create(folder, as_dict(chosen)) if kept is None else kept
+    if experiment.preparation is not None and run.preparation is None:
+        run.keep(experiment.preparation)
     console = screen()
     named = Text.assemble((chosen.name, "bold"), " with ", (chosen.learner, "bold"), f": {chosen.description}")
     console.print(named, soft_wrap=True)

@@ -63,6 +63,13 @@ def around(splits: Splits, *, labelled: float = 1.0, unlabelled: str = "shown") 
     return splits if (labelled, unlabelled) == (1, "shown") else hide_labels(splits, labelled, unlabelled)
 
 
+def preparation_of(source: object) -> Preparation | None:
+    """The preparation of a table's tasks, whatever they are wrapped in; None for tasks that are no tables."""
+    while (inner := getattr(source, "source", None)) is not None:
+        source = inner
+    return getattr(source, "preparation", None)
+
+
 __all__ = [
     "DESCRIBED_SOURCES",
     "SOURCES",
@@ -104,6 +111,7 @@ __all__ = [
     "one_shot_runs",
     "one_shot_source",
     "pool_splits",
+    "preparation_of",
     "quadratics",
     "radon",
     "radon_all",

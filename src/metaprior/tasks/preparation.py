@@ -11,16 +11,20 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
 from metaprior.named import nearest
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.columns import TRUTH, Columns, as_ids, as_numbers, as_text, is_text, kind_of, refuse_missing
+from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.scaling import Scaling, cast, check_digits, moments
-from metaprior.types import Predictive
+from metaprior.types import Batch, Predictive, Splits, Task
 from metaprior.units import Floats
 
+LABELS = ("label", "labels", "class", "target", "y")  # usual names of the column of targets
 FAR = 100.0  # deviations from the training mean beyond which a value is warned of
 
 
@@ -207,6 +211,38 @@ class Preparation:
         if raw.shape[1] != len(self.target.mean):
             raise DataError(f"target: column {name!r} came {raw.shape[1]} wide, needs {len(self.target.mean)}")
         return cast((raw - self.target.mean) / self.target.deviation, raw, name, columns, "target")
+
+    def examples(self, columns: Columns, *, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """Features and, if `labelled`, targets of a user's file as a learner sees them.
+
+        The target is the column that the run was trained on, or else one of the usual names.
+
+        Raises:
+            DataError: see `encode` and `encode_target`; no column of targets.
+        """
+        x = self.encode(columns, warn=True)
+        if not labelled:
+            return x, None
+        taken = {column.name for column in self.columns}
+        usual = [name for name in (self.target.name, *LABELS) if name in columns or f"{name}[0]" in columns]
+        name = next((name for name in usual if name not in taken), self.target.name)
+        return x, self.encode_target(columns.find(name, "target"), columns, name)
+
+    def blank(self, shot: int, query: int, *, padded: bool) -> Splits:
+        """Tasks of the shapes that a learner sees, without the table's data: for a run whose table is elsewhere."""
+
+        def batch(rows: int) -> Batch:
+            x = np.zeros((1, rows, len(self.features)), jax.dtypes.canonicalize_dtype(float))
+            y = np.zeros((1, rows), np.int32) if self.target.classes else np.zeros_like(x, shape=(1, rows, self.width))
+            return jax.tree.map(jnp.asarray, Batch(x, y, jnp.ones((1, rows)) if padded else None))
+
+        source = FixedTasks(Task(batch(shot), batch(query)))
+        return Splits(source, source, source)
+
+    @property
+    def width(self) -> int:
+        """The number of targets."""
+        return len(self.target.mean)
 
     def predictive(self, predictive: Predictive) -> Predictive:
         """A learner's predictive in the units of the target; classes and counts are in them already."""

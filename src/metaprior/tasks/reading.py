@@ -8,10 +8,8 @@ import numpy as np
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.columns import Columns, as_ids, as_text, kind_of, read_columns
 from metaprior.tasks.pictures import SUFFIXES, check_channels, decode_picture, decode_pictures, find_pictures
-from metaprior.tasks.preparation import Column
+from metaprior.tasks.preparation import LABELS, Column
 from metaprior.tasks.scaling import cast
-
-LABELS = ("label", "labels", "class", "target", "y")
 
 
 class Examples(NamedTuple):
