@@ -98,8 +98,8 @@ def predict(
     """The predictive at x under a posterior with `mean`, `sample` and `quadratic`.
 
     draws = 0: the linearised predictive in closed form (exact for Gaussian likelihoods of a linear network; softmax by
-    `Categorical.predictive`'s probit scaling of the logits' variances about their mean over classes, as a shift common
-    to all classes changes nothing). It costs one vector-Jacobian product through all of x an output, n c in all.
+    quadrature over logits that are independent beside a shift common to all classes, which changes nothing). It costs
+    one vector-Jacobian product through all of x an output, n c in all.
     draws > 0: a mixture of so many networks drawn from the posterior; with linear=True of draws of the network
     linearised at its mean, which is the network that Gauss-Newton describes (Immer, Korzepa & Bauer 2021): one
     Jacobian-vector product a draw, the cheap choice for convolutional networks.
@@ -117,7 +117,8 @@ def predict(
     means = outputs(posterior.mean, x)[None]
     if isinstance(posterior, Point):
         return likelihood.predictive(means)
-    return likelihood.predictive(means, output_variance(_felt(outputs, likelihood), posterior, x)[None])
+    variance = output_variance(_felt(outputs, likelihood), posterior, x)[None]
+    return likelihood.predictive(means, _apart(variance) if isinstance(likelihood, Categorical) else variance)
 
 
 def _drawn(outputs: Callable[..., Array], posterior: Any, x: PyTree, linear: bool) -> Callable[[PRNGKeyArray], Array]:
@@ -138,6 +139,18 @@ def _felt(outputs: Callable[..., Array], likelihood: Likelihood) -> Callable[...
         return f - f.mean(-1, keepdims=True)
 
     return centred
+
+
+def _apart(centred: Float[Array, "s n c"]) -> Float[Array, "s n c"]:
+    """Variances u of independent logits whose variances about their mean over the c classes are `centred`, w.
+
+    w_j = (1 - 2/c) u_j + sum(u)/c^2, so sum(u) = sum(w) c/(c - 1). Two classes share one w: either gets half the sum.
+    """
+    c = centred.shape[-1]
+    total = centred.sum(-1, keepdims=True) * c / max(c - 1, 1)
+    if c < 3:
+        return jnp.broadcast_to(total / c, centred.shape)
+    return jnp.maximum((centred - total / c**2) / (1 - 2 / c), 0)
 
 
 def _rule(infer: Callable[..., Any], draws: int, linear: bool, noise: float | Array | None) -> PosteriorRule:
