@@ -5,7 +5,7 @@ query examples of all tasks.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from rich.table import Table
 from metaprior.calibration import BINS, brier, expected_error, maximum_error, reliability
 from metaprior.devices import everywhere, map_over_tasks, task_mesh
 from metaprior.likelihoods import Categories
+from metaprior.tasks import preparation_of
 from metaprior.types import Learner, Task, TaskSource
+from metaprior.units import in_units
 
 LEVELS = (0.5, 0.9, 0.95)  # of the central predictive intervals whose coverage is reported
 
@@ -32,7 +34,7 @@ class Figure:
     interval: float
 
     def __format__(self, digits: str) -> str:
-        digits = (digits or ".4f") if abs(self.mean) < 1e5 else ".3g"
+        digits = (digits or ".4f") if _digits(self.mean) == ".4f" else ".3g"
         return f"{self.mean:{digits}} ± {self.interval:{digits}}"
 
     def __str__(self) -> str:
@@ -41,7 +43,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found. `pooled` are figures without an interval; `curve` has a row an inner step."""
+    """What `evaluate` found. `pooled` are figures without an interval; `curve` has a row an inner step.
+
+    `target` names the column of a table that was predicted: errors, widths and NLL are in its own units.
+    """
 
     kind: str
     tasks: int
@@ -50,6 +55,7 @@ class Report:
     curve: list[dict[str, Figure]] = field(default_factory=list)
     reliability: list[dict[str, float]] = field(default_factory=list)
     pit: list[float] = field(default_factory=list)
+    target: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -62,18 +68,20 @@ class Report:
         table = json.loads(text)
         table["figures"] = {k: Figure(**v) for k, v in table["figures"].items()}
         table["curve"] = [{k: Figure(**v) for k, v in row.items()} for row in table["curve"]]
-        return cls(**{f.name: table[f.name] for f in fields(cls)})
+        return cls(**{f.name: table[f.name] for f in fields(cls) if f.name in table})
 
     def table(self, title: str = "") -> Table:
         """The report as a table to print."""
-        table = Table(title=title or f"{self.tasks} tasks", title_justify="left", header_style="bold")
+        title = (title or f"{self.tasks} tasks") + (f"; in units of {self.target}" if self.target else "")
+        table = Table(title=title, title_justify="left", header_style="bold")
         table.add_column("figure")
         table.add_column("mean", justify="right")
         table.add_column("95 % interval", justify="right")
         for name, figure in self.figures.items():
-            table.add_row(title_of(name), f"{figure.mean:.4f}", f"± {figure.interval:.4f}")
+            digits = _digits(figure.mean)
+            table.add_row(title_of(name), f"{figure.mean:{digits}}", f"± {figure.interval:{digits}}")
         for name, value in self.pooled.items():
-            table.add_row(title_of(name), f"{value:.4f}", "")
+            table.add_row(title_of(name), f"{value:{_digits(value)}}", "")
         return table
 
     def curve_table(self) -> Table | None:
@@ -88,6 +96,11 @@ class Report:
             if step <= 10 or step % 10 == 0 or step == len(self.curve) - 1:
                 table.add_row(str(step), *(str(figure) for figure in row.values()))
         return table
+
+
+def _digits(value: float) -> str:
+    """Four decimals, or four digits for figures of tables in units that are very small or large."""
+    return ".4f" if value == 0 or 1e-2 <= abs(value) < 1e5 else ".4g"
 
 
 def title_of(name: str) -> str:
@@ -127,7 +140,7 @@ def evaluate(
     course: Learner | None = None,
     metrics: Sequence[str] = (),
 ) -> Report:
-    """Adapt to `tasks` new tasks and judge the predictions of their queries.
+    """Adapt to `tasks` new tasks and judge the predictions of their queries, a table's in the units of its target.
 
     chunk: tasks in memory at once. course: the learner whose `path` gives the figures after each inner step (default:
     the learner itself, if it has one; a cheaper posterior may be wanted there). metrics: names of the learner's own, of
@@ -136,6 +149,7 @@ def evaluate(
     """
     if tasks < 1:
         raise ValueError(f"tasks: came {tasks}, needs at least 1")
+    units = Units.of(source)
     course = learner if course is None else course
 
     def own(params: PyTree, task: Task, key: PRNGKeyArray) -> dict[str, Array]:
@@ -152,12 +166,12 @@ def evaluate(
         task: Task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1)) if given is None else given
         x, y = task.query.x, task.query.y
         posterior = learner.adapt(params, task.support, key_adapt)
-        scores = score(learner.predict(params, posterior, x, key_predict), y)
+        scores = units.score(learner.predict(params, posterior, x, key_predict), y)
         weight = jnp.ones_like(scores["nll"]) if task.query.weight is None else task.query.weight
         steps = {}
         if course.path is not None:
             path = course.path(params, task.support, key_adapt)
-            later = jax.vmap(lambda p: brief_score(course.predict(params, p, x, key_predict), y))(path)
+            later = jax.vmap(lambda p: units.score(course.predict(params, p, x, key_predict), y, brief_score))(path)
             steps = jax.tree.map(lambda s: task_mean(s, weight), later)
         return scores, steps, weight, own(params, task, key_adapt)
 
@@ -167,8 +181,47 @@ def evaluate(
     mesh = task_mesh(tasks)
     run, shared = jax.jit(map_over_tasks(every, mesh)), everywhere((params, source), mesh)
     scores, steps, weight, others = jax.device_get(run(shared, (jax.random.split(key, tasks), given)))
-    report = summarise(scores, steps, weight)
-    return replace(report, figures=report.figures | {name: figure_of(values) for name, values in others.items()})
+    report = summarise(units.scaled(scores), units.scaled(steps), weight)
+    own_figures = {name: figure_of(values) for name, values in others.items()}
+    return replace(report, target=units.target, figures=report.figures | own_figures)
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of a table's target: `scale` of them are one standardised unit of each target.
+
+    Scores are computed with scales of 1 at most, and brought to their size in float64, where no square of a scale
+    overflows.
+    """
+
+    target: str | None = None
+    scale: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, source: Any) -> "Units":
+        """Those of a source's table; none for classes and for tasks that are no tables."""
+        preparation = preparation_of(source)
+        if preparation is None or preparation.target.kind == "class":
+            return cls()
+        return cls(preparation.target.name, preparation.target.deviation)
+
+    def score(
+        self, predictive: Any, y: Array, by: Callable[..., dict[str, Array]] | None = None
+    ) -> dict[str, Array]:
+        """Scores of a predictive of standardised targets, relative to the largest scale."""
+        if set(self.scale) - {1.0}:
+            relative = np.asarray(self.scale) / max(self.scale)
+            predictive, y = in_units(predictive, 0 * relative, relative), y * relative.astype(y.dtype)
+        return (score if by is None else by)(predictive, y)
+
+    def scaled(self, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The scores in the target's own units."""
+        if not set(self.scale) - {1.0}:
+            return scores
+        largest, own = max(self.scale), {name: np.asarray(values, float) for name, values in scores.items()}
+        own |= {name: own[name] * largest**2 for name in ("mse", "variance") if name in own}
+        own |= {name: own[name] * largest for name in own if name.startswith("width_")}
+        return own | ({"nll": own["nll"] + len(self.scale) * float(np.log(largest))} if "nll" in own else {})
 
 
 def brief_score(predictive: Any, y: Array) -> dict[str, Array]:
@@ -190,7 +243,8 @@ def figure_of(per_task: np.ndarray) -> Figure:
 
 def summarise(scores: dict[str, np.ndarray], steps: dict[str, np.ndarray], weight: np.ndarray) -> Report:
     """A report from scores [tasks, n], per-step means [tasks, k + 1] and weights [tasks, n]."""
-    means = {name: np.asarray(task_mean(jnp.asarray(values), jnp.asarray(weight))) for name, values in scores.items()}
+    total = np.maximum(weight.sum(-1), 1e-12)
+    means = {name: (values * weight).sum(-1) / total for name, values in scores.items()}
     names = [n for n in ("accuracy", "mse", "nll", "brier") if n in scores]
     names += [n for n in scores if n.startswith(("coverage_", "width_"))]
     figures = {name: figure_of(means[name]) for name in names}
@@ -208,8 +262,8 @@ def summarise(scores: dict[str, np.ndarray], steps: dict[str, np.ndarray], weigh
             for b, (n, c, a) in enumerate(zip(*table, strict=True))
         ]
         return Report("classification", len(weight), figures, pooled, curve, rows)
-    error = np.log(np.maximum(flat["mse"][counted], 1e-20))
-    spread = np.log(np.maximum(flat["variance"][counted], 1e-20))
+    least = max(1e-20 * flat["variance"][counted].mean(), 1e-300)  # in the units of the target, whatever they are
+    error, spread = (np.log(np.maximum(flat[name][counted].astype(float), least)) for name in ("mse", "variance"))
     together = float(np.corrcoef(error, spread)[0, 1]) if spread.std() > 1e-6 else 0.0
     pooled = {"rmse": float(np.sqrt(means["mse"].mean())), "variance_error_correlation": together}
     histogram = np.histogram(flat["pit"][counted], bins=BINS, range=(0, 1))[0] / counted.sum() * BINS

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from metaprior.evaluation import Report
-from metaprior.types import Learner, Task
+from metaprior.tasks import Preparation
+from metaprior.types import Batch, Learner, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,9 +78,14 @@ def adaptation_curve(report: Report) -> Figure:
         half = np.array([row[name].interval for row in report.curve])
         ax.fill_between(steps, mean - half, mean + half, color=BLUE, alpha=0.2, linewidth=0)
         ax.plot(steps, mean, "o-" if len(steps) <= 20 else "-", color=BLUE, markersize=4, linewidth=1.4)
-        ax.set(xlabel="inner steps", ylabel={"nll": "NLL", "mse": "MSE"}.get(name, name))
+        ax.set(xlabel="inner steps", ylabel=_label(name, report.target))
         ax.xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def _label(name: str, target: str | None) -> str:
+    of = f", in units of {literal(target)}" if target and name in ("nll", "mse") else ""
+    return {"nll": "NLL", "mse": "MSE"}.get(name, name) + of
 
 
 def compared_curves(reports: Mapping[str, Report]) -> Figure:
@@ -95,7 +101,7 @@ def compared_curves(reports: Mapping[str, Report]) -> Figure:
             steps = np.arange(len(rows))
             ax.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
             ax.plot(steps, mean, linewidth=1.4, label=literal(label), **style)
-        ax.set(xlabel="inner steps", ylabel={"nll": "NLL", "mse": "MSE"}.get(name, name))
+        ax.set(xlabel="inner steps", ylabel=_label(name, next(iter(reports.values())).target))
         if name == "mse":
             ax.set_yscale("log")
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -103,8 +109,8 @@ def compared_curves(reports: Mapping[str, Report]) -> Figure:
     return figure
 
 
-def training_curve(rows: Sequence[dict[str, float]]) -> Figure:
-    """Training and validation figures over meta-steps."""
+def training_curve(rows: Sequence[dict[str, float]], target: str | None = None) -> Figure:
+    """Training and validation figures over meta-steps; target: of a table, which training sees standardised."""
     if not rows:
         raise ValueError("rows: came no figures, needs at least one chunk of training")
     names = [n for n in ("accuracy", "mse", "nll", "loss") if f"train/{n}" in rows[0] or f"validation/{n}" in rows[0]]
@@ -116,7 +122,7 @@ def training_curve(rows: Sequence[dict[str, float]]) -> Figure:
             points = [(r["step"], r[f"{split}/{name}"]) for r in rows if f"{split}/{name}" in r]
             if points:
                 ax.plot(*zip(*points, strict=True), color=colour, linewidth=1.3, label=split, alpha=0.9)
-        ax.set(xlabel="meta-steps", ylabel={"nll": "NLL", "mse": "MSE"}.get(name, name))
+        ax.set(xlabel="meta-steps", ylabel=_label(name, f"standardised {target}" if target else None))
         ax.legend(frameon=False)
     return figure
 
@@ -142,12 +148,20 @@ def _points(ax: Axes, task: Task) -> None:
 
 
 def regression_tasks(
-    learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyArray, each: bool = False
+    learner: Learner,
+    params: PyTree,
+    tasks: Task,
+    key: PRNGKeyArray,
+    each: bool = False,
+    preparation: Preparation | None = None,
 ) -> Figure:
     """Mean and 50/95 % bands on [n, 1] inputs for each task of a stack: before adapting, after one step, at the end.
 
-    each: after each inner step, in place of the first and the last.
+    each: after each inner step, in place of the first and the last. preparation: of a table, whose units and names are
+    drawn.
     """
+    scaling = None if preparation is None else preparation.scaling
+    names = ("x", "y") if preparation is None else (preparation.features[0], preparation.target.name)
     number = jax.tree.leaves(tasks.support.y)[0].shape[0]
     adapt, predict = jax.jit(learner.adapt), jax.jit(learner.predict)
     courses, shown = None, []
@@ -170,12 +184,16 @@ def regression_tasks(
             stages = {"before": adapt(params, unseen, key)}
             stages |= {_stage(k): jax.tree.map(lambda leaf, j=j, k=k: leaf[j, k], courses) for k in shown}
         for ax, (title, posterior) in zip(axes[j], stages.items(), strict=True):
-            _bands(ax, np.asarray(x)[:, 0], predict(params, posterior, x, key), BLUE)
-            _points(ax, task)
+            predictive, across, points = predict(params, posterior, x, key), np.asarray(x), task
+            if preparation is not None and scaling is not None:
+                predictive, across = preparation.predictive(predictive), scaling.raw_features(x)
+                points = Task(*(Batch(scaling.raw_features(b.x), scaling.targets(b.y)) for b in task))
+            _bands(ax, across[:, 0], predictive, BLUE)
+            _points(ax, points)
             if j == 0:
                 ax.set_title(title, loc="left", fontsize=10)
-            ax.set_xlabel("x") if j == number - 1 else None
-        axes[j, 0].set_ylabel("y")
+            ax.set_xlabel(literal(names[0])) if j == number - 1 else None
+        axes[j, 0].set_ylabel(literal(names[1]))
     # Above the panels, as it would lie on the points of one: in two lines over a single column.
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=5 if columns > 1 else 3, frameon=False, fontsize=8)

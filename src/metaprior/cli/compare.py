@@ -31,9 +31,12 @@ def compare(
     reports = {name: report_of(run, report) for name, run in named.items()}
     if len(kinds := sorted({it.kind for it in reports.values()})) > 1:
         raise ValueError(f"runs: came reports of {' and of '.join(kinds)}, need to be of one kind")
+    if len(targets := sorted({it.target or "no table" for it in reports.values()})) > 1:
+        raise ValueError(f"runs: came reports on {' and on '.join(targets)}, need to be on one target")
     found = {name: asdict(it) | trained(named[name]) for name, it in reports.items()}
     console, shown = screen(), [n for n in SHOWN if any(n in it.figures or n in it.pooled for it in reports.values())]
-    table = Table(title=f"report-{report}", title_justify="left", header_style="bold", box=None, pad_edge=False)
+    title = f"report-{report}" + "".join({f"; in units of {it.target}" for it in reports.values() if it.target})
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for column in ("learner", "steps", "min", "tasks", *map(title_of, shown)):
         table.add_column(column, justify="left" if column == "learner" else "right", no_wrap=True)
     for name, it in reports.items():
@@ -56,7 +59,10 @@ def report_of(run: Run, name: str) -> Report:
     if not path.is_file():
         has = ", ".join(sorted(p.stem.removeprefix("report-") for p in run.folder.glob("report-*.json"))) or "none"
         raise ValueError(f"report: {run.folder} holds no {path.name} (it has {has}); run `metaprior evaluate` first")
-    return Report.from_json(path.read_text())
+    text = path.read_text()
+    if run.preparation is not None and "target" not in json.loads(text):
+        raise ValueError(f"report: {path} is of an older version, in other units; run `metaprior evaluate` again")
+    return Report.from_json(text)
 
 
 def trained(run: Run) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import numpy as np
 import tyro
 from rich.table import Table
 
 from metaprior.calibration import Calibration, calibrate, calibrate_softmax, temperature_scaled
 from metaprior.cli.screen import screen
-from metaprior.evaluation import Report
+from metaprior.evaluation import Report, Units
 from metaprior.evaluation import evaluate as evaluate_learner
 from metaprior.inference.normalised import settled
 from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -195,8 +196,11 @@ def evaluate(
         fitted = result.knobs
         learner = with_knobs(recipe, experiment, posterior, steps, options, fitted)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in fitted.items())
+        standardised = Units.of(source).scaled({"nll": np.zeros(1)})["nll"][0] != 0
+        about = " of the standardised target" if standardised else ""
         console.print(
-            f"fitted on {validation} validation tasks: {shown} (NLL {result.nll_before:.4f} -> {result.nll_after:.4f})",
+            f"fitted on {validation} validation tasks: {shown} (NLL{about} {result.nll_before:.4f} -> "
+            f"{result.nll_after:.4f})",
             soft_wrap=True,
         )
     course = learner

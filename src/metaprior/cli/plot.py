@@ -25,12 +25,15 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
     plots = opened.folder / "plots"
     plots.mkdir(exist_ok=True)
     written = [plots / "training.png"]
-    training_curve(opened.metrics()).savefig(written[0])
+    preparation = experiment.preparation
+    scaled = preparation is not None and set(preparation.target.deviation) != {1.0}
+    training_curve(opened.metrics(), preparation.target.name if preparation and scaled else None).savefig(written[0])
     task = experiment.splits.test.sample(jax.random.key(experiment.evaluation.seed), 3)
     x = task.support.x
     if recipe.likelihood["name"] == "gaussian" and getattr(x, "shape", (0,))[-1] == 1 and x.ndim == 3:
         written.append(plots / "tasks.png")
-        regression_tasks(experiment.learner, params, task, jax.random.key(0)).savefig(written[-1])
+        drawn = regression_tasks(experiment.learner, params, task, jax.random.key(0), preparation=preparation)
+        drawn.savefig(written[-1])
     if recipe.learner == "meta_lstm":
         model, likelihood, options = experiment.model, experiment.likelihood, recipe.learners.get("meta_lstm", {})
         steps, p = steps_of(experiment.learner, params, task), options.get("p", P)

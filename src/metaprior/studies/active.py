@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from metaprior.evaluation import Figure, figure_of
+from metaprior.evaluation import Figure, Units, figure_of
 from metaprior.types import Batch, Learner, Task, TaskSource
 
 
 class Acquisition(NamedTuple):
     """Over tasks, after 0, 1, ..., k acquisitions: the mean squared error of either policy and of the pair.
+
+    Errors of a table are in the units of its target.
 
     difference: by variance less at random, task by task, on the same start, candidates and test points.
     seen: the number of support examples at each.
@@ -122,7 +124,11 @@ def active(
 
         return jax.lax.map(one, keys, batch_size=min(chunk, tasks))
 
-    informed, random = (np.asarray(a) for a in run(params, source, jax.random.split(key, tasks)))
+    scale = np.asarray(Units.of(source).scale or (1.0,))
+    if (scale != scale[0]).any():
+        raise ValueError("source: came several targets of different units, whose squared errors have no common mean")
+    found = run(params, source, jax.random.split(key, tasks))
+    informed, random = (np.asarray(a, float) * scale[0] ** 2 for a in found)  # in the units of a table's target
     with np.errstate(invalid="ignore"):  # inf - inf, where both diverged on a task
         gained = informed - random
     over = [[figure_of(column) for column in errors.T] for errors in (informed, random, gained)]

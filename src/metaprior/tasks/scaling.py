@@ -30,6 +30,10 @@ class Scaling(NamedTuple):
         """Raw features as a learner sees them, in float64."""
         return (np.asarray(raw, float) - self.x_mean) / self.x_deviation
 
+    def raw_features(self, x: Any) -> Float[np.ndarray, "... d"]:
+        """Features that a learner sees in original units, in float64."""
+        return np.asarray(x, float) * self.x_deviation + self.x_mean
+
     def standardised(self, y: Any) -> Float[np.ndarray, "... c"]:
         """Raw targets as a learner sees them, in float64."""
         return (np.asarray(y, float) - self.y_mean) / self.y_deviation
