@@ -23,8 +23,8 @@ KILLS = 20
 
 
 def train(folder, training=TINY, learner=None, resume=False):
-    run = Run.open(folder) if resume else Run.create(folder, {"name": "tiny"})
-    return fit(learner or tiny_learner(), tiny_splits(), training, run=run, resume=resume)
+    with Run.resume(folder) if resume else Run.create(folder, {"name": "tiny"}) as run:
+        return fit(learner or tiny_learner(), tiny_splits(), training, run=run, resume=resume)
 
 
 def test_a_resumed_run_has_the_same_bits_as_an_unstopped_one(tmp_path):
@@ -66,7 +66,7 @@ def test_the_last_good_state_of_a_run_that_diverged_is_saved(tmp_path, monkeypat
     with pytest.raises(NonFiniteLoss) as caught:
         train(tmp_path / "run", training)
     like = init_state(tiny_learner(), tiny_splits().train, training)
-    state, _, rows = Run.open(tmp_path / "run").restore(like)
+    state, _, _, rows = Run.open(tmp_path / "run").restore(like)
     assert same_bits(state, caught.value.state)
     assert int(state.step) > training.chunk  # else its first checkpoint would do
     assert [row["step"] for row in rows] == list(range(2, int(state.step) + 1, 2))
@@ -79,7 +79,7 @@ from dataclasses import replace
 from metaprior.runs import Run
 from metaprior.training import fit
 folder, fresh = sys.argv[1], sys.argv[2] == "fresh"
-run = Run.create(folder, {"name": "tiny"}) if fresh else Run.open(folder)
+run = Run.create(folder, {"name": "tiny"}) if fresh else Run.resume(folder)
 print("ready", flush=True)
 fit(tiny_learner(), tiny_splits(), replace(TINY, steps=400), run=run, resume=not fresh)
 """
@@ -87,7 +87,8 @@ fit(tiny_learner(), tiny_splits(), replace(TINY, steps=400), run=run, resume=not
 
 def test_twenty_kills_lose_at_most_a_chunk_each_and_corrupt_nothing(tmp_path):
     folder, dice = tmp_path / "victim", random.Random(0)
-    env = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    path = os.pathsep.join(filter(None, (os.path.dirname(__file__), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     training, like = replace(TINY, steps=400), init_state(tiny_learner(), tiny_splits().train, TINY)
     before, kills = 0, 0
@@ -107,7 +108,7 @@ def test_twenty_kills_lose_at_most_a_chunk_each_and_corrupt_nothing(tmp_path):
         victim.send_signal(signal.SIGKILL)
         victim.wait()
         kills += 1
-        state, _, rows = Run.open(folder).restore(like)
+        state, _, _, rows = Run.open(folder).restore(like)
         assert int(state.step) >= max(before, written - TINY.chunk)
         assert [row["step"] for row in rows] == list(range(TINY.chunk, int(state.step) + 1, TINY.chunk))
         before = int(state.step)
@@ -161,16 +162,16 @@ def test_a_damaged_checkpoint_falls_back_and_then_says_so(tmp_path):
 
 def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
     train(tmp_path / "run", replace(TINY, steps=8))
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints" / "last", keep=2)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints" / "last")
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints._keeper, "save", full)
+    monkeypatch.setattr(checkpoints._writer(), "save", full)
     like = init_state(tiny_learner(), tiny_splits().train, TINY)
-    with pytest.raises(CheckpointError, match=r"No space left.*Free some disk space.*--resume"):
+    with pytest.raises(CheckpointError, match=r"No space left.*free some disk space.*--resume"):
         checkpoints.save(12, like)
-    assert Checkpoints(tmp_path / "run" / "checkpoints" / "last", keep=2).restore(like)[0] == 8
+    assert Checkpoints(tmp_path / "run" / "checkpoints" / "last").restore(like).step == 8
 
 
 def test_a_torn_line_of_figures_is_left_out(tmp_path):

@@ -1,11 +1,18 @@
-"""Checkpoints by orbax: atomic, the last two and the best one, refused where they do not fit."""
+"""Checkpoints by orbax: atomic, the last two and the best two, refused where they do not fit."""
 
+import shutil
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+
+from metaprior.files import explained
+
+RETRIES = 5
 
 
 class CheckpointError(ValueError):
@@ -43,51 +50,96 @@ def check_fingerprint(saved: dict[str, str], needed: dict[str, str], where: Path
 
 
 class Checkpoints:
-    """A folder of checkpoints, one subfolder a step; orbax writes each beside and renames it into place."""
+    """A folder of checkpoints, one subfolder a step; orbax writes each beside and renames it into place.
 
-    def __init__(self, folder: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-        )
-        self.folder = folder
-        self._keeper = ocp.CheckpointManager(folder.absolute(), options=options)
+    Reading changes nothing in the folder, so it is safe beside a process that saves. Only one process may save.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder, self.keep = folder, keep
+        self._keeper: ocp.CheckpointManager | None = None
+
+    def steps(self) -> list[int]:
+        """The steps that there are, in order."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+    def restore(self, like: PyTree, most: int | None = None) -> "Restored":
+        """The newest checkpoint that can be read, of those up to step `most`."""
+        found = self._newest(like, most)
+        for _ in range(RETRIES):
+            if not found.damaged:
+                break
+            # The process that saves deletes old checkpoints: one that vanishes under a reader is not damaged.
+            time.sleep(0.1)
+            before, found = found, self._newest(like, most)
+            if found.damaged.keys() == before.damaged.keys():
+                break
+        return found
+
+    def _newest(self, like: PyTree, most: int | None) -> "Restored":
+        shapes, damaged = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), {}
+        for step in reversed(self.steps()):
+            if most is not None and step > most:
+                continue
+            try:
+                with ocp.StandardCheckpointer() as reader:
+                    path = self.folder.absolute() / str(step) / "default"
+                    return Restored(step, reader.restore(path, shapes), damaged)
+            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+                damaged[step] = _first_line(error)
+        return Restored(None, None, damaged)
 
     def save(self, step: int, tree: PyTree) -> None:
         """Write a checkpoint; earlier ones stay whole if this fails."""
-        if step in self._keeper.all_steps():
-            return  # a kill came after it: training is deterministic, so these are the same bits
         try:
-            self._keeper.save(step, args=ocp.args.StandardSave(tree), force=True)
+            keeper = self._writer()
+            if step in keeper.all_steps():
+                return  # a kill came after it: training is deterministic, so these are the same bits
+            keeper.save(step, args=ocp.args.StandardSave(tree), force=True)
         except (OSError, ValueError, RuntimeError) as error:
+            why = explained(error) if isinstance(error, OSError) else _first_line(error)
             raise CheckpointError(
-                f"{self.folder}: could not save meta-step {step} ({_first_line(error)}); earlier checkpoints are "
-                "whole. Free some disk space and go on with --resume"
+                f"{self.folder}: could not save meta-step {step} ({why.rstrip('.')}). Earlier checkpoints are whole: "
+                "free some disk space, or mend the folder, and go on with --resume."
             ) from error
 
-    def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
-        """The newest checkpoint that can be read, as (step, tree); None where there is none at all."""
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        problems = []
-        for step in sorted(self._keeper.all_steps(), reverse=True):
-            try:
-                return step, self._keeper.restore(step, args=ocp.args.StandardRestore(shapes))
-            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                problems.append(f"meta-step {step}: {_first_line(error)}")
-                self._forget(step)
-        if problems:
-            raise CheckpointError(
-                f"{self.folder}: no checkpoint can be read ({'; '.join(problems)}). The folder is damaged: delete the "
-                "run and train again, or put a backup in its place"
-            )
-        return None
+    def drop(self, after: int, damaged: Iterable[int] = ()) -> None:
+        """Delete the checkpoints beyond a step and move damaged ones aside, so that these steps can be saved again."""
+        for step in damaged:
+            aside = self.folder.with_name(f"{self.folder.name}-damaged-{step}-{time.time_ns()}")
+            (self.folder / str(step)).rename(aside)
+        for step in self.steps():
+            if step > after:
+                shutil.rmtree(self.folder / str(step))
+        if self._keeper is not None:
+            self._keeper.reload()
 
-    def _forget(self, step: int) -> None:
-        """Move a damaged checkpoint aside, so that the step can be saved again."""
-        damaged = self.folder / str(step)
-        aside = self.folder.with_name(f"{self.folder.name}-damaged-{step}")
-        if damaged.is_dir() and not aside.exists():
-            damaged.rename(aside)
-        self._keeper.reload()
+    def _writer(self) -> ocp.CheckpointManager:
+        if self._keeper is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            )
+            self._keeper = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        return self._keeper
+
+
+class Restored(NamedTuple):
+    """A checkpoint's step and tree (None if none can be read), and by step why newer ones cannot be read."""
+
+    step: int | None
+    tree: PyTree
+    damaged: dict[int, str]
+
+
+def unreadable(folder: Path, damaged: dict[int, str]) -> CheckpointError:
+    """The error of a folder of which no checkpoint can be read."""
+    problems = "; ".join(f"meta-step {step}: {why}" for step, why in damaged.items())
+    return CheckpointError(
+        f"{folder}: no checkpoint can be read ({problems}). The folder is damaged: delete the run and train again, or "
+        "put a backup in its place."
+    )
 
 
 def _first_line(error: BaseException) -> str:

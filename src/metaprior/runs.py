@@ -1,63 +1,159 @@
 """A run is a folder: its recipe, its figures as JSON lines and TensorBoard events, its checkpoints and pictures.
 
-    recipe.json   preparation.json (of a table)
+    recipe.json   training.json   preparation.json (of a table)   state.json   lock
     metrics.jsonl   tensorboard/   checkpoints/{last,best}/STEP   report-*.json   plots/
+
+One process trains a run, and holds its lock; any number may read it meanwhile. `Run.open` reads and changes nothing.
 """
 
 import json
 import os
+import shutil
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import PyTree
 
-from metaprior.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints, check_fingerprint, fingerprint
+from metaprior.checkpoint import (
+    CheckpointError,
+    CheckpointMismatch,
+    Checkpoints,
+    check_fingerprint,
+    fingerprint,
+    unreadable,
+)
+from metaprior.events import Events
+from metaprior.files import Lock, Locked, explained, sync, write_atomically
+from metaprior.networks.native import kernels
 from metaprior.tasks.preparation import Preparation
-from metaprior.training import TrainState
+from metaprior.training import Restored, Training, TrainState
+
+Row = dict[str, float]
 
 
 class RunExists(ValueError):
     """A new run was to be written where one lies already."""
 
 
-class Run:
-    """A run's folder; `record` and `restore` make it a `training.Recorder`."""
+class OtherSettings(ValueError):
+    """A run was to go on with other settings than those it was started with."""
 
-    def __init__(self, folder: Path):
+
+class Chosen(NamedTuple):
+    """Parameters of a checkpoint: `which` is "best" or "last", `step` its meta-step."""
+
+    params: PyTree
+    which: str
+    step: int
+
+
+class Run:
+    """A run's folder. `create` and `resume` lock it for training, as a `training.Recorder`; `open` only reads."""
+
+    def __init__(self, folder: Path, lock: Lock | None = None):
         self.folder = folder
-        self._writer: Any = None
-        self._last: Checkpoints | None = None
-        self._best: Checkpoints | None = None
+        self._lock = lock
+        self._made: list[Path] = []  # folders that `create` made
+        self._asked: dict[str, Any] = {}
+        self._events: Events | None = None
+        self._last, self._best = (Checkpoints(folder / "checkpoints" / which) for which in ("last", "best"))
 
     @classmethod
-    def create(cls, folder: Path | str, recipe: dict[str, Any]) -> "Run":
-        """A new run in a folder that is empty or not there yet."""
+    def create(cls, folder: Path | str, recipe: dict[str, Any], asked: dict[str, Any] | None = None) -> "Run":
+        """A new run in a folder that is empty or not there yet, locked for training.
+
+        Args:
+            folder: where.
+            recipe: the resolved recipe, as plain tables.
+            asked: the options by name that the user set over the recipe, to tell them from the recipe's own later.
+
+        Raises:
+            RunExists: the folder is there and not empty.
+            ValueError: the folder cannot be made or written to.
+            Locked: another process is making a run there at this moment.
+        """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunExists(
-                f"--out {folder}: exists already and is not empty; go on with it by --resume, or name another folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
-        return cls(folder)
+        made = []
+        try:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise RunExists(
+                    f"--out {folder}: exists already and is not empty; go on with it by --resume, or name another "
+                    "folder"
+                )
+            for path in reversed([folder, *folder.parents]):
+                if not path.exists():
+                    path.mkdir(exist_ok=True)
+                    made.append(path)
+            run = cls(folder, Lock(folder / "lock", str(folder)))
+            run._made, run._asked = made, asked or {}
+            write_atomically(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
+        except OSError as error:
+            _remove(folder, made)
+            raise ValueError(f"--out {explained(error, folder)}") from error
+        return run
 
     @classmethod
     def open(cls, folder: Path | str) -> "Run":
-        """An existing run."""
+        """An existing run, to be read: nothing in it is changed, so it may be in training."""
         folder = Path(folder)
         if not (folder / "recipe.json").is_file():
             raise ValueError(f"run: {folder} holds no run (no recipe.json in it); give the folder that `train` wrote")
         return cls(folder)
 
+    @classmethod
+    def resume(cls, folder: Path | str) -> "Run":
+        """An existing run, to be trained on: locked for this process.
+
+        Raises:
+            ValueError: there is no run, or its folder cannot be written to.
+            Locked: another process trains it; the message names it.
+        """
+        run = cls.open(folder)
+        try:
+            run._lock = Lock(run.folder / "lock", str(run.folder))
+        except OSError as error:
+            raise ValueError(f"--resume: {explained(error, folder)}") from error
+        return run
+
+    def close(self) -> None:
+        """End training: the lock is free for others. The end of the process does the same."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def discard(self) -> None:
+        """Remove a new run of which nothing has been recorded, and the folders that `create` made for it."""
+        if self._lock is None or self.metrics() or self._last.steps():
+            return
+        self.close()
+        _remove(self.folder, self._made)
+
     @property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe that the run was started with."""
-        path = self.folder / "recipe.json"
-        try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: is not JSON ({error}); the run folder is damaged") from error
+        return self._json("recipe.json")
+
+    @property
+    def started(self) -> dict[str, Any]:
+        """How the run was started: `training` (its settings), `asked` (options over the recipe), `under` (see
+        `environment`; one entry a start or resume). Empty for runs of a version that kept none."""
+        return self._json("training.json") if (self.folder / "training.json").is_file() else {}
 
     @property
     def preparation(self) -> Preparation | None:
@@ -69,90 +165,234 @@ class Run:
         """Keep the table's preparation for all that reads the run later."""
         write_atomically(self.folder / "preparation.json", preparation.to_json())
 
-    def metrics(self) -> list[dict[str, float]]:
-        """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
+    def metrics(self) -> list[Row]:
+        """The rows of metrics.jsonl by step, one a step (the latest written); what a kill cut short is left out."""
         path = self.folder / "metrics.jsonl"
-        rows = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        rows: dict[int, Row] = {}
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+            with suppress(ValueError, TypeError, KeyError):  # a line that a kill or a full disk cut short
+                row = json.loads(line)
+                rows[int(row["step"])] = row
+        return [rows[step] for step in sorted(rows)]
 
-    def record(self, row: dict[str, float]) -> None:
-        """Keep a chunk's figures. Those of a state that a kill kept from being saved are dropped by `restore`."""
+    def begin(self, like: TrainState, training: Training, resume: bool = False) -> Restored:
+        """Start or go on: where the run stands, with what a kill left behind cleaned up.
+
+        Figures, events and checkpoints beyond the newest whole state are dropped, and damaged checkpoints are moved
+        aside. `like` itself is the state if nothing was saved yet.
+
+        Raises:
+            RunExists: the run was trained before, and resume is false.
+            OtherSettings: settings differ from those the run was started with.
+            CheckpointMismatch, CheckpointError: checkpoints of other shapes, or none that can be read.
+        """
+        self._training()
+        if not resume and (self.metrics() or self._last.steps()):
+            raise RunExists(f"{self.folder}: has been trained already; go on with it by resume=True.")
+        started, settings = self.started, asdict(training)
+        check_same_course(self.folder, started.get("training", settings), settings)
+        restored, step, damaged = self._restored(like)
+        if training.steps < step:
+            raise OtherSettings(
+                f"training.steps must be at least {step}, where {self.folder} stands, got {training.steps}."
+            )
+        for checkpoints in (self._last, self._best):
+            checkpoints.drop(step, damaged[checkpoints.folder.name])
+        for which, found in damaged.items():
+            for at, why in found.items():
+                _warn(f"{self.folder}: the checkpoint {which}/{at} cannot be read ({why}); it was moved aside")
+        if (figures := self.folder / "metrics.jsonl").exists():
+            write_atomically(figures, "".join(json.dumps(row) + "\n" for row in restored.history))
+        self._events = Events(self.folder / "tensorboard", after=step)
+        self._note(started, settings, step)
+        return restored
+
+    def restore(self, like: TrainState) -> Restored:
+        """Where the run stands, as `begin` would find it; changes nothing."""
+        return self._restored(like)[0]
+
+    def record(self, row: Row) -> None:
+        """Keep a chunk's figures. Those of a state that a kill kept from being saved are dropped by `begin`."""
+        self._training()
         try:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            self._tensorboard(row)
+            if self._events is None:
+                self._events = Events(self.folder / "tensorboard")
+            self._events.write(row)
         except OSError as error:
             raise CheckpointError(
-                f"{self.folder}: could not write figures ({error}); checkpoints are whole. Free some disk space and go "
-                "on with --resume"
+                f"could not write figures ({explained(error, self.folder).rstrip('.')}). Checkpoints are whole: go on "
+                "with --resume once that is mended."
             ) from error
 
     def save(self, state: TrainState, best: bool = False) -> None:
-        """Keep the state, once; best: its parameters are the best so far."""
-        step = int(state.step)
-        if not (self.folder / "state.json").is_file():
-            write_atomically(self.folder / "state.json", json.dumps(fingerprint(state), indent=2) + "\n")
-        if best:
-            self._checkpoints("best").save(step, state.params)
-        self._checkpoints("last").save(step, state)
+        """Keep the state, once; best: its parameters are the best so far.
 
-    def restore(self, like: TrainState) -> tuple[TrainState, PyTree | None, list[dict[str, float]]]:
-        """Where the run stands: state, best parameters and figures; `like` itself if nothing was saved yet."""
-        self._check(like)
-        found = self._checkpoints("last").restore(like)
-        step, state = found if found is not None else (0, like)
-        rows = [row for row in self.metrics() if row["step"] <= step]
-        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        best = self._checkpoints("best").restore(like.params)
-        return state, None if best is None or best[0] > step else best[1], rows
+        The figures reach the disk before the checkpoint: a state that is there has all its rows.
+        """
+        self._training()
+        step = int(state.step)
+        try:
+            if not (self.folder / "state.json").is_file():
+                write_atomically(self.folder / "state.json", json.dumps(fingerprint(state), indent=2) + "\n")
+            if (self.folder / "metrics.jsonl").is_file():
+                sync(self.folder / "metrics.jsonl")
+        except OSError as error:
+            raise CheckpointError(f"could not save meta-step {step} ({explained(error, self.folder)})") from error
+        if best:
+            self._best.save(step, state.params)
+        self._last.save(step, state)
 
     def params(self, like: TrainState, which: str = "best") -> PyTree:
-        """The parameters that validated best (or the last, if none were validated); `like` has the state's shapes."""
+        """The parameters of `chosen`."""
+        return self.chosen(like, which).params
+
+    def chosen(self, like: TrainState, which: str = "best") -> Chosen:
+        """The parameters that validated best, or the last ones; `like` has the state's shapes.
+
+        Without a validated checkpoint the last one is taken. Where the wanted one is damaged or missing, a warning says
+        which one is used in its place.
+        """
         self._check(like)
-        if which == "best" and (found := self._checkpoints("best").restore(like.params)) is not None:
-            return found[1]
-        found = self._checkpoints("last").restore(like)
-        if found is None:
+        damaged: dict[int, str] = {}
+        if which == "best":
+            found = self._best.restore(like.params)
+            damaged = found.damaged
+            if found.step is not None:
+                if damaged:
+                    _warn(f"{self._lost(damaged)}; an earlier one, of meta-step {found.step}, is used in its place")
+                return Chosen(found.tree, "best", found.step)
+        last = self._last.restore(like)
+        if last.step is None:
+            if last.damaged:
+                raise unreadable(self._last.folder, last.damaged)
             raise CheckpointError(f"{self.folder}: holds no checkpoint yet; go on with its training by --resume")
-        return found[1].params
+        if which == "best":
+            validated = [row for row in self.metrics() if isfinite(row.get("validation/nll", float("nan")))]
+            lost = self._lost(damaged) if damaged else f"{self.folder}: the checkpoint that validated best is missing"
+            if damaged or any(row["step"] <= last.step for row in validated):
+                _warn(f"{lost}; the last one, of meta-step {last.step}, is used in its place")
+        elif last.damaged:
+            _warn(f"{self._lost(last.damaged, 'last')}; an earlier one, of meta-step {last.step}, is used in its place")
+        return Chosen(last.tree.params, "last", last.step)
+
+    def _lost(self, damaged: dict[int, str], which: str = "best") -> str:
+        step = max(damaged)
+        name = "that validated best" if which == "best" else "saved last"
+        return f"{self.folder}: the checkpoint {name} (meta-step {step}) cannot be read ({damaged[step]})"
+
+    def _restored(self, like: TrainState) -> tuple[Restored, int, dict[str, dict[int, str]]]:
+        self._check(like)
+        last = self._last.restore(like)
+        if last.step is None and last.damaged:
+            raise unreadable(self._last.folder, last.damaged)
+        step, state = (0, like) if last.step is None else (last.step, last.tree)
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        best = self._best.restore(like.params, most=step)
+        # What there is to beat is what is kept, not what was once measured of a checkpoint that is lost.
+        lowest = next((row["validation/nll"] for row in rows if row["step"] == best.step), float("inf"))
+        return Restored(state, best.tree, lowest, rows), step, {"last": last.damaged, "best": best.damaged}
+
+    def _note(self, started: dict[str, Any], settings: dict[str, Any], step: int) -> None:
+        """Write down the settings and under what the run goes on; warn if that has changed."""
+        now, under = environment(), started.get("under", [])
+        if under and (changed := differences({k: v for k, v in under[-1].items() if k != "from"}, now)):
+            _warn(
+                f"{self.folder}: goes on under other conditions than before ({'; '.join(changed)}), so its last bits "
+                "may differ from those of a run that never stopped"
+            )
+        asked = started.get("asked", self._asked)
+        started = {"training": settings, "asked": asked, "under": [*under, {"from": step} | now]}
+        write_atomically(self.folder / "training.json", json.dumps(started, indent=2) + "\n")
+        recipe = self.recipe
+        if recipe.get("training", {}).get("steps", settings["steps"]) != settings["steps"]:
+            recipe["training"]["steps"] = settings["steps"]
+            write_atomically(self.folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
+
+    def _training(self) -> None:
+        if self._lock is None:
+            raise ValueError(f"{self.folder}: is opened for reading; use Run.resume(folder) to train it.")
 
     def _check(self, like: TrainState) -> None:
-        path = self.folder / "state.json"
-        if path.is_file():
-            check_fingerprint(json.loads(path.read_text()), fingerprint(like), self.folder)
+        if (self.folder / "state.json").is_file():
+            check_fingerprint(self._json("state.json"), fingerprint(like), self.folder)
 
-    def _checkpoints(self, which: str) -> Checkpoints:
-        name = f"_{which}"
-        if getattr(self, name) is None:
-            folder = self.folder / "checkpoints" / which
-            folder.mkdir(parents=True, exist_ok=True)
-            setattr(self, name, Checkpoints(folder, keep=2 if which == "last" else 1))
-        return getattr(self, name)
-
-    def _tensorboard(self, row: dict[str, float]) -> None:
-        if self._writer is None:
-            from tensorboardX import SummaryWriter  # slow to import, and only training writes events
-
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"))
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, int(row["step"]))
-        self._writer.flush()
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            found = json.loads(path.read_text())
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: cannot be read as JSON ({error}); the run folder is damaged") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}; the run folder is damaged")
+        return found
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside and rename, so that a reader sees the old text or the new one, never half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    beside.replace(path)
+def environment() -> dict[str, Any]:
+    """What the last bits of a training depend on besides its settings."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = jax.devices()
+    return {
+        "metaprior": version("metaprior"),
+        "jax": jax.__version__,
+        "jaxlib": version("jaxlib"),
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+        "threads": int(os.environ.get("NPROC") or cores or 1),
+        "kernels": kernels() if devices[0].platform == "cpu" else None,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
 
 
-__all__ = ["CheckpointError", "CheckpointMismatch", "Run", "RunExists", "write_atomically"]
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """'name: old -> new' of each entry that differs, tables inside tables by dotted names."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif json.dumps(a, default=str) != json.dumps(b, default=str):
+            found.append(f"{prefix}{name}: {a!r} -> {b!r}")
+    return found
+
+
+def check_same_course(folder: Path, old: dict[str, Any], new: dict[str, Any], prefix: str = "training.") -> None:
+    """Raise OtherSettings, saying what differs, unless only the number of meta-steps does and the rate ignores it."""
+    changed = differences(old, new, prefix)
+    table = new if prefix else new.get("training", {})
+    if table.get("schedule", "constant") == "constant":
+        changed = [line for line in changed if not line.startswith("training.steps: ")]
+    if changed:
+        length = any(line.startswith("training.steps: ") for line in changed)
+        why = (
+            f"The rate's {table['schedule']} schedule depends on training.steps, so another length is another course."
+            if length
+            else "Only training.steps may change."
+        )
+        raise OtherSettings(
+            f"--resume: {folder} goes on with the settings that it was started with, but these differ (old -> new):\n  "
+            + "\n  ".join(changed)
+            + f"\n{why} Leave them out, or train anew in another folder."
+        )
+
+
+def _remove(folder: Path, made: list[Path]) -> None:
+    """Remove a new run's few files, and the folders that were made for it where they are empty."""
+    for name in ("tensorboard", "checkpoints"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("recipe.json", "preparation.json", "training.json", "state.json", "metrics.jsonl", "lock"):
+        with suppress(OSError):
+            (folder / name).unlink()
+    for path in reversed(made):
+        with suppress(OSError):
+            path.rmdir()
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"{message}.", stacklevel=3)
+
+
+__all__ = ["CheckpointError", "CheckpointMismatch", "Locked", "Run", "RunExists", "write_atomically"]
 
 
 def told_apart(runs: Sequence[Run]) -> dict[str, Run]:

@@ -3,13 +3,11 @@
 It knows only `Learner` and `TaskSource`. Randomness of a step is fold_in(key, step), so resuming gives the same bits.
 """
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from metaprior.devices import everywhere, mean_over_tasks, task_mesh
+from metaprior.signals import interruptible
 from metaprior.types import Learner, Splits, Task, TaskSource
 
 BLOCK_BYTES = 2**23  # of tasks drawn ahead: what stays in a processor's cache
@@ -86,13 +85,16 @@ class TrainState(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """What training ends with: the last parameters, those that validated best, and one row of figures a chunk."""
+    """What training ends with: the last parameters, those that validated best, and one row of figures a chunk.
+
+    interrupted: the number of the signal that ended it early, 0 if none did.
+    """
 
     params: PyTree
     best: PyTree
     state: TrainState
     history: list[dict[str, float]]
-    interrupted: bool
+    interrupted: int
 
 
 class NonFiniteLoss(RuntimeError):
@@ -108,10 +110,20 @@ class NonFiniteLoss(RuntimeError):
         )
 
 
-class Recorder(Protocol):
-    """What keeps a run: told of each chunk, asked where to go on from (see `runs.Run`)."""
+class Restored(NamedTuple):
+    """Where a run stands: its state, the parameters that validated best (None before any did), their validation nll
+    (infinite before), and one row of figures a chunk."""
 
-    def restore(self, like: TrainState) -> tuple[TrainState, PyTree | None, list[dict[str, float]]]: ...
+    state: TrainState
+    best: PyTree | None
+    lowest: float
+    history: list[dict[str, float]]
+
+
+class Recorder(Protocol):
+    """What keeps a run: asked where to go on from, told of each chunk (see `runs.Run`)."""
+
+    def begin(self, like: TrainState, training: Training, resume: bool) -> Restored: ...
 
     def record(self, row: dict[str, float]) -> None: ...
 
@@ -273,28 +285,6 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
     return validate
 
 
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C sets a flag in place of breaking in: the chunk is finished and saved. A second one breaks in."""
-    asked = False
-
-    def ask(signum: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    try:
-        before = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not in the main thread: signals are another's business
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def fit(
     learner: Learner,
     splits: Splits,
@@ -308,24 +298,23 @@ def fit(
     """Meta-train: theta that minimises the learner's loss over tasks of `splits.train`.
 
     run keeps checkpoints and figures; resume=True goes on where it stands, with the same bits as if never stopped.
-    report is called with each chunk's figures. Raises NonFiniteLoss with the last good state. Ctrl-C ends it after the
-    chunk, saved.
+    report is called with each chunk's figures. Raises NonFiniteLoss with the last good state. Ctrl-C,
+    SIGTERM and SIGHUP end it after the chunk, saved; a second one ends the process at once.
     """
     training = training or Training()
     state = init_state(learner, splits.train, training)
-    history: list[dict[str, float]] = []
-    best: PyTree = None
-    if run is not None and resume:
-        state, best, history = run.restore(state)
-        state = everywhere(state, step_mesh(training))
-    lowest = min((row["validation/nll"] for row in history if "validation/nll" in row), default=float("inf"))
+    best, lowest, history = None, float("inf"), []
+    if run is not None:
+        state, best, lowest, history = run.begin(state, training, resume)
+        state = everywhere(state, step_mesh(training)) if resume else state
     chunk, validate = run_chunk(learner, training), validator(learner, training)
     every = -(-training.validate_every // training.chunk) * training.chunk
-    interrupted, saved = False, -SAVE_EVERY
+    interrupted, saved = 0, -SAVE_EVERY
     with interruptible() as asked:
         while (done := int(state.step)) < training.steps:
             began = time.perf_counter()
-            steps = min(training.chunk, training.steps - done)
+            # A chunk ends at a multiple of its size, wherever an earlier, shorter training ended.
+            steps = min(training.chunk - done % training.chunk, training.steps - done)
             after, metrics = chunk(state, splits.train, steps)
             metrics = jax.device_get(metrics)
             finite = metrics.pop("finite")
@@ -351,7 +340,7 @@ def fit(
                 run.record(row)
             if report is not None:
                 report(row)
-            interrupted = asked() and row["step"] < training.steps
+            interrupted = asked() if row["step"] < training.steps else 0
             if run is not None and (validated or interrupted or time.monotonic() - saved >= SAVE_EVERY):
                 run.save(state, better)
                 saved = time.monotonic()

@@ -1,6 +1,9 @@
 """The command line: `metaprior train | evaluate | compare | adapt | plot | list | demo | truth | study`."""
 
+import os
+import signal
 import sys
+import warnings
 
 import tyro
 from rich.text import Text
@@ -15,6 +18,8 @@ from metaprior.cli.screen import screen
 from metaprior.cli.study import study
 from metaprior.cli.train import train
 from metaprior.cli.truth import truth
+from metaprior.files import explained
+from metaprior.signals import Ended, breaking_in
 from metaprior.training import NonFiniteLoss
 
 COMMANDS = {
@@ -39,10 +44,32 @@ def one_set(args: list[str]) -> list[str]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command; what went wrong is said in a sentence, with exit status 2 (bad input) or 1."""
+    """Run a command; what went wrong is said in a sentence, with exit status 2 (bad input) or 1.
+
+    Ctrl-C ends it with one line and status 130, SIGTERM with 143, SIGHUP with 129.
+    """
+    given, show = one_set(sys.argv[1:] if args is None else args), warnings.showwarning
     try:
-        given = one_set(sys.argv[1:] if args is None else args)
-        sys.exit(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="metaprior", args=given) or 0)
+        warnings.showwarning = lambda message, *rest, **more: _say("warning", "yellow", message)
+        with breaking_in():
+            sys.exit(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="metaprior", args=given) or 0)
+    except KeyboardInterrupt as error:
+        signum = error.signum if isinstance(error, Ended) else signal.SIGINT
+        screen(stderr=True).print("stopped" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}")
+        sys.exit(128 + signum)
+    except BrokenPipeError:
+        # What reads the output, as `| head` does, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except OSError as error:
+        _say("error", "bold red", explained(error))
+        sys.exit(1)
     except (ValueError, NonFiniteLoss) as error:
-        screen(stderr=True).print(Text.assemble(("error", "bold red"), f": {error}"), soft_wrap=True)
+        _say("error", "bold red", error)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+    finally:
+        warnings.showwarning = show
+
+
+def _say(kind: str, style: str, text: object) -> None:
+    screen(stderr=True).print(Text.assemble((kind, style), f": {text}"), soft_wrap=True)

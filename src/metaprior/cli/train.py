@@ -1,7 +1,9 @@
 """metaprior train: meta-train a recipe into a run folder."""
 
+import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.text import Text
@@ -10,6 +12,8 @@ from metaprior.cli.progress import Progress
 from metaprior.cli.screen import screen
 from metaprior.named import lookup
 from metaprior.recipe import (
+    Experiment,
+    Recipe,
     as_dict,
     build,
     load_recipe,
@@ -19,7 +23,7 @@ from metaprior.recipe import (
     training_of,
     with_overrides,
 )
-from metaprior.runs import Run
+from metaprior.runs import Run, check_same_course
 from metaprior.runtime import configure
 from metaprior.training import fit
 
@@ -39,12 +43,13 @@ def train(
     """Meta-train a recipe (a built-in name or a TOML file) into a run folder.
 
     Args:
-        recipe: what to train, see `metaprior list`; with --resume, it may be left as it was.
+        recipe: what to train, see `metaprior list`; with --resume, the one that the run was started with.
         learner: the algorithm, in place of the recipe's own.
         out: the run's folder (default: runs/RECIPE-LEARNER).
         steps: meta-steps, in place of the recipe's.
         seed: of everything random.
-        resume: go on with the run in the folder, as if it had never stopped.
+        resume: go on with the run in the folder, as if it had never stopped. Its settings hold: only --steps may say
+            another length (where the rate's schedule is constant), and what else differs is refused.
         devices: into how many the cores are divided, each running through its own share of the tasks: on two cores 2
             trains Omniglot's small episodes nearly twice as fast. Accelerators are all used as they are.
         threads: how many to compute with (default: all cores). On networks as small as the sinusoid's, one is faster
@@ -57,18 +62,54 @@ def train(
     overrides |= {} if steps is None else {"training.steps": steps}
     overrides |= {} if seed is None else {"training.seed": seed}
     chosen = with_overrides(load_recipe(recipe), learner, overrides)
-    folder = out or Path("runs") / f"{chosen.name}-{chosen.learner}"
-    kept = Run.open(folder) if resume else None
-    if kept is not None:
-        # What the run was started with holds; only how long it goes on may be said anew.
-        chosen = with_overrides(recipe_from_dict(kept.recipe), None, overrides)
+    folder = out or Path("runs") / _one_name(f"{chosen.name}-{chosen.learner}")
+    kept = None
+    if resume:
+        kept = Run.resume(folder)
+        chosen = going_on(kept, recipe, learner, overrides)
     training = training_of(chosen)
     configure(float64=training.float64, devices=devices, threads=threads)
     experiment = build(chosen, preparation=None if kept is None else kept.preparation)
-    run = Run.create(folder, as_dict(chosen)) if kept is None else kept
+    run = Run.create(folder, as_dict(chosen), overrides) if kept is None else kept
+    try:
+        return _train(run, chosen, experiment, resume)
+    finally:
+        if kept is None:
+            run.discard()  # a start that was refused leaves no folder
+        run.close()
+
+
+def _one_name(text: str) -> str:
+    """A folder's name: a recipe may be called '../../x'."""
+    return re.sub(r"[/\\\0]+", "_", text).lstrip(".") or "run"
+
+
+def going_on(kept: Run, recipe: str, learner: str | None, overrides: dict[str, Any]) -> Recipe:
+    """The recipe that a run goes on with: its own, of which only the length may be said anew.
+
+    Raises:
+        OtherSettings: the recipe, the learner or an option differs from the run's.
+    """
+    own = recipe_from_dict(kept.recipe)
+    asked: dict[str, Any] = kept.started.get("asked", {})
+    # A TOML file may have been edited since: it is compared as a whole, with the options of the first start.
+    edited = recipe.endswith(".toml") and "asked" in kept.started
+    base, options = (load_recipe(recipe), asked | overrides) if edited else (own, overrides)
+    wanted = as_dict(with_overrides(base, learner or own.learner, options))
+    if not edited and (name := load_recipe(recipe).name) != own.name:
+        wanted["name"] = name
+    was = as_dict(own)
+    if "training.steps" not in overrides and "steps" in was["training"]:
+        wanted["training"]["steps"] = was["training"]["steps"]  # which an earlier --resume may have changed
+    settings = ({"training": asdict(training_of(recipe_from_dict(table)))} for table in (was, wanted))
+    check_same_course(kept.folder, was | next(settings), wanted | next(settings), "")
+    return recipe_from_dict(wanted)
+
+
+def _train(run: Run, chosen: Recipe, experiment: Experiment, resume: bool) -> int:
     if experiment.preparation is not None and run.preparation is None:
         run.keep(experiment.preparation)
-    console = screen()
+    console, training = screen(), experiment.training
     named = Text.assemble((chosen.name, "bold"), " with ", (chosen.learner, "bold"), f": {chosen.description}")
     console.print(named, soft_wrap=True)
     with Progress(training.steps, console) as progress:
@@ -81,9 +122,10 @@ def train(
             report=progress.report,
             name=chosen.learner,
         )
+    folder = run.folder
     if fitted.interrupted:
         at = int(fitted.state.step)
         console.print(f"stopped at meta-step {at}, saved; go on with --resume --out {folder}", soft_wrap=True)
-        return 130
+        return 128 + fitted.interrupted
     console.print(f"done: {folder}; next: metaprior evaluate {folder}", soft_wrap=True)
     return 0

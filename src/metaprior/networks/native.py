@@ -30,6 +30,7 @@ except ImportError:  # Windows
     fcntl = None
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-w", "-shared", "-fPIC")
+SOURCE = Path(__file__).with_name("kernels.cc")
 TARGETS = tuple(f"metaprior_{kernel}_{out}" for kernel in ("conv", "product") for out in "yxw")
 
 
@@ -52,9 +53,7 @@ def build(source: Path, folder: Path) -> Path | None:
     chosen = compiler()
     if chosen is None:
         return None
-    command = [chosen, *FLAGS, "-I", jax.ffi.include_dir(), str(source)]
-    parts = (source.read_text(), jax.__version__, platform.machine(), processor(), *command[:-1])
-    name = f"{source.stem}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
+    command, name = _command(chosen, source), _name(chosen, source)
     try:
         with _alone(folder):
             if trusted(folder / name):
@@ -69,6 +68,15 @@ def build(source: Path, folder: Path) -> Path | None:
         said = [str(error)]
     warnings.warn(f"{source.name} did not compile ({said[0] if said else chosen}); going on without it", stacklevel=2)
     return None
+
+
+def _command(chosen: str, source: Path) -> list[str]:
+    return [chosen, *FLAGS, "-I", jax.ffi.include_dir(), str(source)]
+
+
+def _name(chosen: str, source: Path) -> str:
+    parts = (source.read_text(), jax.__version__, platform.machine(), processor(), *_command(chosen, source)[:-1])
+    return f"{source.stem}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
 
 
 def trusted(library: Path) -> bool:
@@ -116,7 +124,7 @@ def registered() -> bool:
     kept = private_folder("native")
     folder = kept or Path(tempfile.mkdtemp(prefix="metaprior-"))  # made with permissions 0700
     try:
-        made = build(Path(__file__).with_name("kernels.cc"), folder)
+        made = build(SOURCE, folder)
         if made is None:
             return False
         library = ctypes.cdll.LoadLibrary(str(made))
@@ -129,3 +137,9 @@ def registered() -> bool:
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return True
+
+
+def kernels() -> str | None:
+    """The name of the kernels in use, which tells their source, flags and processor apart; None without them."""
+    chosen = compiler() if registered() else None
+    return None if chosen is None else _name(chosen, SOURCE).removesuffix(".so")

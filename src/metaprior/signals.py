@@ -1,0 +1,78 @@
+"""Ctrl-C and its kin: a first signal ends work in order, a second one at once."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+ENDS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)  # Ctrl-C, a scheduler's time limit, a terminal that closes
+
+
+class Ended(KeyboardInterrupt):
+    """A signal asked the process to end; its number is `signum`."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+        super().__init__(signal.Signals(signum).name)
+
+
+@contextmanager
+def interruptible() -> Iterator[Any]:
+    """Signals to end set a flag in place of breaking in; gives a function that returns the signal's number, or 0."""
+    asked = 0
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal asked
+        asked = signum
+
+    with _handled(ask):
+        yield lambda: asked
+
+
+@contextmanager
+def breaking_in() -> Iterator[None]:
+    """Signals to end raise `Ended`, so that what is half done is cleaned up."""
+
+    def end(signum: int, frame: Any) -> None:
+        raise Ended(signum)
+
+    with _handled(end):
+        yield
+
+
+@contextmanager
+def _handled(handler: Any) -> Iterator[None]:
+    """The handler for every signal to end; the second such signal ends the process, whatever it is busy with.
+
+    Python runs handlers between its own instructions only, and a compilation is one that may take minutes. So a thread
+    counts the signals, which the system writes to a pipe as they come.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are another's business
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # One that is ignored, as nohup does with SIGHUP, stays ignored.
+    before = {s: signal.signal(s, handler) for s in ENDS if signal.getsignal(s) is not signal.SIG_IGN}
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def count() -> None:
+        first = True
+        while came := os.read(reader, 1):
+            if came[0] in before and not first:
+                os._exit(128 + came[0])
+            first = first and came[0] not in before
+        os.close(reader)
+
+    threading.Thread(target=count, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        for signum, old in before.items():
+            signal.signal(signum, old)
+        os.close(writer)
