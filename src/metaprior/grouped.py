@@ -17,6 +17,7 @@ from metaprior.evaluation import Figure, figure_of
 from metaprior.mixed import Rows
 from metaprior.tasks.arrays import ArrayTasks, array_tasks
 from metaprior.tasks.checks import DataError, check_count
+from metaprior.tasks.labels import encode_labels
 from metaprior.types import Batch, Task
 
 Answer = Callable[[PyTree, Batch, Array, PRNGKeyArray], Any]
@@ -61,17 +62,18 @@ def folds(x: Any, y: Any, groups: Any, count: int, *, seed: int = 0, **options: 
     Groups with a single row are left out: they have nothing to be predicted from or nothing to predict.
     """
     check_count("count", count)
-    names, sizes = np.unique(np.asarray(groups), return_counts=True)
+    codes = encode_labels(groups)[0]
+    names, sizes = np.unique(codes, return_counts=True)
     names = names[sizes > 1]
     if count < 2 or len(names) < 2 * count:
         raise DataError(f"count: came {count} folds of {len(names)} groups, needs 2 at least and two groups a fold")
     parts = np.array_split(np.random.default_rng(seed).permutation(names), count)
     for i, part in enumerate(parts):
         seen = np.concatenate(parts[:i] + parts[i + 1 :])
-        kept = np.isin(np.asarray(groups), names)
+        kept = np.isin(codes, names)
         split = (seen.tolist(), part[:1].tolist(), part[1:].tolist())
         made: Any = array_tasks(
-            np.asarray(x)[kept], np.asarray(y)[kept], np.asarray(groups)[kept], split=split, standardise=True, **options
+            np.asarray(x)[kept], np.asarray(y)[kept], codes[kept], split=split, standardise=True, **options
         )
         both = ("groups", "starts", "counts")
         together = {n: jnp.concatenate([getattr(made.validation, n), getattr(made.test, n)]) for n in both}

@@ -151,7 +151,7 @@ def array_tasks(
         )  # fmt: skip
     if images is not None and standardise:
         raise DataError(f"standardise: came features {images.shape}, needs [N, d]")
-    features = preparation.encode(raw) if images is None else images
+    features = preparation.encode(raw, strict=False) if images is None else images
     targets = preparation.encode_target(goal, raw)
     order, starts = np.argsort(codes, kind="stable"), np.cumsum(counted) - counted
     x_all, y_all = jnp.asarray(features[order]), jnp.asarray(targets[order])

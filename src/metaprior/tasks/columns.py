@@ -39,8 +39,21 @@ class Columns(dict[str, np.ndarray]):
     def __init__(self, columns: Mapping[str, Any], path: Path | None = None, lines: Sequence[int] | None = None):
         super().__init__({str(name): np.asanyarray(values) for name, values in columns.items()})
         self.path, self.lines = path, lines
-        sizes = {name: len(values) if values.ndim else 0 for name, values in self.items()}
-        self.rows = next(iter(sizes.values()), 0)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows, which all columns must have.
+
+        Raises:
+            DataError: columns of different length, or no rows.
+        """
+        sizes = {name: len(values) if values.ndim else None for name, values in self.items()}
+        first = next(iter(sizes), "")
+        for name, size in sizes.items():
+            if not size or size != sizes[first]:
+                shown = {None: "a single value", 0: "no rows"}.get(size, f"{size} rows")
+                raise DataError(f"columns: {name!r} came with {shown}, {first!r} with {sizes[first]}; needs as many.")
+        return sizes.get(first) or 0
 
     def place(self, row: int) -> str:
         """Where a row stands, for errors."""
@@ -73,7 +86,7 @@ def read_columns(path: str | Path) -> Columns:
     with reading(path, "correct it, or delete it and copy it again"):
         if path.suffix.lower() == ".npz":
             with open_arrays(path) as file:
-                return _checked(Columns({name: file[name] for name in file.files}, path))
+                return Columns({name: file[name] for name in file.files}, path)
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader, rows, lines = csv.reader(file, strict=True), [], []
             try:
@@ -107,14 +120,6 @@ def _header(names: list[str], path: Path) -> list[str]:
 def _text_array(values: list[str]) -> np.ndarray:
     # Fixed-width text takes the widest cell's room in every row.
     return np.asarray(values, str if max(map(len, values)) <= 256 else object)
-
-
-def _checked(columns: Columns) -> Columns:
-    for name, values in columns.items():
-        if not values.ndim or len(values) != columns.rows:
-            came = "a single value" if not values.ndim else f"{len(values)} rows"
-            raise DataError(f"{columns.path}: array {name!r} came {came}, needs {columns.rows}, as the others have.")
-    return columns
 
 
 def is_text(values: np.ndarray) -> bool:

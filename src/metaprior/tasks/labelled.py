@@ -82,6 +82,8 @@ def _table(content: str, delimiter: str, path: Path) -> list[dict[str, str]]:
         if len(row) != len(lines[0]):
             raise DataError(f"{path}: row {line} came {len(row)} values, needs {len(lines[0])}, one a column; quote "
                             "texts with commas in them")  # fmt: skip
+    if twice := [name for name in lines[0] if name and lines[0].count(name) > 1]:
+        raise DataError(f"{path}: column {twice[0]!r} stands {lines[0].count(twice[0])} times; give each its own name.")
     return [dict(zip(lines[0], row, strict=True)) for row in lines[1:]]
 
 

@@ -45,25 +45,32 @@ class Column:
             return [f"{self.name}={level}" for level in self.levels]
         return [self.name] if len(self.mean) == 1 else [f"{self.name}[{i}]" for i in range(len(self.mean))]
 
-    def raw(self, columns: Columns) -> Float[np.ndarray, "n k"]:
-        """The column's features before scaling."""
+    def raw(self, columns: Columns, *, unknown: str = "error") -> Float[np.ndarray, "n k"]:
+        """The column's features before scaling.
+
+        unknown: whether a level that training never had is an 'error'; else it is none of the levels, which a warning
+        says ('warn') or nothing ('pass').
+        """
         values = columns.find(self.name, "features")
         if self.kind == "number":
             return as_numbers(values, self.name, columns)
         refuse_missing(values, self.name, columns, "features")
-        cells = as_text(values)
-        levels = {level: i for i, level in enumerate(TRUTH if self.kind == "truth value" else self.levels)}
-        if self.kind == "truth value":
-            cells = [cell.lower() for cell in cells]
-        unknown = next((row for row, cell in enumerate(cells) if cell not in levels), None)
-        if unknown is not None:
-            known = list(levels)
-            raise DataError(
-                f"features: column {self.name!r} has {cells[unknown]!r} in {columns.place(unknown)}, a level that no "
-                f"training group has; known are {', '.join(known[:20])}{nearest(cells[unknown], known)}"
+        levels = np.asarray(TRUTH if self.kind == "truth value" else self.levels)
+        cells = [cell.lower() if self.kind == "truth value" else cell for cell in as_text(values)]
+        hot = np.asarray(cells)[:, None] == levels
+        strange = np.flatnonzero(~hot.any(1))
+        if len(strange):
+            known, cell = levels.tolist(), cells[strange[0]]
+            told = (
+                f"features: column {self.name!r} has {cell!r} in {columns.place(int(strange[0]))}, a level that no "
+                f"training group has ({len(strange)} such rows); known are {', '.join(known[:20])}"
+                f"{nearest(cell, known)}"
             )
-        codes = np.asarray([levels[cell] for cell in cells], int)
-        return codes[:, None].astype(float) if self.kind == "truth value" else np.eye(len(levels))[codes]
+            if unknown == "error" or self.kind == "truth value":
+                raise DataError(told)
+            if unknown == "warn":
+                warnings.warn(f"{told}; such rows count as none of these, so merge rare levels", stacklevel=2)
+        return hot[:, 1:].astype(float) if self.kind == "truth value" else hot.astype(float)
 
 
 @dataclass(frozen=True)
@@ -170,10 +177,11 @@ class Preparation:
         """The name of each feature that a learner sees."""
         return [name for column in self.columns for name in column.features]
 
-    def encode(self, columns: Mapping[str, Any], *, warn: bool = False) -> Float[np.ndarray, "n d"]:
+    def encode(self, columns: Mapping[str, Any], *, strict: bool = True) -> Float[np.ndarray, "n d"]:
         """Features as a learner sees them, from columns by name; others (group, target) are passed over.
 
-        warn: of values far outside what training had.
+        strict: refuse levels that training never had, and warn of numbers far outside what it had. Only the groups held
+        out of a run's own table are encoded otherwise.
 
         Raises:
             DataError: an unknown or missing column or level, naming it and the nearest; values that are no numbers.
@@ -181,20 +189,22 @@ class Preparation:
         columns = columns if isinstance(columns, Columns) else Columns(columns)
         blocks = []
         for column in self.columns:
-            raw = column.raw(columns)
+            raw = column.raw(columns, unknown="error" if strict else "warn")
             if raw.shape[1] != len(column.mean):
                 raise DataError(
                     f"features: column {column.name!r} came {raw.shape[1]} wide, needs {len(column.mean)}"
                 )
             scaled = (raw - column.mean) / column.deviation
-            if warn and (far := np.abs(scaled).max(1) > FAR).any():
+            if strict and (far := np.abs(scaled).max(1) > FAR).any():
                 row = int(np.flatnonzero(far)[0])
                 warnings.warn(
                     f"features: column {column.name!r} has {raw[row].tolist()} in {columns.place(row)}, "
-                    f"{np.abs(scaled[row]).max():.0f} deviations from what training had; check its units.",
+                    f"{np.abs(scaled[row]).max():.3g} deviations from what training had; check its units.",
                     stacklevel=2,
                 )
             blocks.append(cast(scaled, raw, column.name, columns, "features"))
+        if len({len(block) for block in blocks}) > 1:
+            raise DataError(f"features: columns of {', '.join(str(len(block)) for block in blocks)} rows; need as many")
         return np.concatenate(blocks, 1)
 
     def encode_target(self, values: Any, columns: Columns | None = None, name: str | None = None) -> np.ndarray:
@@ -220,7 +230,7 @@ class Preparation:
         Raises:
             DataError: see `encode` and `encode_target`; no column of targets.
         """
-        x = self.encode(columns, warn=True)
+        x = self.encode(columns)
         if not labelled:
             return x, None
         taken = {column.name for column in self.columns}
@@ -278,7 +288,7 @@ def _fit_column(name: str, columns: Columns, rows: np.ndarray, standardise: bool
     if kind == "category":
         refuse_missing(columns[name], name, columns, "features")
         levels = tuple(sorted({cell for cell, kept in zip(as_text(columns[name]), rows, strict=True) if kept}))
-    raw = Column(name, kind, levels).raw(columns)
+    raw = Column(name, kind, levels).raw(columns, unknown="pass")
     mean, deviation = np.zeros(raw.shape[1]), np.ones(raw.shape[1])
     if standardise:
         mean, deviation = moments(raw[rows], name)

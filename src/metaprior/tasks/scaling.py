@@ -59,6 +59,7 @@ def moments(values: Float[np.ndarray, "n k"], name: str) -> tuple[np.ndarray, np
     """
     with np.errstate(over="ignore", invalid="ignore"):
         mean = values.mean(0)
+        mean = mean + (values - mean).mean(0)  # what a sum of large numbers rounds away
         size = np.abs(values - mean).max(0)
         # By the largest difference first, so that neither 1e200 squared overflows nor 1e-200 squared vanishes.
         deviation = size * np.sqrt((((values - mean) / np.where(size > 0, size, 1.0)) ** 2).mean(0))
