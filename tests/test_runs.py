@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,9 +15,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from tensorboardX.proto import event_pb2
 
 from metaprior.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints, check_fingerprint
-from metaprior.runs import Run, RunExists
+from metaprior.files import Locked, check_output, write_atomically
+from metaprior.runs import OtherSettings, Run, RunExists
 from metaprior.training import NonFiniteLoss, fit, init_state
 from scenarios import TINY, same_bits, tiny_learner, tiny_splits
 
@@ -187,3 +191,228 @@ def test_float64_states_do_not_pass_for_float32(tmp_path):
     train(tmp_path / "run", replace(TINY, steps=4))
     with jax.enable_x64(True), pytest.raises(CheckpointMismatch, match="float64"):
         train(tmp_path / "run", learner=tiny_learner(), resume=True)
+
+
+def _snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*"))}
+
+
+def test_reading_a_run_changes_nothing_in_it(tmp_path):
+    folder = tmp_path / "run"
+    train(folder)
+    _damage(folder / "checkpoints" / "best" / "8")
+    # What the training process is writing at this moment.
+    (folder / "checkpoints" / "last" / "16.orbax-checkpoint-tmp").mkdir()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "lo')
+    before, like = _snapshot(folder), init_state(tiny_learner(), tiny_splits().train, TINY)
+    run = Run.open(folder)
+    with pytest.warns(UserWarning, match="validated best"):
+        run.params(like)
+    run.restore(like)
+    assert [row["step"] for row in run.metrics()] == [4, 8, 12]
+    assert (run.recipe["name"], run.started["training"]["steps"]) == ("tiny", 12)
+    for change in (lambda: run.begin(like, TINY, True), lambda: run.record({"step": 16}), lambda: run.save(like)):
+        with pytest.raises(ValueError, match="opened for reading"):
+            change()
+    assert _snapshot(folder) == before
+
+
+def test_a_damaged_best_checkpoint_is_never_passed_over_in_silence(tmp_path):
+    folder, like = tmp_path / "run", init_state(tiny_learner(), tiny_splits().train, TINY)
+    whole = train(folder)
+    best = folder / "checkpoints" / "best"
+    assert sorted(p.name for p in best.iterdir()) == ["4", "8"]
+    run = Run.open(folder)
+    run.params(like)
+    assert run.used[1:] == ("best", 8)
+    _damage(best / "8")
+    with pytest.warns(UserWarning, match=r"best \(meta-step 8\) cannot be read .* an earlier one, of meta-step 4, is used"):
+        run.params(like)
+    assert run.used[1:] == ("best", 4)
+    _damage(best / "4")
+    with pytest.warns(UserWarning, match=r"cannot be read .* the last one, of meta-step 12, is used"):
+        assert same_bits(run.params(like), whole.params)
+    assert run.used[1:] == ("last", 12)
+    shutil.rmtree(best)
+    with pytest.warns(UserWarning, match=r"validated best is missing; the last one, of meta-step 12, is used"):
+        run.params(like)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    train(folder)
+    code = (
+        "import sys; from metaprior.runs import Run\n"
+        "run = Run.resume(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(Locked, match=f"process {other.pid} on {socket.gethostname()}"):
+        Run.resume(folder)
+    Run.open(folder).metrics()  # may be read
+    other.kill()
+    other.wait()
+    assert (folder / "lock").read_text().startswith(f"{other.pid} ")  # it could not tidy up, and blocks nobody
+    with Run.resume(folder), pytest.raises(Locked, match="this process"):
+        Run.resume(folder)
+    Run.resume(folder).close()
+
+    # A file system without locks: the text decides.
+    def none(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("metaprior.files.fcntl.flock", none)
+    (folder / "lock").write_text(f"{other.pid} {socket.gethostname()}")
+    Run.resume(folder).close()
+    for holder in (f"{os.getppid()} {socket.gethostname()}", "7 elsewhere"):
+        (folder / "lock").write_text(holder)
+        with pytest.raises(Locked, match=f"{holder.split()[0]} on .*delete"):
+            Run.resume(folder)
+
+
+def test_rows_of_two_trainings_at_once_are_read_once_and_cut_on_resume(tmp_path):
+    folder = tmp_path / "run"
+    train(folder, replace(TINY, steps=8))
+    path = folder / "metrics.jsonl"
+    lines = path.read_text()
+    path.write_text(lines + lines + 'not JSON\n{"step": 12, "seconds": 1.0}\n')
+    assert [row["step"] for row in Run.open(folder).metrics()] == [4, 8, 12]
+    train(folder, resume=True)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"meta_batch": 8}, r"training.meta_batch: 4 -> 8"),
+        ({"seed": 1, "rate": 0.5}, r"training.rate: 0.01 -> 0.5\n  training.seed: 0 -> 1"),
+        ({"chunk": 2}, "training.chunk: 4 -> 2"),
+        ({"steps": 4}, "training.steps must be at least 8, where .* stands, got 4"),
+    ],
+)
+def test_other_settings_are_refused_on_resume(tmp_path, changed, said):
+    train(tmp_path / "run", replace(TINY, steps=8))
+    with pytest.raises(OtherSettings, match=said):
+        train(tmp_path / "run", replace(TINY, **changed), resume=True)
+    assert [row["step"] for row in Run.open(tmp_path / "run").metrics()] == [4, 8]
+    with pytest.raises(RunExists, match="resume=True"), Run.resume(tmp_path / "run") as run:
+        fit(tiny_learner(), tiny_splits(), TINY, run=run)
+
+
+def test_another_length_is_another_course_where_the_rate_depends_on_it(tmp_path):
+    cosine = replace(TINY, steps=8, schedule="cosine")
+    train(tmp_path / "run", cosine)
+    with pytest.raises(OtherSettings, match=r"steps: 8 -> 12\nThe rate's cosine schedule depends on training.steps"):
+        train(tmp_path / "run", replace(cosine, steps=12), resume=True)
+
+
+def test_a_longer_training_keeps_to_the_chunks_of_one_that_never_stopped(tmp_path):
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "parts", replace(TINY, steps=6))
+    assert same_bits(train(tmp_path / "parts", resume=True).state, whole.state)
+    assert [row["step"] for row in Run.open(tmp_path / "parts").metrics()] == [4, 6, 8, 12]
+
+
+def test_other_threads_are_warned_of(tmp_path, monkeypatch):
+    train(tmp_path / "run", replace(TINY, steps=8))
+    monkeypatch.setenv("NPROC", "77")
+    with pytest.warns(UserWarning, match=r"other conditions than before \(threads: \d+ -> 77\)"):
+        train(tmp_path / "run", resume=True)
+    assert [entry["from"] for entry in Run.open(tmp_path / "run").started["under"]] == [0, 8]
+
+
+def _shown(folder: Path) -> list[tuple[int, str]]:
+    """What TensorBoard shows: files by name, a restart hides what lies beyond it."""
+    shown = []
+    for file in sorted(folder.iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            at += 16 + size
+            if event.HasField("session_log"):
+                shown = [(step, tag) for step, tag in shown if step < event.step]
+            shown += [(event.step, value.tag) for value in event.summary.value]
+    return shown
+
+
+def test_tensorboard_shows_each_figure_once_whatever_the_clock_does(tmp_path, monkeypatch):
+    clock = iter(range(10**9, 0, -3600))  # an hour back at each look
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: float(next(clock)))
+    try:
+        train(tmp_path / "run", replace(TINY, steps=8))
+        for _ in range(2):  # in the same second, as far as names of files go
+            run = Run.resume(tmp_path / "run")
+            run.begin(init_state(tiny_learner(), tiny_splits().train, TINY), replace(TINY, steps=8), True)
+            run.record({"step": 12, "train/loss": 1.0})  # killed before its state was saved
+            run.close()
+        train(tmp_path / "run", resume=True)
+    finally:
+        monkeypatch.setattr("time.time", real)
+    shown = _shown(tmp_path / "run" / "tensorboard")
+    assert len(shown) == len(set(shown))
+    assert sorted({step for step, _ in shown}) == [4, 8, 12]
+    assert (12, "validation/nll") in shown
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 4
+
+
+def test_figures_that_cannot_be_written_end_training_with_a_sentence(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    train(folder, replace(TINY, steps=8))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("metaprior.events.Events.write", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device; free some disk space.*--resume"):
+        train(folder, resume=True)
+    monkeypatch.undo()
+    assert same_bits(train(folder, resume=True).state, train(tmp_path / "whole").state)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / ("n" * 250 + ".json")
+    write_atomically(path, "old")
+
+    def full(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="Input/output"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("file/below", "a file stands where a folder is needed"),
+        ("file", "a file stands where a folder is needed"),
+        ("n" * 300, "File name too long; choose a shorter path"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_said_before_any_work(tmp_path, path, said):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=said):
+        check_output(tmp_path / path, "--out")
+    check_output(tmp_path / "new" / "deep", "--out")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(ValueError, match="--out"):
+        Run.create(tmp_path / path, {})
+
+
+def test_a_new_run_of_which_nothing_was_recorded_leaves_no_folder(tmp_path):
+    Run.create(tmp_path / "runs" / "new", {}).discard()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    Run.create(tmp_path / "mine", {}).discard()
+    assert [p.name for p in tmp_path.rglob("*")] == ["mine"]
+    train(tmp_path / "run", replace(TINY, steps=4))
+    with Run.resume(tmp_path / "run") as run:
+        run.discard()
+        assert run.metrics()

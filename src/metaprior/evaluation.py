@@ -18,6 +18,7 @@ from rich.table import Table
 
 from metaprior.calibration import BINS, brier, expected_error, maximum_error, reliability
 from metaprior.devices import everywhere, map_over_tasks, task_mesh
+from metaprior.files import write_atomically
 from metaprior.likelihoods import Categories
 from metaprior.tasks import preparation_of
 from metaprior.types import Learner, Task, TaskSource
@@ -61,7 +62,7 @@ class Report:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def save(self, path: Path | str) -> None:
-        Path(path).write_text(self.to_json())
+        write_atomically(Path(path), self.to_json())
 
     @classmethod
     def from_json(cls, text: str) -> "Report":

@@ -75,6 +75,24 @@ def sync(path: Path) -> None:
         os.close(opened)
 
 
+def check_output(path: Path, option: str, file: bool = False) -> None:
+    """Raise a ValueError, before any work, where a folder (or a file) cannot be made or written to; makes nothing."""
+    try:
+        if path.exists() and path.is_dir() == file:
+            raise OSError(errno.EISDIR if file else errno.ENOTDIR, os.strerror(errno.EISDIR if file else errno.ENOTDIR))
+        place = path.parent if file else path
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK | os.X_OK):
+            read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY
+            why = errno.EROFS if read_only else errno.EACCES
+            raise OSError(why, os.strerror(why))
+    except OSError as error:
+        raise ValueError(f"{option}: {explained(error, path)}") from error
+
+
 class Locked(ValueError):
     """Another process holds the lock."""
 

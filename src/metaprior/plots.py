@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from metaprior.evaluation import Report
+from metaprior.files import beside
 from metaprior.tasks import Preparation
 from metaprior.types import Batch, Learner, Task
 
@@ -27,6 +29,12 @@ DPI = 160
 def literal(name: str) -> str:
     """A name as matplotlib shows it letter by letter: '$' would begin a formula."""
     return name.replace("$", r"\$")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture whole or not at all; its format is that of the path's suffix."""
+    with beside(path) as partial:
+        figure.savefig(partial)
 
 
 def panels(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:

@@ -61,6 +61,7 @@ class Run:
         self.folder = folder
         self._lock = lock
         self._made: list[Path] = []  # folders that `create` made
+        self.used: Chosen | None = None
         self._asked: dict[str, Any] = {}
         self._events: Events | None = None
         self._last, self._best = (Checkpoints(folder / "checkpoints" / which) for which in ("last", "best"))
@@ -245,8 +246,9 @@ class Run:
         self._last.save(step, state)
 
     def params(self, like: TrainState, which: str = "best") -> PyTree:
-        """The parameters of `chosen`."""
-        return self.chosen(like, which).params
+        """The parameters of `chosen`, which `used` tells of afterwards."""
+        self.used = self.chosen(like, which)
+        return self.used.params
 
     def chosen(self, like: TrainState, which: str = "best") -> Chosen:
         """The parameters that validated best, or the last ones; `like` has the state's shapes.

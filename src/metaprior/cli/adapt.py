@@ -15,6 +15,7 @@ from rich.table import Table
 
 from metaprior.cli.evaluate import fitted_knobs, open_run, with_knobs
 from metaprior.cli.screen import screen
+from metaprior.files import beside, check_output
 from metaprior.likelihoods import Categories
 from metaprior.recipe import Recipe, most_ways
 from metaprior.tasks import Examples, Preparation, encode_labels, read_columns, read_examples, read_texts
@@ -55,6 +56,8 @@ def adapt(
         out: a CSV file for all predictions.
         seed: of draws.
     """
+    if out is not None:
+        check_output(out, "--out", file=True)
     options: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
     if draws is not None and posterior not in (None, "point"):
         options["draws"] = draws
@@ -92,7 +95,7 @@ def adapt(
     told = f"{len(given.x)} support examples, {len(given.names)} predictions"
     _show(rows, f"{recipe.name}, {recipe.learner}: {told}" + (f" of {target}" if target else ""))
     if out is not None:
-        with out.open("w", newline="") as file:
+        with beside(out) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)

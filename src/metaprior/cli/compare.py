@@ -10,9 +10,10 @@ from rich.table import Table
 
 from metaprior.cli.screen import screen
 from metaprior.evaluation import Report, title_of
-from metaprior.plots import compared_curves
+from metaprior.files import check_output, write_atomically
+from metaprior.plots import compared_curves, save
 from metaprior.recipe import own_table
-from metaprior.runs import Run, told_apart, write_atomically
+from metaprior.runs import Run, told_apart
 
 SHOWN = ("accuracy", "mse", "nll", "coverage_90", "ece", "mce")
 
@@ -27,6 +28,7 @@ def compare(
         report: which of a run's reports: own, own-calibrated, implicit, ..., as in report-NAME.json.
         out: folder of compared.json and compared.png.
     """
+    check_output(out, "--out")
     named = told_apart([Run.open(folder) for folder in runs])
     reports = {name: report_of(run, report) for name, run in named.items()}
     if len(kinds := sorted({it.kind for it in reports.values()})) > 1:
@@ -48,7 +50,7 @@ def compare(
         console.print(f"note: the runs were judged on {len(protocols)} kinds of tasks")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "compared.json", json.dumps(found, indent=2) + "\n")
-    compared_curves(reports).savefig(out / "compared.png")
+    save(compared_curves(reports), out / "compared.png")
     console.print(f"written: {out}/compared.json and {out}/compared.png", soft_wrap=True)
     return 0
 

@@ -9,11 +9,12 @@ from metaprior.calibration import calibrate
 from metaprior.cli.progress import Progress
 from metaprior.cli.screen import screen
 from metaprior.evaluation import evaluate
+from metaprior.files import check_output
 from metaprior.inference.posteriors import implicit, point
 from metaprior.learners import maml
 from metaprior.likelihoods import Gaussian
 from metaprior.networks import mlp
-from metaprior.plots import pit_histogram, prior_functions, regression_tasks, training_curve
+from metaprior.plots import pit_histogram, prior_functions, regression_tasks, save, training_curve
 from metaprior.runtime import configure
 from metaprior.tasks import sinusoid
 from metaprior.training import Training, fit
@@ -27,6 +28,7 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
         steps: meta-steps of training.
     """
     configure()
+    check_output(out, "--out")
     console = screen()
     out.mkdir(parents=True, exist_ok=True)
     splits = {shot: sinusoid(shot=shot, query=10, test_query=100) for shot in (5, 10)}
@@ -58,10 +60,10 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
             table.add_row(str(shot), name, *map(str, figures))
             if name == "implicit":
                 tasks = source.test.sample(jax.random.key(7), 3)
-                regression_tasks(told, params, tasks, key, each=True).savefig(out / f"posterior-{shot}-points.png")
-                pit_histogram(report.pit).savefig(out / f"calibration-{shot}-points.png")
-    prior_functions(learner(), params, splits[10].test.sample(jax.random.key(8), 12), key).savefig(out / "prior.png")
-    training_curve(fitted.history).savefig(out / "training.png")
+                save(regression_tasks(told, params, tasks, key, each=True), out / f"posterior-{shot}-points.png")
+                save(pit_histogram(report.pit), out / f"calibration-{shot}-points.png")
+    save(prior_functions(learner(), params, splits[10].test.sample(jax.random.key(8), 12), key), out / "prior.png")
+    save(training_curve(fitted.history), out / "training.png")
     console.print(table)
     said = "'point' is MAML with a constant error bar; 'implicit' is the posterior that its own steps imply."
     console.print(said, soft_wrap=True)

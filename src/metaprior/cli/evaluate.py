@@ -17,9 +17,10 @@ from metaprior.calibration import Calibration, calibrate, calibrate_softmax, tem
 from metaprior.cli.screen import screen
 from metaprior.evaluation import Report, Units
 from metaprior.evaluation import evaluate as evaluate_learner
+from metaprior.files import check_output, write_atomically
 from metaprior.inference.normalised import settled
 from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from metaprior.plots import adaptation_curve, pit_histogram, reliability_diagram
+from metaprior.plots import adaptation_curve, pit_histogram, reliability_diagram, save
 from metaprior.recipe import (
     Experiment,
     Recipe,
@@ -34,7 +35,7 @@ from metaprior.recipe import (
     with_overrides,
 )
 from metaprior.rejection import Rejection, closeness, confidence, rejection, scored
-from metaprior.runs import Run, write_atomically
+from metaprior.runs import Run
 from metaprior.runtime import configure
 from metaprior.tasks import FixedTasks, one_shot_source
 from metaprior.training import init_state
@@ -168,6 +169,7 @@ def evaluate(
             step.
     """
     configure(devices=devices)
+    check_output(run, "run")
     options: dict[str, Any] = {}
     if posterior is not None:
         options["posterior"] = posterior
@@ -224,9 +226,14 @@ def evaluate(
     name = "-".join(["report", posterior or "own", *marks])
     told = _outsiders(learner, params, recipe, experiment, split, number, settings.seed if seed is None else seed)
     asked = {"posterior": posterior, "draws": draws, "fitted": fitted, "split": split, "set": set}
-    _keep(opened, name, report, asked, told)
+    asked |= {"checkpoint": {"which": opened.used.which, "step": opened.used.step}} if opened.used else {}
     kind = "official runs" if split == "one_shot" else "tasks"
-    console.print(report.table(f"{recipe.name}, {recipe.learner}, {posterior or 'own'} posterior, {number} {kind}"))
+    try:
+        _keep(opened, name, report, asked, told)
+    finally:
+        # Figures that cost minutes are shown even where they cannot be written.
+        title = f"{recipe.name}, {recipe.learner}, {posterior or 'own'} posterior, {number} {kind}"
+        console.print(report.table(title))
     if told:
         console.print(rejection_table(told))
     if (curve := report.curve_table()) is not None:
@@ -298,8 +305,8 @@ def _keep(run: Run, name: str, report: Report, asked: dict[str, Any], told: dict
     plots = run.folder / "plots"
     plots.mkdir(exist_ok=True)
     if report.reliability:
-        reliability_diagram(report).savefig(plots / f"{name}-reliability.png")
+        save(reliability_diagram(report), plots / f"{name}-reliability.png")
     if report.pit:
-        pit_histogram(report.pit).savefig(plots / f"{name}-pit.png")
+        save(pit_histogram(report.pit), plots / f"{name}-pit.png")
     if report.curve:
-        adaptation_curve(report).savefig(plots / f"{name}-adaptation.png")
+        save(adaptation_curve(report), plots / f"{name}-adaptation.png")

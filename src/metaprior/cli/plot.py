@@ -9,9 +9,10 @@ from jaxtyping import PyTree
 
 from metaprior.cli.evaluate import open_run
 from metaprior.cli.screen import screen
+from metaprior.files import check_output
 from metaprior.inference.learned import P
 from metaprior.learners.meta_lstm import gates
-from metaprior.plots import gate_values, regression_tasks, training_curve
+from metaprior.plots import gate_values, regression_tasks, save, training_curve
 from metaprior.types import Learner, Task
 
 
@@ -21,25 +22,26 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
     Args:
         run: the folder that `train` wrote.
     """
+    check_output(run, "run")
     opened, recipe, experiment, params = open_run(run)
     plots = opened.folder / "plots"
     plots.mkdir(exist_ok=True)
     written = [plots / "training.png"]
     preparation = experiment.preparation
     scaled = preparation is not None and set(preparation.target.deviation) != {1.0}
-    training_curve(opened.metrics(), preparation.target.name if preparation and scaled else None).savefig(written[0])
+    save(training_curve(opened.metrics(), preparation.target.name if preparation and scaled else None), written[0])
     task = experiment.splits.test.sample(jax.random.key(experiment.evaluation.seed), 3)
     x = task.support.x
     if recipe.likelihood["name"] == "gaussian" and getattr(x, "shape", (0,))[-1] == 1 and x.ndim == 3:
         written.append(plots / "tasks.png")
         drawn = regression_tasks(experiment.learner, params, task, jax.random.key(0), preparation=preparation)
-        drawn.savefig(written[-1])
+        save(drawn, written[-1])
     if recipe.learner == "meta_lstm":
         model, likelihood, options = experiment.model, experiment.likelihood, recipe.learners.get("meta_lstm", {})
         steps, p = steps_of(experiment.learner, params, task), options.get("p", P)
         shown = jax.jit(jax.vmap(lambda support: gates(model, likelihood, params, support, steps, p=p)))(task.support)
         written.append(plots / "gates.png")
-        gate_values(*shown).savefig(written[-1])
+        save(gate_values(*shown), written[-1])
     screen().print("\n".join(f"written: {path}" for path in written), soft_wrap=True)
     return 0
 

@@ -11,10 +11,12 @@ from rich.table import Table
 from metaprior.cli.evaluate import open_run
 from metaprior.cli.screen import screen
 from metaprior.evaluation import Figure
+from metaprior.files import check_output, write_atomically
 from metaprior.learners import LEARNERS
 from metaprior.named import option_names
+from metaprior.plots import save
 from metaprior.recipe import recipe_from_dict
-from metaprior.runs import Run, told_apart, write_atomically
+from metaprior.runs import Run, told_apart
 from metaprior.studies import active, ambiguity, novelty, referee
 from metaprior.studies.pictures import acquisitions, explanations, novelty_bars
 from metaprior.types import Learner
@@ -48,6 +50,7 @@ def study_ambiguity(
         seed: of tasks and draws.
         set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
     """
+    check_output(out, "--out")
     opened, key = _open(runs, set, posterior, draws), jax.random.key(seed)
     source = next(iter(opened.values())).source
     found = {TRUTH: referee(source, key, tasks=tasks, near=near)}
@@ -90,6 +93,7 @@ def study_active(
         seed: of tasks and choices.
         set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
     """
+    check_output(out, "--out")
     opened, key = _open(runs, set, posterior, draws, steps), jax.random.key(seed)
     found = {
         name: active(it.learner, it.params, it.source, key, tasks=tasks, start=start, pool=pool, points=points)
@@ -126,6 +130,7 @@ def study_novelty(
         seed: of tasks and draws.
         set: options of the tasks or the learners by name, e.g. --set tasks.test_query=5
     """
+    check_output(out, "--out")
     opened = _open(runs, set, posterior, draws, transductive=None if transductive else False)
     found = {
         name: novelty(it.learner, it.params, it.source, jax.random.key(seed), tasks=tasks)
@@ -197,7 +202,7 @@ def _keep(out: Path, name: str, found: dict[str, Any], picture: Any, table: Tabl
     console.print(table)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / f"{name}.json", json.dumps(found, indent=2, default=_plain) + "\n")
-    picture.savefig(out / f"{name}.png")
+    save(picture, out / f"{name}.png")
     console.print(f"written: {out / name}.json and {out / name}.png", soft_wrap=True)
     return 0
 

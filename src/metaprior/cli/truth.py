@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from metaprior.cli.screen import screen
-from metaprior.plots import pit_histogram
+from metaprior.files import check_output, write_atomically
+from metaprior.plots import pit_histogram, save
 from metaprior.runtime import configure
 from metaprior.truth import SETTINGS, Verdict, referee
 
@@ -49,6 +50,7 @@ def truth(
         out: folder for the figures (truth.json) and each learner's PIT histogram.
     """
     configure()
+    check_output(out, "--out")
     console = screen()
     if family != "gaussian":
         return _by_nuts(console, family, learners, steps, tasks, shot, seen, seed, out)
@@ -68,9 +70,10 @@ def truth(
     for column, (_, meaning) in COLUMNS.items():
         console.print(f"{column}: {meaning}", soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "truth.json").write_text(json.dumps({n: v._asdict() for n, v in verdicts.items()}, indent=2) + "\n")
+    found = {n: v._asdict() for n, v in verdicts.items()}
+    write_atomically(out / "truth.json", json.dumps(found, indent=2) + "\n")
     for name, verdict in verdicts.items():
-        pit_histogram(verdict.pit).savefig(out / f"{name}-pit.png")
+        save(pit_histogram(verdict.pit), out / f"{name}-pit.png")
     console.print(f"written: {out}", soft_wrap=True)
     return 0
 
@@ -107,7 +110,7 @@ def _by_nuts(
     figures = {"given": {name: row._asdict() for name, row in given.items()}} | {
         "learned": {n: {"prior": p._asdict(), "posterior": q._asdict()} for n, (p, q) in learned.items()}
     }
-    path.write_text(json.dumps(figures, indent=2) + "\n")
+    write_atomically(path, json.dumps(figures, indent=2) + "\n")
     console.print(f"written: {path}", soft_wrap=True)
     return 0
 
