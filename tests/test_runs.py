@@ -386,6 +386,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    monkeypatch.undo()
+    code = (
+        "import os, signal, sys; from pathlib import Path; from metaprior.files import beside\n"
+        "with beside(Path(sys.argv[1])) as partial:\n"
+        "    partial.write_text('half'); print(partial, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert Path(killed.stdout.strip()).exists()
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
 """Checkpoints by orbax: atomic, the last two and the best two, refused where they do not fit."""
 
+import errno
+import logging
+import os
 import shutil
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +22,10 @@ RETRIES = 5
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read or written."""
+
+
+class NotSaved(CheckpointError):
+    """The state of a training cannot be written; what was saved before is whole."""
 
 
 class CheckpointMismatch(ValueError):
@@ -96,10 +105,20 @@ class Checkpoints:
             keeper = self._writer()
             if step in keeper.all_steps():
                 return  # a kill came after it: training is deterministic, so these are the same bits
-            keeper.save(step, args=ocp.args.StandardSave(tree), force=True)
+            needed = 2**16 + 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+            if shutil.disk_usage(self.folder).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with _quiet():
+                keeper.save(step, args=ocp.args.StandardSave(tree), force=True)
         except (OSError, ValueError, RuntimeError) as error:
-            why = explained(error) if isinstance(error, OSError) else _first_line(error)
-            raise CheckpointError(
+            for _ in range(RETRIES):  # what is still being written comes back once or twice
+                for partial in (partials := list(self.folder.glob("*tmp*"))):
+                    shutil.rmtree(partial, ignore_errors=True)
+                if not partials:
+                    break
+                time.sleep(0.1)
+            why = explained(error) if isinstance(error, OSError) else _cause(error)
+            raise NotSaved(
                 f"{self.folder}: could not save meta-step {step} ({why.rstrip('.')}). Earlier checkpoints are whole: "
                 "free some disk space, or mend the folder, and go on with --resume."
             ) from error
@@ -140,6 +159,29 @@ def unreadable(folder: Path, damaged: dict[int, str]) -> CheckpointError:
         f"{folder}: no checkpoint can be read ({problems}). The folder is damaged: delete the run and train again, or "
         "put a backup in its place."
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What goes wrong is said by our own error: orbax logs tracebacks of its threads besides."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except BaseException:
+        hook = sys.unraisablehook
+        # Its other writes end later, and find their event loop gone.
+        sys.unraisablehook = lambda what: None if "Event loop is closed" in str(what.exc_value) else hook(what)
+        raise
+    finally:
+        log.setLevel(before)
+
+
+def _cause(error: BaseException) -> str:
+    """What the system said, out of tensorstore's long messages, which end in '... No space left on device [...]'."""
+    text = " ".join(str(error).split())
+    return text.rpartition(" [os_error")[0].rpartition(": ")[2] or _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

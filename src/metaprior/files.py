@@ -1,6 +1,7 @@
 """Files that are whole or not there: written beside and renamed, locked by one process, errors told in a sentence."""
 
 import errno
+import hashlib
 import os
 import socket
 import uuid
@@ -41,18 +42,40 @@ def explained(error: OSError, path: Path | str | None = None) -> str:
 def beside(path: Path) -> Iterator[Path]:
     """A path to write to in the same folder; it becomes `path` if the block ends well, and is removed if it does not.
 
-    Readers see the old file or the new one. Both the content and the name have reached the disk at the end.
+    Readers see the old file or the new one. Both the content and the name have reached the disk at the end. A device or
+    a pipe, such as /dev/stdout, is written to as it is; a link's target is what is replaced.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve() if path.is_symlink() else path
     # Short, so that any name that the file system takes for `path` can be written this way.
-    partial = path.with_name(f".{uuid.uuid4().hex[:12]}{path.suffix}")
+    partial = path.with_name(f"{_mark()}{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    remove_partials(path.parent)
     try:
         yield partial
         sync(partial)
         partial.replace(path)
         sync(path.parent)
+    except OSError as error:
+        error.filename = str(path)  # not of the file beside it, nor none at all
+        raise
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _mark() -> str:
+    """How the names of this machine's partial files start; a folder may be shared by several."""
+    return f".partial-{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]}-"
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what processes of this machine were writing in a folder when they were killed."""
+    for partial in folder.glob(f"{_mark()}*"):
+        if not _alive(partial.name.removeprefix(_mark()).partition("-")[0]):
+            with suppress(OSError):
+                partial.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:

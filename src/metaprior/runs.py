@@ -25,12 +25,13 @@ from metaprior.checkpoint import (
     CheckpointError,
     CheckpointMismatch,
     Checkpoints,
+    NotSaved,
     check_fingerprint,
     fingerprint,
     unreadable,
 )
 from metaprior.events import Events
-from metaprior.files import Lock, Locked, explained, sync, write_atomically
+from metaprior.files import Lock, Locked, explained, remove_partials, sync, write_atomically
 from metaprior.networks.native import kernels
 from metaprior.tasks.preparation import Preparation
 from metaprior.training import Restored, Training, TrainState
@@ -202,6 +203,7 @@ class Run:
         for which, found in damaged.items():
             for at, why in found.items():
                 _warn(f"{self.folder}: the checkpoint {which}/{at} cannot be read ({why}); it was moved aside")
+        remove_partials(self.folder)
         if (figures := self.folder / "metrics.jsonl").exists():
             write_atomically(figures, "".join(json.dumps(row) + "\n" for row in restored.history))
         self._events = Events(self.folder / "tensorboard", after=step)
@@ -222,7 +224,7 @@ class Run:
                 self._events = Events(self.folder / "tensorboard")
             self._events.write(row)
         except OSError as error:
-            raise CheckpointError(
+            raise NotSaved(
                 f"could not write figures ({explained(error, self.folder).rstrip('.')}). Checkpoints are whole: go on "
                 "with --resume once that is mended."
             ) from error
@@ -240,7 +242,7 @@ class Run:
             if (self.folder / "metrics.jsonl").is_file():
                 sync(self.folder / "metrics.jsonl")
         except OSError as error:
-            raise CheckpointError(f"could not save meta-step {step} ({explained(error, self.folder)})") from error
+            raise NotSaved(f"could not save meta-step {step} ({explained(error, self.folder)})") from error
         if best:
             self._best.save(step, state.params)
         self._last.save(step, state)

@@ -8,6 +8,7 @@ import warnings
 import tyro
 from rich.text import Text
 
+from metaprior.checkpoint import NotSaved
 from metaprior.cli.adapt import adapt
 from metaprior.cli.compare import compare
 from metaprior.cli.demo import demo
@@ -66,7 +67,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1)
     except (ValueError, NonFiniteLoss) as error:
         _say("error", "bold red", error)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        sys.exit(1 if isinstance(error, (NonFiniteLoss, NotSaved)) else 2)
     finally:
         warnings.showwarning = show
 

@@ -63,20 +63,18 @@ def train(
     overrides |= {} if seed is None else {"training.seed": seed}
     chosen = with_overrides(load_recipe(recipe), learner, overrides)
     folder = out or Path("runs") / _one_name(f"{chosen.name}-{chosen.learner}")
-    kept = None
     if resume:
-        kept = Run.resume(folder)
-        chosen = going_on(kept, recipe, learner, overrides)
-    training = training_of(chosen)
-    configure(float64=training.float64, devices=devices, threads=threads)
-    experiment = build(chosen, preparation=None if kept is None else kept.preparation)
-    run = Run.create(folder, as_dict(chosen), overrides) if kept is None else kept
-    try:
-        return _train(run, chosen, experiment, resume)
-    finally:
-        if kept is None:
+        with Run.resume(folder) as run:
+            chosen = going_on(run, recipe, learner, overrides)
+            configure(float64=training_of(chosen).float64, devices=devices, threads=threads)
+            return _train(run, chosen, build(chosen, preparation=run.preparation), resume)
+    configure(float64=training_of(chosen).float64, devices=devices, threads=threads)
+    experiment = build(chosen)
+    with Run.create(folder, as_dict(chosen), overrides) as run:
+        try:
+            return _train(run, chosen, experiment, resume)
+        finally:
             run.discard()  # a start that was refused leaves no folder
-        run.close()
 
 
 def _one_name(text: str) -> str:
