@@ -1,27 +1,35 @@
 """Reports: against scikit-learn and scipy, and on predictions whose calibration is known."""
 
+import json
+from dataclasses import dataclass
+from io import StringIO
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats as ss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure as Picture
-from sklearn.metrics import brier_score_loss, log_loss
+from rich.console import Console
+from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 from metaprior.calibration import (
+    auroc,
     brier,
     calibrate,
     calibrate_softmax,
     expected_error,
+    fit_temperature,
     maximum_error,
     reliability,
     temperature_scaled,
 )
-from metaprior.evaluation import Report, evaluate, figure_of
+from metaprior.evaluation import Figure, Report, evaluate, figure_of
 from metaprior.inference.posteriors import implicit
 from metaprior.learners import maml
-from metaprior.likelihoods import Categories, Gaussian, Normals
+from metaprior.likelihoods import Categories, Counts, Gaussian, Normals
 from metaprior.networks import mlp
 from metaprior.plots import (
     adaptation_curve,
@@ -31,7 +39,7 @@ from metaprior.plots import (
     reliability_diagram,
     training_curve,
 )
-from metaprior.tasks import linear_gaussian
+from metaprior.tasks import HiddenLabels, array_tasks, linear_gaussian
 from metaprior.tasks.linear_gaussian import exact_posterior
 from metaprior.training import fit
 from metaprior.types import Batch, Learner, Task
@@ -71,13 +79,24 @@ def test_scores_are_scikit_learns():
 
 def test_intervals_are_those_of_the_mean():
     values = np.array([0.2, 0.4, 0.9])
-    assert figure_of(values).interval == pytest.approx(1.96 * values.std() / 3**0.5)
+    low, high = ss.t.interval(0.95, 2, values.mean(), ss.sem(values))
+    assert figure_of(values).interval == pytest.approx((high - low) / 2)
+    many = np.random.default_rng(0).normal(size=600)
+    assert figure_of(many).interval == pytest.approx(1.96 * many.std() / 600**0.5, rel=0.005)  # the field's
+    assert figure_of(values[:1]) == Figure(0.2, None)
+    assert str(figure_of(values[:1])) == "0.2000"
+
+
+def test_repeats_of_a_group_are_one_piece_of_evidence():
+    values, groups = np.array([0.0, 1.0, 2.0, 4.0, 9.0, 9.0]), np.array([7, 7, 3, 3, 3, 5])
+    assert figure_of(values, groups) == figure_of(np.array([5.0, 0.5, 9.0]))
+    assert figure_of(values, np.zeros(6, int)).interval is None
 
 
 def test_a_task_that_diverged_is_told_in_the_figure_and_by_no_warning(recwarn):
-    assert str(figure_of(np.array([1.0, 2.0]))) == "1.5000 ± 0.6930"
-    assert f"{figure_of(np.array([1.0, 2.0])):.2f}" == "1.50 ± 0.69"
-    assert str(figure_of(np.array([0.0, 1.4e14]))) == "7e+13 ± 9.7e+13"
+    assert str(figure_of(np.array([1.0, 2.0]))) == "1.5000 ± 6.3531"
+    assert f"{figure_of(np.array([1.0, 2.0])):.2f}" == "1.50 ± 6.35"
+    assert str(figure_of(np.array([0.0, 1.4e14]))) == "7e+13 ± 8.89e+14"
     assert str(figure_of(np.array([1.0, np.inf]))) == "inf ± nan"
     assert not recwarn.list
 
@@ -255,3 +274,124 @@ def test_pictures_are_drawn(tmp_path):
     assert titles == [[every[0], every[1], every[-1]], every, ["adapted"]]
     with pytest.raises(ValueError, match="rows"):
         training_curve([])
+
+
+def constant(learned) -> Learner:
+    """Predicts `learned`(x), whatever the support."""
+    return Learner(lambda k, t: None, lambda p, s, k: s.y.sum(), lambda p, q, x, k: learned(x), None)
+
+
+def few_groups(shift: float = 0.0):
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(20), 12)
+    y = rng.normal(size=20)[groups] + 0.1 * rng.normal(size=len(groups)) + shift
+    return array_tasks(rng.normal(size=(len(y), 1)), y, groups, shot=2, query=10, split=(0.3, 0.3, 0.4)).test
+
+
+def test_each_group_is_judged_once_and_repeats_narrow_no_interval():
+    learner, source = constant(lambda x: Normals(jnp.zeros_like(x)[None], jnp.ones_like(x)[None])), few_groups()
+    once = evaluate(learner, None, source, jax.random.key(0))
+    assert (once.tasks, once.groups) == (8, 8)
+    often = evaluate(learner, None, source, jax.random.key(0), tasks=80)
+    assert (often.tasks, often.groups) == (80, 8)
+    assert often.figures["mse"].interval == pytest.approx(once.figures["mse"].interval, rel=0.1)
+    assert "8 groups" in often.table().title
+    assert "few groups" in often.notes[0]
+    assert json.loads(often.to_json())["groups"] == 8
+    alone = evaluate(learner, None, source, jax.random.key(0), tasks=1)
+    assert alone.figures["mse"].interval is None
+    assert Report.from_json(alone.to_json()) == alone
+    Console(file=StringIO()).print(alone.table())
+    hidden = evaluate(learner, None, HiddenLabels(source, 1.0), jax.random.key(0))
+    assert (hidden.tasks, hidden.groups) == (8, 8)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Given:
+    """One task over and over."""
+
+    task: Task
+
+    def sample(self, key, n):
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), self.task)
+
+
+def given_task(y, weight=None, support=None):
+    x = jnp.zeros((len(y), 1))
+    query = Batch(x, jnp.asarray(y), None if weight is None else jnp.asarray(weight, float))
+    return Given(Task(Batch(x, query.y if support is None else jnp.asarray(support)), query))
+
+
+def test_the_pit_of_several_targets_is_theirs_and_not_that_of_their_mean():
+    y = jax.random.normal(jax.random.key(0), (4000, 2))
+    learner = constant(lambda x: Normals(jnp.zeros((1, len(x), 2)), jnp.ones((1, len(x), 2))))
+    report = evaluate(learner, None, given_task(y), jax.random.key(0), tasks=2)
+    np.testing.assert_allclose(report.pit, 1, atol=0.2)
+
+
+def test_the_pit_of_counts_is_randomised_and_the_report_says_so():
+    y = jnp.asarray(np.random.default_rng(0).poisson(0.7, size=(8000, 1)), float)
+    learner = constant(lambda x: Counts(jnp.full((1, len(x), 1), np.log(0.7))))
+    report = evaluate(learner, None, given_task(y), jax.random.key(0), tasks=2)
+    np.testing.assert_allclose(report.pit, 1, atol=0.2)
+    assert any("whole numbers" in note for note in report.notes)
+
+
+def test_weights_count_in_every_figure():
+    y = jnp.asarray([[0.0], [2.0], [5.0]])
+    learner = constant(lambda x: Normals(jnp.zeros((1, len(x), 1)), jnp.ones((1, len(x), 1))))
+    tenth = evaluate(learner, None, given_task(y, [0.1, 0.3, 0]), jax.random.key(0), tasks=2)
+    assert tenth.figures["mse"].mean == pytest.approx(3.0, rel=1e-6)
+    assert sum(tenth.pit) == pytest.approx(20)
+    assert max(tenth.pit) == pytest.approx(15)
+    for weight in ([1, -1, 0], [1, np.nan, 0]):
+        with pytest.raises(ValueError, match="weight must be finite and at least 0"):
+            evaluate(learner, None, given_task(y, weight), jax.random.key(0), tasks=2)
+    with pytest.raises(ValueError, match="nothing to judge"):
+        evaluate(learner, None, given_task(y, [0, 0, 0]), jax.random.key(0), tasks=2)
+
+
+def test_labels_that_are_no_class_are_named():
+    learner = constant(lambda x: Categories(jnp.full((1, len(x), 3), -np.log(3.0))))
+    for y, support, says in (([0, 3], [0, 1], "query: y: label 3"), ([0, 1], [0, 7], "support: y: label 7"),
+                             ([0, -1], [0, 1], "query: y: label -1")):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            evaluate(learner, None, given_task(y, support=support), jax.random.key(0), tasks=2)
+    # Of weight 0 it may be anything.
+    fine = evaluate(learner, None, given_task([0, 3], [1, 0], [0, 0]), jax.random.key(0), tasks=2)
+    assert fine.figures["nll"].mean == pytest.approx(np.log(3))
+    # Labels below 0 in a support are hidden ones.
+    evaluate(learner, None, given_task([0, 1], support=[0, -1]), jax.random.key(0), tasks=2)
+
+
+def test_auroc_by_ranks_at_any_size():
+    rng = np.random.default_rng(0)
+    higher, lower = rng.normal(0.5, 1, 40_000).round(2), rng.normal(size=40_000).round(2)
+    truth = roc_auc_score(np.repeat([1, 0], 40_000), np.concatenate([higher, lower]))
+    assert auroc(jnp.asarray(higher), jnp.asarray(lower)) == pytest.approx(truth, abs=1e-5)
+    assert auroc(jnp.ones(7), jnp.ones(13)) == 0.5
+    assert auroc(jnp.ones(7), jnp.zeros(13)) == 1
+    assert jnp.isnan(auroc(jnp.asarray([jnp.nan, 1]), jnp.zeros(2)))
+    with pytest.raises(ValueError, match="both kinds"):
+        auroc(jnp.zeros(0), jnp.ones(2))
+
+
+def test_a_temperature_is_bounded_by_the_number_of_tasks():
+    # 80 of 80 queries right, as one time in three where each is right with probability 0.987: temperature 1 is true.
+    logits = np.array([5.0, 0.0, 0.0])
+    rows, true = np.tile(logits - np.log(np.exp(logits).sum()), (80, 1)), np.exp(logits) / np.exp(logits).sum()
+
+    def expected(temperature):
+        scaled = logits / temperature
+        return np.log(np.exp(scaled).sum()) - (true * scaled).sum()
+
+    def fitted(tasks, **options):
+        return fit_temperature(rows, np.zeros(80, int), np.ones(80), tasks, **options).knobs["softmax_temperature"]
+
+    found = [fitted(tasks) for tasks in (5, 16, 80)]
+    assert 1 > found[0] > found[1] > found[2]
+    assert max(map(expected, found)) < 1.6 * expected(1.0)
+    assert expected(fitted(16, prior_sd=np.inf)) > 5 * expected(1.0)
+    with pytest.raises(ValueError, match="label 3 is not one"):
+        fit_temperature(rows, np.full(80, 3), np.ones(80), 16)

@@ -1,7 +1,9 @@
 """One report for every learner: how right it is on new tasks, and how honest about it.
 
-Intervals are 1.96 sd / sqrt(tasks) of per-task means (population sd, as in MAML's code). ECE, MCE and coverage pool all
-query examples of all tasks.
+Intervals are t sd / sqrt(g) with Student's t of g - 1 degrees of freedom. g counts independent pieces of evidence: the
+tasks where each is a draw of its own (with hundreds of tasks this is the field's 1.96 sd / sqrt(tasks)), or the groups,
+by their means, where tasks come from a fixed number of groups. Episodes from a pool of classes are independent draws
+given the pool: their intervals speak of these classes, not of other ones. ECE, MCE and PIT pool all query examples.
 """
 
 import json
@@ -19,24 +21,36 @@ from rich.table import Table
 from metaprior.calibration import BINS, brier, expected_error, maximum_error, reliability
 from metaprior.devices import everywhere, map_over_tasks, task_mesh
 from metaprior.files import write_atomically
-from metaprior.likelihoods import Categories
+from metaprior.likelihoods import Categories, Counts, check_counts, check_labels, check_real
 from metaprior.tasks import preparation_of
-from metaprior.types import Learner, Task, TaskSource
+from metaprior.types import (
+    Learner,
+    Task,
+    TaskSource,
+    check_weight,
+    counted,
+    draw_task,
+    group_count,
+    group_order,
+    weighted_mean,
+)
 from metaprior.units import in_units
 
 LEVELS = (0.5, 0.9, 0.95)  # of the central predictive intervals whose coverage is reported
+TASKS = 600  # by default, where tasks are independent draws
+FEW = 30  # groups or tasks, below which the interval of a skewed figure covers less than 90 % (docs/reliability.md)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over tasks with the half-width of its 95 % interval."""
+    """A mean over tasks with the half-width of its 95 % interval, None where one task or group leaves it unknown."""
 
     mean: float
-    interval: float
+    interval: float | None
 
     def __format__(self, digits: str) -> str:
         digits = (digits or ".4f") if _digits(self.mean) == ".4f" else ".3g"
-        return f"{self.mean:{digits}} ± {self.interval:{digits}}"
+        return f"{self.mean:{digits}}" + ("" if self.interval is None else f" ± {self.interval:{digits}}")
 
     def __str__(self) -> str:
         return format(self)
@@ -46,7 +60,9 @@ class Figure:
 class Report:
     """What `evaluate` found. `pooled` are figures without an interval; `curve` has a row an inner step.
 
-    `target` names the column of a table that was predicted: errors, widths and NLL are in its own units.
+    `target` names the column of a table that was predicted: errors, widths and NLL are in its own units. `groups` is
+    the number of groups that the tasks come from, None where each task is a draw of its own. `notes` are sentences on
+    what the figures cannot say.
     """
 
     kind: str
@@ -57,6 +73,8 @@ class Report:
     reliability: list[dict[str, float]] = field(default_factory=list)
     pit: list[float] = field(default_factory=list)
     target: str | None = None
+    groups: int | None = None
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -73,14 +91,17 @@ class Report:
 
     def table(self, title: str = "") -> Table:
         """The report as a table to print."""
-        title = (title or f"{self.tasks} tasks") + (f"; in units of {self.target}" if self.target else "")
+        title = (title or f"{self.tasks} tasks") + (f" of {self.groups} groups" if self.groups else "")
+        title += f"; in units of {self.target}" if self.target else ""
         table = Table(title=title, title_justify="left", header_style="bold")
+        table.caption, table.caption_justify = "\n".join(f"note: {note}" for note in self.notes) or None, "left"
         table.add_column("figure")
         table.add_column("mean", justify="right")
         table.add_column("95 % interval", justify="right")
         for name, figure in self.figures.items():
             digits = _digits(figure.mean)
-            table.add_row(title_of(name), f"{figure.mean:{digits}}", f"± {figure.interval:{digits}}")
+            interval = "" if figure.interval is None else f"± {figure.interval:{digits}}"
+            table.add_row(title_of(name), f"{figure.mean:{digits}}", interval)
         for name, value in self.pooled.items():
             table.add_row(title_of(name), f"{value:{_digits(value)}}", "")
         return table
@@ -126,8 +147,14 @@ def score(predictive: Any, y: Array) -> dict[str, Array]:
         scores[f"coverage_{100 * level:.0f}"] = inside.astype(nll.dtype).mean(rest)
         scores[f"width_{100 * level:.0f}"] = (high - low).mean(rest)
     scores["variance"] = predictive.variance().mean(rest)
-    scores["pit"] = predictive.cdf(y).mean(rest)
     return scores
+
+
+def integral_transform(predictive: Any, y: Array, key: PRNGKeyArray) -> dict[str, Array]:
+    """PIT values of each target [n, d], those of counts randomised; none of classes."""
+    if isinstance(predictive, Categories):
+        return {}
+    return {"pit": predictive.pit(y, key) if isinstance(predictive, Counts) else predictive.cdf(y)}
 
 
 def evaluate(
@@ -136,18 +163,27 @@ def evaluate(
     source: TaskSource,
     key: PRNGKeyArray,
     *,
-    tasks: int = 600,
+    tasks: int | None = None,
     chunk: int = 20,
     course: Learner | None = None,
     metrics: Sequence[str] = (),
 ) -> Report:
-    """Adapt to `tasks` new tasks and judge the predictions of their queries, a table's in the units of its target.
+    """Adapt to new tasks and judge the predictions of their queries, a table's in the units of its target.
 
-    chunk: tasks in memory at once. course: the learner whose `path` gives the figures after each inner step (default:
-    the learner itself, if it has one; a cheaper posterior may be wanted there). metrics: names of the learner's own, of
-    its loss on the test tasks, to report besides: a learner that is judged all along an episode has some. A source of
-    given tasks (one with a `total`) shows as many different ones.
+    Args:
+        tasks: how many; by default one of each group, where the source has groups, and 600 where it has none. A
+            source of groups shows each before any comes again.
+        chunk: tasks in memory at once.
+        course: the learner whose `path` gives the figures after each inner step (default: the learner itself, if it
+            has one; a cheaper posterior may be wanted there).
+        metrics: names of the learner's own, of its loss on the test tasks, to report besides: a learner that is judged
+            all along an episode has some.
+
+    Raises:
+        ValueError: targets that cannot be, such as a label that is no class; weights below 0; no query that counts.
     """
+    groups = group_count(source)
+    tasks = (groups or TASKS) if tasks is None else tasks
     if tasks < 1:
         raise ValueError(f"tasks: came {tasks}, needs at least 1")
     units = Units.of(source)
@@ -159,32 +195,65 @@ def evaluate(
             raise ValueError(f"metrics: came {', '.join(unknown)}, but on these tasks the loss has {', '.join(has)}")
         return {name: has[name] for name in metrics}
 
-    # Drawn one at a time, given tasks would come twice and others never.
-    given = source.sample(key, tasks) if hasattr(source, "total") else None
+    key_group, key = jax.random.split(key)
+    place, kinds = group_order(source, key_group, tasks), []  # kinds: the predictive's type and shapes, when traced
 
-    def one(params: PyTree, source: TaskSource, key: PRNGKeyArray, given: Task | None) -> tuple:
-        key_task, key_adapt, key_predict = jax.random.split(key, 3)
-        task: Task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1)) if given is None else given
-        x, y = task.query.x, task.query.y
+    def one(params: PyTree, source: TaskSource, key: PRNGKeyArray, group: Array) -> tuple:
+        key_task, key_adapt, key_predict, key_pit = jax.random.split(key, 4)
+        task = draw_task(source, key_task, group)
+        judged = counted(task.query)
+        x, y = judged.x, judged.y
         posterior = learner.adapt(params, task.support, key_adapt)
-        scores = units.score(learner.predict(params, posterior, x, key_predict), y)
-        weight = jnp.ones_like(scores["nll"]) if task.query.weight is None else task.query.weight
+        predictive = learner.predict(params, posterior, x, key_predict)
+        scores = units.score(predictive, y) | integral_transform(predictive, y, key_pit)
+        weight = jnp.ones_like(scores["nll"]) if judged.weight is None else judged.weight
         steps = {}
         if course.path is not None:
             path = course.path(params, task.support, key_adapt)
             later = jax.vmap(lambda p: units.score(course.predict(params, p, x, key_predict), y, brief_score))(path)
-            steps = jax.tree.map(lambda s: task_mean(s, weight), later)
-        return scores, steps, weight, own(params, task, key_adapt)
+            steps = jax.tree.map(jax.vmap(lambda s: weighted_mean(s, judged)), later)
+        sides = [(batch.y, batch.weight) for batch in task]
+        kinds.append(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), predictive))
+        return scores, steps, weight, own(params, task, key_adapt), sides
 
-    def every(shared: tuple[PyTree, TaskSource], drawn: tuple[PRNGKeyArray, Task | None]) -> Any:
-        return jax.lax.map(lambda one_drawn: one(*shared, *one_drawn), drawn, batch_size=min(chunk, drawn[0].size))
+    def every(shared: tuple[PyTree, TaskSource], drawn: tuple[PRNGKeyArray, Array]) -> Any:
+        return jax.lax.map(lambda one_drawn: one(*shared, *one_drawn), drawn, batch_size=min(chunk, tasks))
 
     mesh = task_mesh(tasks)
     run, shared = jax.jit(map_over_tasks(every, mesh)), everywhere((params, source), mesh)
-    scores, steps, weight, others = jax.device_get(run(shared, (jax.random.split(key, tasks), given)))
-    report = summarise(units.scaled(scores), units.scaled(steps), weight)
-    own_figures = {name: figure_of(values) for name, values in others.items()}
+    found = jax.device_get(run(shared, (jax.random.split(key, tasks), place)))
+    scores, steps, weight, others, (support, query) = found
+    check_targets(kind := kinds[0], support, query, bool(np.isnan(scores["nll"][weight > 0]).any()))
+    members = None if groups is None else np.asarray(place)
+    report = summarise(units.scaled(scores), units.scaled(steps), weight, members)
+    own_figures = {name: figure_of(values, members) for name, values in others.items()}
+    if isinstance(kind, Counts):
+        note = "counts are whole numbers, so a true predictive covers its level or more; the PIT is randomised"
+        report = replace(report, notes=[*report.notes, note])
     return replace(report, target=units.target, figures=report.figures | own_figures)
+
+
+def check_targets(kind: Any, support: tuple[Any, Any], query: tuple[Any, Any], lost: bool) -> None:
+    """A ValueError for targets (y, weight) of stacked tasks that cannot be, and for weights below 0.
+
+    kind: the predictive, whose type and shape say what may be. lost: predictions came out NaN. Labels below 0 are
+    hidden ones, which some learners read in a support; where predictions are lost, this one did not.
+    """
+    for side, (y, weight) in (("support", support), ("query", query)):
+        check_weight(weight)
+        if jax.tree.structure(y).num_leaves != 1 or not hasattr(y, "dtype"):
+            continue
+        values = np.asarray(y) if weight is None else np.asarray(y)[np.asarray(weight) > 0]
+        try:
+            if isinstance(kind, Categories):
+                hidden = side == "support" and not lost
+                check_labels(values[values >= 0] if hidden else values, kind.log_probs.shape[-1])
+            elif isinstance(kind, Counts):
+                check_counts(values)
+            else:
+                check_real(values)
+        except ValueError as error:
+            raise ValueError(f"{side}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -231,41 +300,90 @@ def brief_score(predictive: Any, y: Array) -> dict[str, Array]:
     return {name: scores[name] for name in ("accuracy", "mse", "nll") if name in scores}
 
 
-def task_mean(values: Array, weight: Array) -> Array:
-    """Weighted mean over the last axis."""
-    return (values * weight).sum(-1) / jnp.maximum(weight.sum(-1), 1e-12)
+def figure_of(per_task: np.ndarray, groups: np.ndarray | None = None) -> Figure:
+    """Mean and 95 % half-width t_{g-1} sd / sqrt(g) of one number a task; inf or NaN where a task diverged.
 
+    groups: each task's group. g is then their number, and sd that of the groups' means; else g counts tasks. The mean
+    is over g means, so that each group counts once however often it was shown. One group or task has no interval.
+    """
+    from scipy.special import stdtrit  # not above: it takes a quarter of a second
 
-def figure_of(per_task: np.ndarray) -> Figure:
-    """Mean and 95 % half-width of one number a task; inf or NaN where a task diverged."""
+    values = np.asarray(per_task, float)
+    if groups is not None:
+        _, place = np.unique(groups, return_inverse=True)
+        values = np.bincount(place, values) / np.bincount(place)
     with np.errstate(over="ignore", invalid="ignore"):
-        return Figure(float(per_task.mean()), float(1.96 * per_task.std() / np.sqrt(per_task.size)))
+        g = values.size
+        if g < 2:
+            return Figure(float(values.mean()), None)
+        return Figure(float(values.mean()), float(stdtrit(g - 1, 0.975) * values.std(ddof=1) / np.sqrt(g)))
 
 
-def summarise(scores: dict[str, np.ndarray], steps: dict[str, np.ndarray], weight: np.ndarray) -> Report:
-    """A report from scores [tasks, n], per-step means [tasks, k + 1] and weights [tasks, n]."""
-    total = np.maximum(weight.sum(-1), 1e-12)
-    means = {name: (values * weight).sum(-1) / total for name, values in scores.items()}
+def summarise(
+    scores: dict[str, np.ndarray],
+    steps: dict[str, np.ndarray],
+    weight: np.ndarray,
+    groups: np.ndarray | None = None,
+) -> Report:
+    """A report from scores [tasks, n], per-step means [tasks, k + 1], weights [tasks, n] and groups [tasks].
+
+    A task without a query that counts has no figures, and is left out.
+    """
+    kept = weight.sum(-1) > 0
+    if not kept.any():
+        raise ValueError("query: no task has an example with a weight above 0, so there is nothing to judge.")
+    lost = int((~kept).sum())
+    scores, steps = ({name: values[kept] for name, values in of.items()} for of in (scores, steps))
+    weight, groups = weight[kept], None if groups is None else groups[kept]
+    total = weight.sum(-1)
+    counts = weight > 0
+    means = {
+        name: (np.where(counts, values, 0) * weight).sum(-1) / total
+        for name, values in scores.items() if values.ndim == 2
+    }  # fmt: skip
     names = [n for n in ("accuracy", "mse", "nll", "brier") if n in scores]
     names += [n for n in scores if n.startswith(("coverage_", "width_"))]
-    figures = {name: figure_of(means[name]) for name in names}
+    figures = {name: figure_of(means[name], groups) for name in names}
     curve = []
     for step in range(next(iter(steps.values())).shape[1] if steps else 0):
-        curve.append({name: figure_of(values[:, step]) for name, values in steps.items()})
-    flat = {name: values.reshape(-1) for name, values in scores.items()}
-    counted = weight.reshape(-1) > 0
+        curve.append({name: figure_of(values[:, step], groups) for name, values in steps.items()})
+    number = None if groups is None else len(np.unique(groups))
+    report = Report("", len(weight), figures, {}, curve, groups=number, notes=_notes(len(weight), number, lost))
+    flat = {name: values[counts] for name, values in scores.items()}
+    of_row = weight[counts]
     if "accuracy" in scores:
-        confidence, correct = jnp.asarray(flat["confidence"]), jnp.asarray(flat["accuracy"])
-        table = reliability(confidence, correct, jnp.asarray(weight.reshape(-1)))
+        sure, right = jnp.asarray(flat["confidence"]), jnp.asarray(flat["accuracy"])
+        table = reliability(sure, right, jnp.asarray(of_row))
         pooled = {"ece": float(expected_error(table)), "mce": float(maximum_error(table))}
         rows = [
             {"low": b / BINS, "high": (b + 1) / BINS, "count": float(n), "confidence": float(c), "accuracy": float(a)}
             for b, (n, c, a) in enumerate(zip(*table, strict=True))
         ]
-        return Report("classification", len(weight), figures, pooled, curve, rows)
-    least = max(1e-20 * flat["variance"][counted].mean(), 1e-300)  # in the units of the target, whatever they are
-    error, spread = (np.log(np.maximum(flat[name][counted].astype(float), least)) for name in ("mse", "variance"))
-    together = float(np.corrcoef(error, spread)[0, 1]) if spread.std() > 1e-6 else 0.0
-    pooled = {"rmse": float(np.sqrt(means["mse"].mean())), "variance_error_correlation": together}
-    histogram = np.histogram(flat["pit"][counted], bins=BINS, range=(0, 1))[0] / counted.sum() * BINS
-    return Report("regression", len(weight), figures, pooled, curve, [], histogram.tolist())
+        return replace(report, kind="classification", pooled=pooled, reliability=rows)
+    least = max(1e-20 * flat["variance"].mean(), 1e-300)  # in the units of the target, whatever they are
+    error, spread = (np.log(np.maximum(flat[name].astype(float), least)) for name in ("mse", "variance"))
+    pooled = {
+        "rmse": float(np.sqrt(figures["mse"].mean)),
+        "variance_error_correlation": _correlation(error, spread, of_row),
+    }
+    targets = flat["pit"].reshape(len(of_row), -1)
+    each = np.repeat(of_row / targets.shape[1], targets.shape[1])
+    histogram = np.histogram(targets.reshape(-1), bins=BINS, range=(0, 1), weights=each)[0] / of_row.sum() * BINS
+    return replace(report, kind="regression", pooled=pooled, pit=histogram.tolist())
+
+
+def _correlation(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
+    """The weighted correlation; 0 where either is constant."""
+    a, b = (v - np.average(v, weights=weight) for v in (a, b))
+    deviations = [float(np.sqrt(np.average(v**2, weights=weight))) for v in (a, b)]
+    return float(np.average(a * b, weights=weight) / np.prod(deviations)) if min(deviations) > 1e-6 else 0.0
+
+
+def _notes(tasks: int, groups: int | None, lost: int) -> list[str]:
+    independent, what = (tasks, "tasks") if groups is None else (groups, "groups")
+    notes = [f"{lost} tasks have no query that counts and were left out"] if lost else []
+    if independent < 2:
+        return [*notes, f"one of {what} leaves the intervals unknown"]
+    if independent < FEW:
+        return [*notes, f"few {what}: the interval of a skewed figure covers less than 95 % with {independent} {what}"]
+    return notes

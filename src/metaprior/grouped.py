@@ -51,7 +51,7 @@ class GroupScores(NamedTuple):
         root = mse.mean**0.5
         return {
             "log_score": figure_of(-self.nll),
-            "rmse": Figure(root, mse.interval / (2 * root)),
+            "rmse": Figure(root, None if mse.interval is None or root == 0 else mse.interval / (2 * root)),
             "coverage_90": figure_of(self.coverage),
         }
 

@@ -83,7 +83,7 @@ def adaptation_curve(report: Report) -> Figure:
     steps = np.arange(len(report.curve))
     for ax, name in zip(axes, names, strict=True):
         mean = np.array([row[name].mean for row in report.curve])
-        half = np.array([row[name].interval for row in report.curve])
+        half = np.array([row[name].interval for row in report.curve], float)
         ax.fill_between(steps, mean - half, mean + half, color=BLUE, alpha=0.2, linewidth=0)
         ax.plot(steps, mean, "o-" if len(steps) <= 20 else "-", color=BLUE, markersize=4, linewidth=1.4)
         ax.set(xlabel="inner steps", ylabel=_label(name, report.target))
@@ -105,7 +105,7 @@ def compared_curves(reports: Mapping[str, Report]) -> Figure:
         for i, (label, report) in enumerate(reports.items()):
             style = {"color": SERIES[i % len(SERIES)], "linestyle": ("-", "--", ":")[i // len(SERIES) % 3]}
             rows = [row[name] for row in report.curve] or [report.figures[name]] * max(longest, 2)
-            mean, half = (np.array([getattr(figure, part) for figure in rows]) for part in ("mean", "interval"))
+            mean, half = (np.array([getattr(figure, part) for figure in rows], float) for part in ("mean", "interval"))
             steps = np.arange(len(rows))
             ax.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
             ax.plot(steps, mean, linewidth=1.4, label=literal(label), **style)

@@ -26,10 +26,11 @@ TABLES = ("tasks", "network", "likelihood", "augmentation", "training", "evaluat
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a run is judged: test tasks, inner steps (None: the learner's own), the seed of the test tasks, metrics of
-    the learner's loss to report besides, and whether to judge after each inner step too (as dear as each is)."""
+    """How a run is judged: test tasks (None: each group once, or 600 where tasks have no groups), inner steps (None:
+    the learner's own), the seed of the test tasks, metrics of the learner's loss to report besides, and whether to
+    judge after each inner step too (as dear as each is)."""
 
-    tasks: int = 600
+    tasks: int | None = None
     steps: int | None = None
     seed: int = 1234
     metrics: tuple[str, ...] = ()

@@ -129,6 +129,8 @@ def rejection(validation: Scored, test: Scored) -> Rejection:
     threshold = best_threshold(validation)
     rows = []
     for inside, correct, counted, outside in zip(*test, strict=True):
+        if not counted.any():
+            continue
         inside, correct = inside[counted], correct[counted]
         kept, turned = inside >= threshold, outside < threshold
         right = ((kept & correct).mean() + turned.mean()) / 2

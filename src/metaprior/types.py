@@ -8,14 +8,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Scalar
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 
 class Batch(NamedTuple):
     """Examples: every leaf of x and y has the examples as its leading axis.
 
-    `weight` [n] multiplies each example's loss; 0 marks padding, None means all ones. A class label below 0 in a
-    support set is not known; -2 - label is one that is hidden but may be asked for.
+    `weight` [n] says how many examples a row stands for: 0 marks padding, None means all ones, 0.1 a tenth of one.
+    A mean over rows is sum(w l) / sum(w), so all weights times 10 give the same mean; sums (curvature, evidence) and
+    the number of examples n that a prior is weighed against (KL / n) are sum(w l) and sum(w). Weights are finite and
+    at least 0. A class label below 0 in a support set is not known; -2 - label is one that is hidden but may be asked
+    for.
     """
 
     x: PyTree
@@ -93,6 +99,23 @@ class TaskSource(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupedSource(TaskSource, Protocol):
+    """A source whose tasks come from a fixed number of groups, such as the subjects of a table.
+
+    Tasks of one group are no independent draws, so `evaluate` visits each group once and clusters its intervals.
+    """
+
+    @property
+    def group_count(self) -> int | None:
+        """How many groups there are; None where a wrapped source has none."""
+        ...
+
+    def of_group(self, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
+        """A task of the group with this number (0..group_count-1); pure and traceable."""
+        ...
+
+
 class Splits(NamedTuple):
     """The three task sources of one data set; where tasks are made from classes, the classes are disjoint."""
 
@@ -101,10 +124,79 @@ class Splits(NamedTuple):
     test: TaskSource
 
 
+def group_count(source: Any) -> int | None:
+    """The number of groups that a source's tasks come from; None where every task is a draw of its own."""
+    return getattr(source, "group_count", None)
+
+
+def group_order(source: Any, key: PRNGKeyArray, n: int) -> Int[Array, " n"]:
+    """The groups of n tasks: each group once, in random order, before any comes again; n numbers without groups."""
+    groups = group_count(source) or n
+    rounds = [jax.random.permutation(k, groups) for k in jax.random.split(key, -(-n // groups))]
+    return jnp.concatenate(rounds)[:n]
+
+
+def draw_task(source: Any, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
+    """One task: of this group, where the source has groups."""
+    if group_count(source) is not None:
+        return source.of_group(key, group)
+    return jax.tree.map(lambda leaf: leaf[0], source.sample(key, 1))
+
+
+def counted(batch: Batch) -> Batch:
+    """The batch with 0 as the target of every row of weight 0, so that nothing of padding reaches a gradient."""
+    if batch.weight is None:
+        return batch
+    weight = batch.weight
+    concrete = not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((batch.y, weight)))
+    where = np.where if concrete else jnp.where  # numpy: what is concrete stays so inside a trace
+
+    def padded_out(leaf: Any) -> Any:
+        there = (np.asarray(weight) if concrete else weight) > 0
+        kept = where(there.reshape(-1, *[1] * (leaf.ndim - 1)), np.asarray(leaf) if concrete else leaf, 0)
+        return kept.astype(leaf.dtype)
+
+    return batch._replace(y=jax.tree.map(padded_out, batch.y))
+
+
+def weights(batch: Batch) -> Float[Array, " n"]:
+    """Each row's weight, 1 where none is given; NaN throughout where one is negative or not finite.
+
+    Raises:
+        ValueError: a negative or non-finite weight among concrete ones.
+    """
+    if batch.weight is None:
+        return jnp.ones(examples(batch))
+    check_weight(batch.weight)
+    good = ((batch.weight >= 0) & (batch.weight < jnp.inf)).all()
+    return jnp.where(good, batch.weight, jnp.nan)
+
+
+def weighted_mean(values: Float[Array, " n"], batch: Batch) -> Scalar:
+    """sum(w values) / sum(w); 0 where nothing counts. Rows of weight 0 may hold anything."""
+    if batch.weight is None:
+        return values.sum() / max(examples(batch), 1)
+    w = weights(batch)
+    total = w.sum()
+    # Not `w > 0`: NaN weights must show.
+    return jnp.where(w == 0, 0, w * jnp.where(w == 0, 0, values)).sum() / jnp.where(total == 0, 1, total)
+
+
+def check_weight(weight: Any) -> None:
+    """A ValueError that names the first negative or non-finite weight, if they are concrete."""
+    if weight is None or isinstance(weight, Tracer):
+        return
+    values = np.asarray(weight)
+    bad = values[~((values >= 0) & (values < np.inf))]
+    if bad.size:
+        raise ValueError(f"weight must be finite and at least 0, got {bad[0]}. Use 0 to leave a row out.")
+
+
 def examples(batch: Batch) -> int:
     """The number of examples of a batch (padding included)."""
     return jax.tree.leaves(batch.x)[0].shape[0]
 
 
-__all__ = ["Array", "Attributes", "Batch", "Bool", "Float", "Learner", "Model", "PRNGKeyArray", "Predictive", "PyTree",
-           "Scalar", "Splits", "Task", "TaskSource", "examples"]
+__all__ = ["Array", "Attributes", "Batch", "Bool", "Float", "GroupedSource", "Learner", "Model", "PRNGKeyArray",
+           "Predictive", "PyTree", "Scalar", "Splits", "Task", "TaskSource", "check_weight", "counted", "draw_task",
+           "examples", "group_count", "group_order", "weighted_mean", "weights"]

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from metaprior.calibration import Calibration, calibrate, calibrate_softmax, temperature_scaled
 from metaprior.cli.screen import screen
-from metaprior.evaluation import Report, Units
+from metaprior.evaluation import TASKS, Report, Units
 from metaprior.evaluation import evaluate as evaluate_learner
 from metaprior.files import check_output, write_atomically
 from metaprior.inference.normalised import settled
@@ -39,7 +39,7 @@ from metaprior.runs import Run
 from metaprior.runtime import configure
 from metaprior.tasks import FixedTasks, one_shot_source
 from metaprior.training import init_state
-from metaprior.types import Learner
+from metaprior.types import Learner, group_count
 
 
 def open_run(
@@ -160,7 +160,7 @@ def evaluate(
         calibrated: fit on validation tasks first: the posterior's temperature (or precision), and the noise or, of
             classes, the softmax's temperature.
         steps: inner steps on a new task, in place of the recipe's; the report is another file, as with --set.
-        tasks: how many (default: the recipe's, usually 600).
+        tasks: how many (default: the recipe's; else each group of a table once, and 600 of others).
         split: the tasks' split; one_shot is Omniglot's official 20 runs of 20 ways, 1 shot.
         seed: of the tasks.
         devices: into how many the cores are divided, each judging its own share of the tasks.
@@ -182,12 +182,9 @@ def evaluate(
     settings = experiment.evaluation
     console = screen()
     learner, fitted = experiment.learner, None
-    number = settings.tasks if tasks is None else tasks
-    if split == "one_shot":
-        source = one_shot_runs_for(recipe)
-        number = source.total if tasks is None else tasks
-    else:
-        source = getattr(experiment.splits, split)
+    source = one_shot_runs_for(recipe) if split == "one_shot" else getattr(experiment.splits, split)
+    number = settings.tasks if tasks is None and split != "one_shot" else tasks
+    number = (group_count(source) or TASKS) if number is None else number
     changed = (*set, f"steps={steps}") if steps is not None else set  # other tasks or steps: another report
     steps = settings.steps if steps is None else steps
     if calibrated:

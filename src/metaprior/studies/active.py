@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from metaprior.evaluation import Figure, Units, figure_of
-from metaprior.types import Batch, Learner, Task, TaskSource
+from metaprior.types import Batch, Learner, Task, TaskSource, draw_task, group_count, group_order
 
 
 class Acquisition(NamedTuple):
@@ -113,23 +113,26 @@ def active(
         if not least <= value <= top:
             raise ValueError(f"{name}: came {value}, needs {least} to {top}")
 
+    place = group_order(source, jax.random.fold_in(key, 1), tasks)
+    members = None if group_count(source) is None else np.asarray(place)
+
     @jax.jit
-    def run(params: PyTree, source: TaskSource, keys: PRNGKeyArray) -> tuple[Array, Array]:
-        def one(key: PRNGKeyArray) -> tuple[Array, Array]:
-            key_task, key = jax.random.split(key)
-            task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
+    def run(params: PyTree, source: TaskSource, drawn: tuple[PRNGKeyArray, Array]) -> tuple[Array, Array]:
+        def one(drawn: tuple[PRNGKeyArray, Array]) -> tuple[Array, Array]:
+            key_task, key = jax.random.split(drawn[0])
+            task = draw_task(source, key_task, drawn[1])
             setting = lay_out(task, start, pool)
             policy = partial(acquire, learner, params, setting, key, points)
             return policy(informed=True), policy(informed=False)
 
-        return jax.lax.map(one, keys, batch_size=min(chunk, tasks))
+        return jax.lax.map(one, drawn, batch_size=min(chunk, tasks))
 
     scale = np.asarray(Units.of(source).scale or (1.0,))
     if (scale != scale[0]).any():
         raise ValueError("source: came several targets of different units, whose squared errors have no common mean")
-    found = run(params, source, jax.random.split(key, tasks))
+    found = run(params, source, (jax.random.split(key, tasks), place))
     informed, random = (np.asarray(a, float) * scale[0] ** 2 for a in found)  # in the units of a table's target
     with np.errstate(invalid="ignore"):  # inf - inf, where both diverged on a task
         gained = informed - random
-    over = [[figure_of(column) for column in errors.T] for errors in (informed, random, gained)]
+    over = [[figure_of(column, members) for column in errors.T] for errors in (informed, random, gained)]
     return Acquisition([start + k for k in range(points + 1)], *over)

@@ -80,7 +80,7 @@ def acquisitions(found: dict[str, Acquisition]) -> Figure:
     figure, axes = panels(4.2 * len(found), 3.2, len(found), sharey=True)
     for ax, (name, result) in zip(axes, found.items(), strict=True):
         for label, curve, colour in (("at random", result.at_random, GREY), ("by variance", result.by_variance, BLUE)):
-            mean, half = (np.array([getattr(f, part) for f in curve]) for part in ("mean", "interval"))
+            mean, half = (np.array([getattr(f, part) for f in curve], float) for part in ("mean", "interval"))
             ax.fill_between(result.seen, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
             ax.plot(result.seen, mean, "o-", color=colour, markersize=4, linewidth=1.4, label=label)
         ax.set(xlabel="points seen", ylabel="MSE", ylim=(0, None))
@@ -98,7 +98,7 @@ def novelty_bars(found: dict[str, Novelty]) -> Figure:
     width = 0.8 / len(rows)
     for i, (label, kinds) in enumerate(rows.items()):
         at = np.arange(len(kinds)) + (i - (len(rows) - 1) / 2) * width
-        mean, half = ([getattr(f, part) for f in kinds.values()] for part in ("mean", "interval"))
+        mean, half = (np.array([getattr(f, part) for f in kinds.values()], float) for part in ("mean", "interval"))
         ax.bar(at, mean, 0.92 * width, yerr=half, color=SERIES[i % len(SERIES)], ecolor="black", label=literal(label))
     ax.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
     kinds = next(iter(rows.values()))

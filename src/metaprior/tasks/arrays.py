@@ -55,9 +55,15 @@ class ArrayTasks:
         key_group, key_rows = jax.random.split(key)
         total = self.starts.shape[0]
         rounds = jax.vmap(lambda k: distinct(k, total, min(total, n)))(jax.random.split(key_group, -(-n // total)))
-        return jax.vmap(self._task)(jax.random.split(key_rows, n), rounds.reshape(-1)[:n])
+        return jax.vmap(self.of_group)(jax.random.split(key_rows, n), rounds.reshape(-1)[:n])
 
-    def _task(self, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
+    @property
+    def group_count(self) -> int:
+        """How many groups the tasks come from."""
+        return self.starts.shape[0]
+
+    def of_group(self, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
+        """A task of the group with this number, its rows shared out anew."""
         count = self.counts[group]
         rows = distinct(key, count, self.shot + self.query)
         seen = jnp.minimum(self.shot, count - 1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import jax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from metaprior.tasks.pool import distinct
 from metaprior.types import Task
@@ -20,6 +20,15 @@ class FixedTasks:
     def total(self) -> int:
         """How many tasks there are."""
         return jax.tree.leaves(self.tasks)[0].shape[0]
+
+    @property
+    def group_count(self) -> int:
+        """Each task is a group of its own: shown twice, it is no new evidence."""
+        return self.total
+
+    def of_group(self, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
+        """The task with this number."""
+        return jax.tree.map(lambda leaf: leaf[group], self.tasks)
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
         """n different tasks.

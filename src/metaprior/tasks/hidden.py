@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from metaprior.types import Batch, Splits, Task, TaskSource
+from metaprior.types import Batch, Splits, Task, TaskSource, draw_task, group_count
 
 UNKNOWN = -1  # the label of an example whose label is not known
 KINDS = ("shown", "askable", "left_out")
@@ -40,6 +40,17 @@ class HiddenLabels:
         key_task, key_hide = jax.random.split(key)
         task = self.source.sample(key_task, n)
         return Task(jax.vmap(self._hide)(jax.random.split(key_hide, n), task.support), task.query)
+
+    @property
+    def group_count(self) -> int | None:
+        """How many groups the source's tasks come from, if any."""
+        return group_count(self.source)
+
+    def of_group(self, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
+        """A task of the source's group with this number."""
+        key_task, key_hide = jax.random.split(key)
+        task = draw_task(self.source, key_task, group)
+        return Task(self._hide(key_hide, task.support), task.query)
 
     def _hide(self, key: PRNGKeyArray, support: Batch) -> Batch:
         y = support.y
