@@ -175,6 +175,11 @@ def build(
             raise ValueError(f"likelihood: bernoulli needs 2 classes, but the target has {way}; use categorical")
     elif way is not None and "outputs" in option_names(lookup("network", network["name"], NETWORKS)):
         network.setdefault("outputs", way)
+        if preparation is not None and "way" not in option_names(LEARNERS[recipe.learner]) and network["outputs"] < way:
+            raise ValueError(
+                f"network.outputs must be at least {way}, the number of classes of {preparation.target.name!r}, got "
+                f"{network['outputs']}."
+            )
     model = component("network", network, NETWORKS)
     learner = recipe_learner(recipe, model, likelihood, posterior=posterior, steps=steps, way=way, **posterior_options)
     if recipe.augmentation:

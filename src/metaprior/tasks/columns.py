@@ -238,7 +238,8 @@ def _not_a_number(cell: Any, name: str, place: str, argument: str) -> DataError:
             f"{argument}: column {name!r} has {cell!r} in {place}, a number with a comma; write a decimal point and no "
             "thousands separator."
         )
-    fix = "name the column in `categories`" if argument == "features" else "set classification=true"
+    fix = "name the column in `categories`"
+    fix = fix if argument == "features" else "set classification=true and a likelihood of classes"
     return DataError(
         f"{argument}: came values that are not numbers: {cell!r} in column {name!r}, {place}; correct it, or {fix} if "
         "these are categories."
