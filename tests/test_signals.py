@@ -40,6 +40,7 @@ def test_a_scheduler_or_a_closed_terminal_saves_the_run(tmp_path, name):
     process.send_signal(signum)
     status, out = ended(process)
     assert status == 128 + signum, out
+    assert "a second signal ends at once" in out
     assert "saved; go on with --resume" in out
     assert "Traceback" not in out
 
@@ -68,7 +69,7 @@ def test_ctrl_c_while_the_first_chunk_compiles_or_runs(tmp_path):
     if process.poll() is None:  # the chunk had begun, and would be finished first
         process.send_signal(signal.SIGINT)
     status, out = ended(process)
-    assert status == 130, out
+    assert status in (130, -signal.SIGINT), out  # the latter where the second one met a process on its way out
     assert "Traceback" not in out
 
 

@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from metaprior.files import explained
+from metaprior.files import explained, sync
 
 RETRIES = 5
 
@@ -110,6 +110,7 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with _quiet():
                 keeper.save(step, args=ocp.args.StandardSave(tree), force=True)
+            sync(self.folder)
         except (OSError, ValueError, RuntimeError) as error:
             for _ in range(RETRIES):  # what is still being written comes back once or twice
                 for partial in (partials := list(self.folder.glob("*tmp*"))):

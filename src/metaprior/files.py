@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def beside(path: Path) -> Iterator[Path]:
         return
     path = path.resolve() if path.is_symlink() else path
     # Short, so that any name that the file system takes for `path` can be written this way.
-    partial = path.with_name(f"{_mark()}{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    partial = path.with_name(f"{partial_prefix()}{uuid.uuid4().hex[:8]}{path.suffix}")
     remove_partials(path.parent)
     try:
         yield partial
@@ -70,12 +71,17 @@ def _mark() -> str:
     return f".partial-{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]}-"
 
 
+def partial_prefix() -> str:
+    """How the names of this process's partial files and folders start (see `remove_partials`)."""
+    return f"{_mark()}{os.getpid()}-"
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what processes of this machine were writing in a folder when they were killed."""
     for partial in folder.glob(f"{_mark()}*"):
         if not _alive(partial.name.removeprefix(_mark()).partition("-")[0]):
             with suppress(OSError):
-                partial.unlink()
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -142,7 +148,7 @@ class Lock:
 
     def _take(self, path: Path, what: str) -> None:
         assert self._file is not None
-        pid, _, host = os.pread(self._file, 200, 0).decode(errors="replace").strip().partition(" ")
+        pid, _, host = os.read(self._file, 200).decode(errors="replace").strip().partition(" ")
         holder = f"process {pid or '(unknown)'} on {host or 'this machine'}"
         holder = "this process" if (pid, host) == (str(os.getpid()), socket.gethostname()) else holder
         message = f"{what} is being trained by {holder}; wait until it ends, or stop it first."
@@ -156,7 +162,8 @@ class Lock:
             if host and (host != socket.gethostname() or _alive(pid)):
                 raise Locked(f"{message} If it has ended, delete {path}.") from error
         os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        os.lseek(self._file, 0, os.SEEK_SET)
+        os.write(self._file, f"{os.getpid()} {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
         """Let others have it; again is harmless."""
@@ -172,6 +179,8 @@ class Lock:
 
 
 def _alive(pid: str) -> bool:
+    if os.name == "nt":
+        return True  # where asking would end it
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, ValueError):

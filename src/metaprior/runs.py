@@ -241,6 +241,7 @@ class Run:
                 write_atomically(self.folder / "state.json", json.dumps(fingerprint(state), indent=2) + "\n")
             if (self.folder / "metrics.jsonl").is_file():
                 sync(self.folder / "metrics.jsonl")
+                sync(self.folder)
         except OSError as error:
             raise NotSaved(f"could not save meta-step {step} ({explained(error, self.folder)})") from error
         if best:

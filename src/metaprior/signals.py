@@ -29,7 +29,7 @@ def interruptible() -> Iterator[Any]:
         nonlocal asked
         asked = signum
 
-    with _handled(ask):
+    with _handled(ask, b"\nending after this chunk of meta-steps, saved; a second signal ends at once\n"):
         yield lambda: asked
 
 
@@ -45,8 +45,10 @@ def breaking_in() -> Iterator[None]:
 
 
 @contextmanager
-def _handled(handler: Any) -> Iterator[None]:
+def _handled(handler: Any, said: bytes = b"") -> Iterator[None]:
     """The handler for every signal to end; the second such signal ends the process, whatever it is busy with.
+
+    The first is answered on the standard error by what is `said`.
 
     Python runs handlers between its own instructions only, and a compilation is one that may take minutes. So a thread
     counts the signals, which the system writes to a pipe as they come.
@@ -63,9 +65,12 @@ def _handled(handler: Any) -> Iterator[None]:
     def count() -> None:
         first = True
         while came := os.read(reader, 1):
-            if came[0] in before and not first:
+            if came[0] not in before:
+                continue
+            if not first:
                 os._exit(128 + came[0])
-            first = first and came[0] not in before
+            first = False
+            os.write(2, said)
         os.close(reader)
 
     threading.Thread(target=count, daemon=True).start()

@@ -1,6 +1,7 @@
 """The outer loop: whole chunks of meta-steps in one compiled scan; the host is spoken to in between.
 
-It knows only `Learner` and `TaskSource`. Randomness of a step is fold_in(key, step), so resuming gives the same bits.
+It knows only `Learner` and `TaskSource`. Randomness of a step is fold_in(key, step), so resuming gives the same bits on
+the same devices, threads, kernels and versions.
 """
 
 import time
@@ -297,7 +298,8 @@ def fit(
 ) -> Fitted:
     """Meta-train: theta that minimises the learner's loss over tasks of `splits.train`.
 
-    run keeps checkpoints and figures; resume=True goes on where it stands, with the same bits as if never stopped.
+    run keeps checkpoints and figures; resume=True goes on where it stands, with the same bits as if never stopped
+    (under the conditions that the run notes; others are warned of).
     report is called with each chunk's figures. Raises NonFiniteLoss with the last good state. Ctrl-C,
     SIGTERM and SIGHUP end it after the chunk, saved; a second one ends the process at once.
     """

@@ -18,6 +18,7 @@ import numpy as np
 import pooch
 import requests
 
+from metaprior.files import partial_prefix, remove_partials
 from metaprior.runtime import cache_folder
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.limits import check_regular, open_arrays
@@ -139,7 +140,8 @@ def _share(partial: Path, folder: Path, digests: Mapping[str, str]) -> None:
 
 def _save(folder: Path, arrays: Arrays) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    remove_partials(folder.parent)
+    partial = Path(tempfile.mkdtemp(prefix=partial_prefix(), dir=folder.parent))
     try:
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
