@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
 from metaprior.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints, check_fingerprint
 from metaprior.files import Locked, check_output, write_atomically
-from metaprior.runs import OtherSettings, Run, RunExists
+from metaprior.runs import OtherSettings, Run, RunExists, digest
+from metaprior.tasks import array_tasks
 from metaprior.training import NonFiniteLoss, fit, init_state
 from scenarios import TINY, same_bits, tiny_learner, tiny_splits
 
@@ -322,6 +324,17 @@ def test_other_threads_are_warned_of(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"other conditions than before \(threads: \d+ -> 77\)"):
         train(tmp_path / "run", resume=True)
     assert [entry["from"] for entry in Run.open(tmp_path / "run").started["under"]] == [0, 8]
+
+
+def test_other_data_are_warned_of(tmp_path):
+    x, groups = np.linspace(0, 1, 60)[:, None], np.repeat(np.arange(12), 5)
+    one, same, other = (array_tasks(x, f(x[:, 0]), groups, shot=2, query=2) for f in (np.sin, np.sin, np.cos))
+    assert digest(one) == digest(same) != digest(other)
+    assert digest(one) != digest(array_tasks(x, np.sin(x[:, 0]), groups, shot=3, query=2))
+    with Run.create(tmp_path / "run", {}) as run:
+        fit(tiny_learner(), one, replace(TINY, steps=8), run=run)
+    with pytest.warns(UserWarning, match=r"than before \(tasks: '\w+' -> '\w+'\)"), Run.resume(tmp_path / "run") as run:
+        fit(tiny_learner(), other, TINY, run=run, resume=True)
 
 
 def _shown(folder: Path) -> list[tuple[int, str]]:

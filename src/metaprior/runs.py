@@ -6,8 +6,10 @@
 One process trains a run, and holds its lock; any number may read it meanwhile. `Run.open` reads and changes nothing.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from metaprior.checkpoint import (
@@ -35,6 +39,7 @@ from metaprior.files import Lock, Locked, explained, remove_partials, sync, writ
 from metaprior.networks.native import kernels
 from metaprior.tasks.preparation import Preparation
 from metaprior.training import Restored, Training, TrainState
+from metaprior.types import Splits
 
 Row = dict[str, float]
 
@@ -177,11 +182,14 @@ class Run:
                 rows[int(row["step"])] = row
         return [rows[step] for step in sorted(rows)]
 
-    def begin(self, like: TrainState, training: Training, resume: bool = False) -> Restored:
+    def begin(
+        self, like: TrainState, training: Training, resume: bool = False, splits: Splits | None = None
+    ) -> Restored:
         """Start or go on: where the run stands, with what a kill left behind cleaned up.
 
         Figures, events and checkpoints beyond the newest whole state are dropped, and damaged checkpoints are moved
-        aside. `like` itself is the state if nothing was saved yet.
+        aside. `like` itself is the state if nothing was saved yet. Warns if anything differs that the last bits depend
+        on: see `environment`, and the data of the tasks, where `splits` is given.
 
         Raises:
             RunExists: the run was trained before, and resume is false.
@@ -207,7 +215,7 @@ class Run:
         if (figures := self.folder / "metrics.jsonl").exists():
             write_atomically(figures, "".join(json.dumps(row) + "\n" for row in restored.history))
         self._events = Events(self.folder / "tensorboard", after=step)
-        self._note(started, settings, step)
+        self._note(started, settings, step, environment() | ({"tasks": digest(splits)} if splits else {}))
         return restored
 
     def restore(self, like: TrainState) -> Restored:
@@ -299,10 +307,10 @@ class Run:
         lowest = next((row["validation/nll"] for row in rows if row["step"] == best.step), float("inf"))
         return Restored(state, best.tree, lowest, rows), step, {"last": last.damaged, "best": best.damaged}
 
-    def _note(self, started: dict[str, Any], settings: dict[str, Any], step: int) -> None:
+    def _note(self, started: dict[str, Any], settings: dict[str, Any], step: int, now: dict[str, Any]) -> None:
         """Write down the settings and under what the run goes on; warn if that has changed."""
-        now, under = environment(), started.get("under", [])
-        if under and (changed := differences({k: v for k, v in under[-1].items() if k != "from"}, now)):
+        under = started.get("under", [])
+        if under and (changed := differences({k: v for k, v in under[-1].items() if k in now}, now)):
             _warn(
                 f"{self.folder}: goes on under other conditions than before ({'; '.join(changed)}), so its last bits "
                 "may differ from those of a run that never stopped"
@@ -347,6 +355,20 @@ def environment() -> dict[str, Any]:
         "kernels": kernels() if devices[0].platform == "cpu" else None,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def digest(splits: Splits) -> str:
+    """A hash of the data that training and validation tasks are drawn from, where sources are pytrees of arrays."""
+    # Of what is no array, as the size of a support, its text counts, but no address in memory.
+    structure = re.sub(r" at 0x[0-9a-f]+", "", str(jax.tree.structure((splits.train, splits.validation))))
+    found = hashlib.sha256(structure.encode())
+    for leaf in jax.tree.leaves((splits.train, splits.validation)):
+        key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if key else leaf)
+        if array.dtype != object:
+            found.update(f"{array.dtype}{array.shape}".encode())
+            found.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    return found.hexdigest()[:16]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -124,7 +124,7 @@ class Restored(NamedTuple):
 class Recorder(Protocol):
     """What keeps a run: asked where to go on from, told of each chunk (see `runs.Run`)."""
 
-    def begin(self, like: TrainState, training: Training, resume: bool) -> Restored: ...
+    def begin(self, like: TrainState, training: Training, resume: bool, splits: Splits) -> Restored: ...
 
     def record(self, row: dict[str, float]) -> None: ...
 
@@ -307,7 +307,7 @@ def fit(
     state = init_state(learner, splits.train, training)
     best, lowest, history = None, float("inf"), []
     if run is not None:
-        state, best, lowest, history = run.begin(state, training, resume)
+        state, best, lowest, history = run.begin(state, training, resume, splits)
         state = everywhere(state, step_mesh(training)) if resume else state
     chunk, validate = run_chunk(learner, training), validator(learner, training)
     every = -(-training.validate_every // training.chunk) * training.chunk
