@@ -14,6 +14,11 @@ import optax
 import pytest
 
 from metaprior.evaluation import evaluate
+from metaprior.inference.gradient import count, mean_nll
+from metaprior.learners.registry import make_learner
+from metaprior.likelihoods import Categorical, Gaussian, Poisson
+from metaprior.networks import mlp
+from metaprior.tasks import FixedTasks
 from metaprior.training import (
     NonFiniteLoss,
     Training,
@@ -24,6 +29,7 @@ from metaprior.training import (
     run_chunk,
     step_mesh,
 )
+from metaprior.types import Batch, Splits, Task
 from scenarios import TINY, tiny_learner, tiny_splits
 
 
@@ -196,3 +202,50 @@ def test_data_are_arguments_of_the_compiled_chunk_not_constants():
     state = init_state(learner, splits.train, TINY)
     run_chunk(learner, TINY)(state, splits.train, 2)
     run_chunk(learner, TINY)(state, splits.test, 2)  # another source of the same shape is another argument
+
+
+def labelled_tasks(labels, weight=None):
+    x = jnp.zeros((len(labels), 2))
+    batch = Batch(x, jnp.asarray(labels), None if weight is None else jnp.asarray(weight, float))
+    return FixedTasks(jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), Task(batch, batch)))
+
+
+@pytest.mark.parametrize("name", ["maml", "cnp", "protonet"])
+def test_training_on_labels_that_are_no_class_names_them(name):
+    learner = make_learner(name, mlp(3, (4,)), Categorical())
+    settings = Training(steps=2, meta_batch=2, chunk=2, validation_tasks=2)
+    bad = labelled_tasks([0, 1, 3])
+    with pytest.raises((NonFiniteLoss, ValueError), match="label 3 is not one of the 3 classes"):
+        fit(learner, Splits(bad, bad, bad), settings)
+    # Of weight 0 it may be anything, in loss and gradient.
+    padded = labelled_tasks([0, 1, 3], [1, 1, 0])
+    assert np.isfinite(fit(learner, Splits(padded, padded, padded), settings).history[-1]["train/loss"])
+
+
+def test_training_that_ends_with_lost_validation_is_not_done():
+    learner = make_learner("maml", mlp(3, (4,)), Categorical())
+    good, bad = labelled_tasks([0, 1, 2]), labelled_tasks([0, 1, -1])
+    with pytest.raises(NonFiniteLoss, match=r"validation tasks.*label -1"):
+        fit(learner, Splits(good, bad, good), Training(steps=2, meta_batch=2, chunk=2, validation_tasks=2))
+
+
+def test_the_scale_of_weights_changes_no_mean():
+    outputs, y = jnp.arange(6.0)[:, None], jnp.zeros((6, 1))
+    plain = float(mean_nll(Gaussian(), outputs, Batch(outputs, y)))
+    for weight in (0.1, 1.0, 7.0):
+        assert mean_nll(Gaussian(), outputs, Batch(outputs, y, jnp.full(6, weight))) == pytest.approx(plain, rel=1e-6)
+    assert float(count(Batch(outputs, y, jnp.full(6, 0.1)))) == pytest.approx(0.6)
+    assert mean_nll(Gaussian(), outputs, Batch(outputs, y, jnp.zeros(6))) == 0
+    for bad in (-1.0, jnp.nan, jnp.inf):
+        weight = jnp.ones(6).at[2].set(bad)
+        with pytest.raises(ValueError, match="weight must be finite"):
+            mean_nll(Gaussian(), outputs, Batch(outputs, y, weight))
+        assert jnp.isnan(jax.jit(lambda w: mean_nll(Gaussian(), outputs, Batch(outputs, y, w)))(weight))
+
+
+@pytest.mark.parametrize(("likelihood", "bad"), [(Gaussian(), jnp.nan), (Poisson(), -1.0)])
+def test_rows_of_weight_0_reach_no_gradient(likelihood, bad):
+    y, weight = jnp.ones((3, 1)).at[2].set(bad), jnp.asarray([1.0, 1.0, 0.0])
+    slope = jax.jit(jax.grad(lambda o, y, w: mean_nll(likelihood, o, Batch(o, y, w))))(jnp.ones((3, 1)), y, weight)
+    assert jnp.isfinite(slope).all()
+    assert slope[2] == 0

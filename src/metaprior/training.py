@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from metaprior.devices import everywhere, mean_over_tasks, task_mesh
+from metaprior.evaluation import check_targets
+from metaprior.likelihoods import Counts
 from metaprior.signals import interruptible
-from metaprior.types import Learner, Splits, Task, TaskSource
+from metaprior.types import Learner, Splits, Task, TaskSource, counted, weighted_mean
 
 BLOCK_BYTES = 2**23  # of tasks drawn ahead: what stays in a processor's cache
 SAVE_EVERY = 10.0  # seconds: a checkpoint takes a tenth of one, as long as a chunk of meta-steps on a GPU
@@ -101,8 +103,11 @@ class Fitted(NamedTuple):
 class NonFiniteLoss(RuntimeError):
     """The loss or its gradient became NaN or infinite; `state` is the last good one."""
 
-    def __init__(self, step: int, name: str, state: TrainState):
+    def __init__(self, step: int, name: str, state: TrainState, cause: str | None = None):
         self.step, self.state = step, state
+        if cause is not None:
+            super().__init__(f"the loss of {name} became non-finite at meta-step {step}. The likely cause: {cause}")
+            return
         super().__init__(
             f"the loss of {name} became non-finite at meta-step {step}; the state before its chunk (meta-step "
             f"{int(state.step)}) is kept. Try a lower inner rate (--set learner.rate=...), gradient clipping "
@@ -260,11 +265,11 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
             key_task, key = jax.random.split(key)
             task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
             predictive = learner.predict(params, learner.adapt(params, task.support, key), task.query.x, key)
-            y, w = task.query.y, task.query.weight
-            w = jnp.ones(jax.tree.leaves(y)[0].shape[0]) if w is None else w
+            query = counted(task.query)
+            y = query.y
 
             def mean(per_example: Float[Array, " n"]) -> Array:
-                return (w * per_example).sum() / jnp.maximum(w.sum(), 1)
+                return weighted_mean(per_example, query)
 
             figures = {"nll": -mean(predictive.log_prob(y))}
             centre = predictive.mean()
@@ -284,6 +289,31 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
         return mean((params, source), keys)
 
     return validate
+
+
+def likely_cause(learner: Learner, source: TaskSource, training: Training, state: TrainState, step: int) -> str | None:
+    """Why the loss of this meta-step is not finite, where its tasks tell: labels, counts or numbers that cannot be."""
+    tasks = draw_tasks(training)(jnp.asarray(step), source)[0]
+
+    def predicted(params: PyTree, task: Task, key: PRNGKeyArray) -> PyTree:
+        return learner.predict(params, learner.adapt(params, task.support, key), task.query.x, key)
+
+    one = jax.tree.map(lambda leaf: leaf[0], tasks)
+    kind = jax.eval_shape(jax.jit(predicted), state.params, one, jax.random.key(0))
+    try:
+        check_targets(kind, *((batch.y, batch.weight) for batch in tasks), lost=False)
+    except ValueError as error:
+        return str(error)
+    if isinstance(kind, Counts):
+        return (
+            "a rate exp(output) that overflowed. Counts need small steps: lower the inner and outer rates (--set "
+            "learner.rate=..., --set training.rate=...), or clip gradients (--set training.clip_norm=1)."
+        )
+    return None
+
+
+def _floats(params: PyTree) -> list[Array]:
+    return [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
 def fit(
@@ -324,7 +354,12 @@ def fit(
             if lost > training.skip:
                 if run is not None:
                     run.save(state)
-                raise NonFiniteLoss(done + int(np.argmin(finite)) + 1, name, state)
+                first = done + int(np.argmin(finite))
+                raise NonFiniteLoss(first + 1, name, state, likely_cause(learner, splits.train, training, state, first))
+            if not all(bool(jnp.isfinite(leaf).all()) for leaf in _floats(after.params)):
+                if run is not None:
+                    run.save(state)
+                raise NonFiniteLoss(done + steps, name, state)
             state = after
             seconds = time.perf_counter() - began
             row = {"step": done + steps, "seconds": seconds, "steps_per_second": steps / seconds}
@@ -348,4 +383,7 @@ def fit(
                 saved = time.monotonic()
             if interrupted:
                 break
+            if row["step"] == training.steps and not np.isfinite(row["validation/nll"]):
+                raise NonFiniteLoss(row["step"], f"{name} on validation tasks", state,
+                                    likely_cause(learner, splits.validation, training, state, 0))  # fmt: skip
     return Fitted(state.params, state.params if best is None else best, state, history, interrupted)

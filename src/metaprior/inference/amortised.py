@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.gradient import mean_nll
-from metaprior.likelihoods import Categorical, Likelihood
-from metaprior.types import Batch, Learner, Model, Task, examples
+from metaprior.likelihoods import Categorical, Likelihood, check_labels
+from metaprior.types import Batch, Learner, Model, Task
 
 INSTANCES = range(1, 11)  # whose accuracy is shown, as in the paper's figure 2 and table 1
 
@@ -44,13 +44,8 @@ def as_inputs(likelihood: Likelihood, y: Array, outputs: int) -> Float[Array, "n
     """
     jax.eval_shape(likelihood.nll, jax.ShapeDtypeStruct((y.shape[0], outputs), jnp.result_type(float)), y)
     if isinstance(likelihood, Categorical):
-        return jax.nn.one_hot(y, outputs)
+        return jax.nn.one_hot(y, outputs) * (check_labels(y, outputs) * jnp.ones(y.shape))[:, None]
     return (y if y.ndim > 1 else y[:, None]).astype(float)
-
-
-def weights(batch: Batch) -> Float[Array, " n"]:
-    """Each example's weight; 1 where none is given."""
-    return jnp.ones(examples(batch)) if batch.weight is None else batch.weight
 
 
 def amortised_learner(

@@ -19,7 +19,7 @@ from metaprior.inference.gradient import (
 )
 from metaprior.inference.posteriors import Implied, PosteriorRule
 from metaprior.likelihoods import Categorical, Gaussian, Likelihood
-from metaprior.types import Batch, Learner, Model, Task, examples
+from metaprior.types import Batch, Learner, Model, Task, weighted_mean
 
 Loss = Callable[[PyTree, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
 
@@ -153,12 +153,10 @@ def pretraining_loss(model: Model, likelihood: Likelihood) -> Loss:
 
 def fit_metrics(likelihood: Likelihood, outputs: Array, batch: Batch) -> dict[str, Scalar]:
     """What a training curve shows besides the loss: the mean nll and the accuracy or mean squared error."""
-    w = jnp.ones(examples(batch)) if batch.weight is None else batch.weight
     metrics = {"nll": mean_nll(likelihood, outputs, batch)}
     if isinstance(likelihood, Categorical):
-        hit = (outputs.argmax(-1) == batch.y).astype(w.dtype)
-        metrics["accuracy"] = (w * hit).sum() / jnp.maximum(w.sum(), 1)
+        metrics["accuracy"] = weighted_mean((outputs.argmax(-1) == batch.y).astype(outputs.dtype), batch)
     elif isinstance(likelihood, Gaussian):
         error = ((likelihood.predictive(outputs[None]).mean() - batch.y) ** 2).mean(-1)
-        metrics["mse"] = (w * error).sum() / jnp.maximum(w.sum(), 1)
+        metrics["mse"] = weighted_mean(error, batch)
     return metrics

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.likelihoods import Likelihood
-from metaprior.types import Batch, Model, Task, examples
+from metaprior.types import Batch, Model, Task, counted, examples, weighted_mean, weights
 
 SEGMENTS = 4  # of a rematerialised descent, of each of its segments, and so on
 UNROLLED = 5  # inner steps up to this many are unrolled: XLA then fuses across them; more are a loop
@@ -52,8 +52,11 @@ def adapt_all(model: Model, optimizer: optax.GradientTransformation) -> Adaptati
 
 
 def count(batch: Batch) -> Scalar | int:
-    """The number of examples, padding left out; at least 1, so that it can be divided by."""
-    return max(examples(batch), 1) if batch.weight is None else jnp.maximum(batch.weight.sum(), 1)
+    """How many examples the rows stand for, the sum of their weights; 1 where none counts, so that it can divide."""
+    if batch.weight is None:
+        return max(examples(batch), 1)
+    total = weights(batch).sum()
+    return jnp.where(total == 0, 1, total)
 
 
 def joined(task: Task) -> Batch:
@@ -63,8 +66,7 @@ def joined(task: Task) -> Batch:
 
 def mean_nll(likelihood: Likelihood, outputs: Array, batch: Batch) -> Scalar:
     """The weighted mean of the examples' nll; 0 for an empty batch, so that nothing is learned from nothing."""
-    nll = likelihood.nll(outputs, batch.y)
-    return (nll if batch.weight is None else batch.weight * nll).sum() / count(batch)
+    return weighted_mean(likelihood.nll(outputs, counted(batch).y), batch)
 
 
 def support_loss(adaptation: Adaptation, likelihood: Likelihood, params: PyTree, support: Batch) -> Callable:

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import weights
 from metaprior.inference.assemble import fit_metrics
-from metaprior.inference.gradient import count
-from metaprior.likelihoods import Categorical, Categories, Likelihood
-from metaprior.types import Batch, Learner, Model, Task
+from metaprior.likelihoods import Categorical, Categories, Likelihood, check_labels
+from metaprior.types import Batch, Learner, Model, Task, counted, weighted_mean, weights
 
 ABSENT = -1e9  # the logit of a class that is not there: its probability is 0 to the bit, and gradients stay finite
 
@@ -61,8 +61,13 @@ def check_classification(name: str, likelihood: Likelihood, way: int | None) -> 
 
 
 def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
-    """Each example's weight in the column of its class; the columns sum to the classes' numbers of examples."""
-    return jax.nn.one_hot(support.y, way, dtype=weights(support).dtype) * weights(support)[:, None]
+    """Each example's weight in the column of its class; the columns sum to the classes' numbers of examples.
+
+    A label below 0 is hidden and in no column. Of one that is no class the row is NaN.
+    """
+    y, w = counted(support).y, weights(support)
+    possible = check_labels(jnp.maximum(y, 0) if isinstance(y, Tracer) else np.maximum(y, 0), way)
+    return jax.nn.one_hot(y, way, dtype=w.dtype) * w[:, None] * (possible * jnp.ones_like(w))[:, None]
 
 
 def present(logits: Float[Array, "n way"], there: Bool[Array, " way"]) -> Float[Array, "n way"]:
@@ -107,9 +112,7 @@ def scored_by_query(
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         predictive = predict(params, adapt(params, task.support, key), task.query.x, key)
-        w = weights(task.query)
-        nll = jnp.where(w > 0, -predictive.log_prob(task.query.y), 0)
-        score = (w * nll).sum() / count(task.query)
+        score = weighted_mean(-predictive.log_prob(counted(task.query).y), task.query)
         return score, fit_metrics(Categorical(), predictive.log_probs[0], task.query) | {"nll": score}
 
     return Learner(init, adapt, predict, loss)

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width, weights
+from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width
 from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.named import passes_options_to
 from metaprior.networks.attention import attend
 from metaprior.networks.mlp import mlp
-from metaprior.types import Batch, Learner, Model, Task
+from metaprior.types import Batch, Learner, Model, Task, counted, weights
 
 
 class Process(NamedTuple):
@@ -67,7 +67,7 @@ def cnp(
         keys = jax.random.split(key, 4)
         theta, x = model.init(keys[0], task.support.x), task.support.x
         outputs = output_width(model, theta, x)
-        d, t = embed(theta, x).shape[1], as_inputs(likelihood, task.support.y, outputs).shape[1]
+        d, t = embed(theta, x).shape[1], as_inputs(likelihood, counted(task.support).y, outputs).shape[1]
         means = outputs if by_class else 1
         return Process(
             theta,
@@ -81,7 +81,7 @@ def cnp(
 
     def adapt(params: Process, support: Batch, key: PRNGKeyArray) -> Read | Float[Array, " r"]:
         x, weight = embed(params.embedding, support.x), weights(support)
-        y = as_inputs(likelihood, support.y, output_width(model, params.embedding, support.x))
+        y = as_inputs(likelihood, counted(support).y, output_width(model, params.embedding, support.x))
         r = h.apply(params.encoder, jnp.concatenate([x, y], -1))
         if attention:
             return Read(by_heads(address.apply(params.address, x)), by_heads(r), weight)

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import as_inputs, by_instance, embedding, output_width, weights
+from metaprior.inference.amortised import as_inputs, by_instance, embedding, output_width
 from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.gradient import mean_nll
 from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import gated, lstm_init
 from metaprior.networks.memory import Access, found, least_used, turing
-from metaprior.types import Batch, Learner, Model, Task, examples
+from metaprior.types import Batch, Learner, Model, Task, counted, examples, weights
 
 
 class Mann(NamedTuple):
@@ -88,7 +88,7 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
         keys, x = jax.random.split(key, 5), task.support.x
         theta = model.init(keys[0], x)
         outputs = output_width(model, theta, x)
-        t = as_inputs(likelihood, task.support.y, outputs).shape[1]
+        t = as_inputs(likelihood, counted(task.support).y, outputs).shape[1]
         return Mann(
             theta,
             dense_init(keys[1], embed(theta, x).shape[1], 4 * hidden),
@@ -112,7 +112,7 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
 
     def sequence(params: Mann, data: Batch) -> tuple[Array, Array, Array]:
         """At each time the projected x, the label, and whether it is no padding."""
-        y = as_inputs(likelihood, data.y, output_width(model, params.embedding, data.x))
+        y = as_inputs(likelihood, counted(data).y, output_width(model, params.embedding, data.x))
         return project(params, data.x), y, weights(data) > 0
 
     def run(params: Mann, shown: tuple[Array, Array, Array]) -> tuple[State, Float[Array, "n c"]]:

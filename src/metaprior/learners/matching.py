@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import embedding, weights
+from metaprior.inference.amortised import embedding
 from metaprior.inference.gradient import descend, make_optimizer, mean_nll
 from metaprior.inference.metric import (
     ABSENT,
@@ -27,7 +27,7 @@ from metaprior.inference.metric import (
 )
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start, run_lstm
-from metaprior.types import Batch, Learner, Model, Task
+from metaprior.types import Batch, Learner, Model, Task, weights
 
 
 class Context(NamedTuple):

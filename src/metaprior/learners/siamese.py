@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import embedding, weights
+from metaprior.inference.amortised import embedding
 from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.metric import (
     check_classification,
@@ -25,7 +25,7 @@ from metaprior.inference.metric import (
     scored_by_query,
 )
 from metaprior.likelihoods import Categorical, Likelihood
-from metaprior.types import Batch, Learner, Model, Task
+from metaprior.types import Batch, Learner, Model, Task, weights
 
 
 class Twins(NamedTuple):

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width, weights
+from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.attention import attend
 from metaprior.networks.layers import dense, dense_init
-from metaprior.types import Batch, Learner, Model, Task, examples
+from metaprior.types import Batch, Learner, Model, Task, counted, examples, weights
 
 
 class Snail(NamedTuple):
@@ -92,7 +92,7 @@ def snail(
         key_model, key_head, *keys = jax.random.split(key, 2 + len(attention) * (n.bit_length() + 4))
         theta = model.init(key_model, x)
         outputs = output_width(model, theta, x)
-        width = embed(theta, x).shape[1] + as_inputs(likelihood, task.support.y, outputs).shape[1]
+        width = embed(theta, x).shape[1] + as_inputs(likelihood, counted(task.support).y, outputs).shape[1]
         attentions, convolutions = [], []
         for i, (k, v) in enumerate(attention):
             sizes = {"query": k, "key": k, "value": v}
@@ -107,7 +107,7 @@ def snail(
 
     def adapt(params: Snail, support: Batch, key: PRNGKeyArray) -> Past:
         x, there = embed(params.embedding, support.x), weights(support) > 0
-        y = as_inputs(likelihood, support.y, output_width(model, params.embedding, support.x))
+        y = as_inputs(likelihood, counted(support).y, output_width(model, params.embedding, support.x))
         pairs = jnp.where(there[:, None], jnp.concatenate([x, y], -1), 0)
         padding_first = jnp.argsort(there, stable=True)
         return Past(pairs[padding_first], there[padding_first])
