@@ -17,7 +17,7 @@ from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.gradient import count, descend, half_square, joined, make_optimizer, mean_nll, trajectory
 from metaprior.inference.particles import Particles, predict_with, stein
 from metaprior.likelihoods import Likelihood
-from metaprior.types import Batch, Learner, Model, Task
+from metaprior.types import Batch, Learner, Model, Task, counted, weighted_mean
 
 
 def bmaml(
@@ -79,9 +79,8 @@ def bmaml(
         outputs: Array = jax.vmap(lambda phi: model.apply(phi, task.query.x))(chaser)
         metrics = fit_metrics(likelihood, outputs.mean(0), task.query)
         if loss == "mixture":
-            logs = likelihood.predictive(outputs).log_prob(task.query.y)
-            weight = jnp.ones_like(logs) if task.query.weight is None else task.query.weight
-            return -(weight * logs).sum() / count(task.query), metrics
+            logs = likelihood.predictive(outputs).log_prob(counted(task.query).y)
+            return -weighted_mean(logs, task.query), metrics
         energy, optimizer = fit(joined(task))
         leader = descend(energy, jax.lax.stop_gradient(chaser), optimizer, leader_steps, first_order=True).phi
         return 2 * half_square(chaser, jax.lax.stop_gradient(leader)), metrics

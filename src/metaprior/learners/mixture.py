@@ -18,7 +18,7 @@ from metaprior.inference.variational import Variational, free_energy, infer
 from metaprior.learners.gem_bml import ascends, gem_gradient, natural
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
-from metaprior.types import Batch, Learner, Model, Task
+from metaprior.types import Batch, Learner, Model, Task, counted, weighted_mean
 
 
 class Mixture(NamedTuple):
@@ -91,11 +91,10 @@ def gem_mixture(
 
         pull = jax.vmap(component)(params.components, found.components, share).sum()
         weights = -(share * jax.nn.log_softmax(params.logits)).sum()
-        shown = predict(theta, after_support, task.query.x, key_show).log_prob(task.query.y)
+        shown = predict(theta, after_support, task.query.x, key_show).log_prob(counted(task.query).y)
         best = jax.tree.map(lambda leaf: leaf[share.argmax()], after_support.components.mean)
         metrics = fit_metrics(likelihood, model.apply(best, task.query.x), task.query)
-        weight = jnp.ones_like(shown) if task.query.weight is None else task.query.weight
-        nll = -(weight * shown).sum() / count(task.query)
+        nll = -weighted_mean(shown, task.query)
         held = jax.lax.stop_gradient(nll - weights)
         return pull + weights + held, jax.lax.stop_gradient(metrics | {"nll": nll, "largest_share": share.max()})
 
