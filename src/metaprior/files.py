@@ -138,6 +138,7 @@ class Lock:
     """
 
     def __init__(self, path: Path, what: str):
+        self._pid = os.getpid()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         try:
             self._take(path, what)
@@ -168,8 +169,9 @@ class Lock:
     def release(self) -> None:
         """Let others have it; again is harmless."""
         if self._file is not None:
-            with suppress(OSError):
-                os.ftruncate(self._file, 0)
+            if self._pid == os.getpid():  # a forked child leaves the text to its parent
+                with suppress(OSError):
+                    os.ftruncate(self._file, 0)
             os.close(self._file)
             self._file = None
 

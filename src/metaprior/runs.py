@@ -68,7 +68,6 @@ class Run:
         self._lock = lock
         self._made: list[Path] = []  # folders that `create` made
         self.used: Chosen | None = None
-        self._asked: dict[str, Any] = {}
         self._events: Events | None = None
         self._last, self._best = (Checkpoints(folder / "checkpoints" / which) for which in ("last", "best"))
 
@@ -89,7 +88,10 @@ class Run:
         folder = Path(folder)
         made = []
         try:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            # A start that was killed before it wrote the recipe, which is last, left no run.
+            remove_partials(folder)
+            there = folder.exists()
+            if there and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {"lock", "training.json"}):
                 raise RunExists(
                     f"--out {folder}: exists already and is not empty; go on with it by --resume, or name another "
                     "folder"
@@ -99,7 +101,8 @@ class Run:
                     path.mkdir(exist_ok=True)
                     made.append(path)
             run = cls(folder, Lock(folder / "lock", str(folder)))
-            run._made, run._asked = made, asked or {}
+            run._made = made
+            write_atomically(folder / "training.json", json.dumps({"asked": asked or {}}, indent=2) + "\n")
             write_atomically(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
         except OSError as error:
             _remove(folder, made)
@@ -310,13 +313,13 @@ class Run:
     def _note(self, started: dict[str, Any], settings: dict[str, Any], step: int, now: dict[str, Any]) -> None:
         """Write down the settings and under what the run goes on; warn if that has changed."""
         under = started.get("under", [])
-        if under and (changed := differences({k: v for k, v in under[-1].items() if k in now}, now)):
+        common = under[-1].keys() & now.keys() if under else ()
+        if changed := differences({k: under[-1][k] for k in common}, {k: now[k] for k in common}):
             _warn(
                 f"{self.folder}: goes on under other conditions than before ({'; '.join(changed)}), so its last bits "
                 "may differ from those of a run that never stopped"
             )
-        asked = started.get("asked", self._asked)
-        started = {"training": settings, "asked": asked, "under": [*under, {"from": step} | now]}
+        started = started | {"training": settings, "under": [*under, {"from": step} | now]}
         write_atomically(self.folder / "training.json", json.dumps(started, indent=2) + "\n")
         recipe = self.recipe
         if recipe.get("training", {}).get("steps", settings["steps"]) != settings["steps"]:
@@ -335,7 +338,9 @@ class Run:
         path = self.folder / name
         try:
             found = json.loads(path.read_text())
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            raise ValueError(explained(error, path)) from error
+        except ValueError as error:
             raise ValueError(f"{path}: cannot be read as JSON ({error}); the run folder is damaged") from error
         if not isinstance(found, dict):
             raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}; the run folder is damaged")
