@@ -195,7 +195,7 @@ class Preparation:
                     f"features: column {column.name!r} came {raw.shape[1]} wide, needs {len(column.mean)}"
                 )
             scaled = (raw - column.mean) / column.deviation
-            if strict and (far := np.abs(scaled).max(1) > FAR).any():
+            if strict and column.kind == "number" and (far := np.abs(scaled).max(1) > FAR).any():
                 row = int(np.flatnonzero(far)[0])
                 warnings.warn(
                     f"features: column {column.name!r} has {raw[row].tolist()} in {columns.place(row)}, "
