@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +207,7 @@ def test_figures_follow_the_units_exactly(scale):
     tasks = source.sample(jax.random.key(0), 2)
     params = learner.init(jax.random.key(1), jax.tree.map(lambda leaf: leaf[0], tasks))
     own = evaluate(learner, params, source, jax.random.key(2), tasks=4)
-    bare = evaluate(learner, params, NoUnits(source), jax.random.key(2), tasks=4)
+    bare = evaluate(learner, params, replace(source, preparation=None), jax.random.key(2), tasks=4)
     sd = source.scaling.y_deviation[0]
     assert (own.target, bare.target) == ("y", None)
     for name, factor in {"mse": sd**2, "width_90": sd, "coverage_90": 1.0}.items():
@@ -220,24 +221,6 @@ def test_figures_follow_the_units_exactly(scale):
     assert own.pooled["variance_error_correlation"] == pytest.approx(
         bare.pooled["variance_error_correlation"], abs=1e-3
     )
-
-
-@jax.tree_util.register_pytree_node_class
-class NoUnits:
-    """A source's tasks without its preparation."""
-
-    def __init__(self, inside):
-        self.inside = inside
-
-    def sample(self, key, n):
-        return self.inside.sample(key, n)
-
-    def tree_flatten(self):
-        return (self.inside,), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
 
 
 def test_figures_of_targets_of_different_units():
