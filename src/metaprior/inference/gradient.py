@@ -6,6 +6,7 @@ gradient (first order), or around it (iMAML, Reptile).
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import jax
@@ -228,9 +229,55 @@ def line_search(rate: float) -> optax.GradientTransformationExtraArgs:
     return optax.chain(optax.sgd(rate), search)
 
 
-def make_optimizer(name: str, rate: float, **options: Any) -> optax.GradientTransformation:
-    """An optax optimiser by name, e.g. make_optimizer("adam", 1e-3, b1=0.0), or "line_search"."""
+# Optimisers whose own derivative does not exist where a gradient or a tensor is exactly zero: they have no eps_root, or
+# one that does not reach there (optax 0.2.8).
+NO_META_GRADIENT = {
+    "adafactor": "its root mean square of a tensor has no derivative at zero",
+    "lamb": "its norm of a tensor has no derivative at zero",
+    "lars": "its norm of a tensor has no derivative at zero",
+    "novograd": "its norm of a tensor has no derivative at zero",
+    "radam": "its rectification has no derivative in the first steps",
+    "polyak_sgd": "its rate, the loss over the squared gradient, has no derivative at zero",
+    "lbfgs": "its line search cannot be differentiated in reverse",
+    "line_search": "its halving cannot be differentiated in reverse",
+}
+EPS_ROOT = 1e-16  # added to Adam's second moment: sqrt has no derivative at 0; as small as Adam's own eps
+
+
+def make_optimizer(
+    name: str, rate: float | Array, *, differentiated: bool = True, **options: Any
+) -> optax.GradientTransformation:
+    """An optax optimiser by name, e.g. make_optimizer("adam", 1e-3, b1=0.0), or "line_search".
+
+    A parameter whose gradient is exactly zero (a dead ReLU unit, an input column of zeros) has a second moment of zero,
+    whose square root has no derivative: the meta-gradient through Adam's steps would be NaN. Where the meta-gradient
+    flows, optimisers that have `eps_root` get 1e-16.
+
+    Args:
+        name: of an optax optimiser, whose first argument is its rate.
+        rate: the learning rate on the mean loss.
+        differentiated: whether the meta-gradient flows through the steps.
+        options: of the optimiser.
+
+    Raises:
+        ValueError: unknown names, and with `differentiated` optimisers whose derivative does not exist at zero.
+    """
     factory = line_search if name == "line_search" else getattr(optax, name, None)
-    if factory is None or name.startswith("_"):
+    known = [] if factory is None or name.startswith(("_", "scale_by_")) else _parameters(factory)
+    if not known or known[0] not in ("rate", "learning_rate", "max_learning_rate"):
         raise ValueError(f"optimizer: came {name!r}, needs the name of an optax optimiser, e.g. 'sgd' or 'adam'")
+    if differentiated and name in NO_META_GRADIENT:
+        raise ValueError(
+            f"optimizer: the meta-gradient flows through the inner steps, and that of {name!r} is not finite: "
+            f"{NO_META_GRADIENT[name]}; use 'sgd' or 'adam', or first_order=True where the learner has it."
+        )
+    if differentiated and "eps_root" in known and "eps_root" not in options:
+        options["eps_root"] = EPS_ROOT
     return factory(rate, **options)
+
+
+def _parameters(factory: Callable) -> list[str]:
+    try:
+        return list(signature(factory).parameters)
+    except (TypeError, ValueError):
+        return []

@@ -54,11 +54,11 @@ class Variational:
         if self.samples > 1 and self.samples % 2:
             raise ValueError(f"samples: came {self.samples}, needs 1 or an even number: draws are mirrored in pairs")
 
-    def transformation(self, batch: Batch) -> Any:
+    def transformation(self, batch: Batch, differentiated: bool = True) -> Any:
         """The inner optimiser; "natural" is told how many examples the mean loss is of, and so what a share is."""
         if self.optimizer == "natural":
             return natural_descent(self.rate, count(batch) / self.kl_weight, guarded=self.samples > 1)
-        return make_optimizer(self.optimizer, self.rate)
+        return make_optimizer(self.optimizer, self.rate, differentiated=differentiated)
 
 
 def natural_descent(rate: float, scale: float | Scalar = 1.0, guarded: bool = True) -> optax.GradientTransformation:
@@ -169,8 +169,8 @@ def infer(
     steps = how.steps if steps is None else steps
     energy = free_energy(model, likelihood, prior, batch, how)
     keys = jax.random.split(key, steps)
-    at = descend(energy, prior, how.transformation(batch), steps, first_order=first_order, remat=how.remat, data=keys)
-    return at.phi
+    inner = how.transformation(batch, not first_order)
+    return descend(energy, prior, inner, steps, first_order=first_order, remat=how.remat, data=keys).phi
 
 
 def variational_learner(
@@ -197,12 +197,12 @@ def variational_learner(
         return around(model.init(key, task.support.x), log_sd)
 
     def adapt(params: DiagonalGaussian, support: Batch, key: PRNGKeyArray) -> DiagonalGaussian:
-        return infer(model, likelihood, params, support, key, how, steps=on_new_task)
+        return infer(model, likelihood, params, support, key, how, steps=on_new_task, first_order=True)
 
     def path(params: DiagonalGaussian, support: Batch, key: PRNGKeyArray) -> DiagonalGaussian:
         energy = free_energy(model, likelihood, params, support, how)
         keys = jax.random.split(key, on_new_task)
-        course: Descent = trajectory(energy, params, how.transformation(support), on_new_task, data=keys)
+        course: Descent = trajectory(energy, params, how.transformation(support, False), on_new_task, data=keys)
         return course.phi
 
     def predictive(params: DiagonalGaussian, posterior: DiagonalGaussian, x: PyTree, key: PRNGKeyArray) -> Any:

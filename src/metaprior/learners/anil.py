@@ -59,7 +59,7 @@ def anil(
         _is_head(params, head)
         return params
 
-    inner = make_optimizer(optimizer, rate)
+    inner = make_optimizer(optimizer, rate, differentiated=not first_order)
     return query_learner(
         Adaptation(init, start, outputs, lambda params: inner),
         likelihood,

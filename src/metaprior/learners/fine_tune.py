@@ -51,7 +51,8 @@ def fine_tune(
     """
     if l2 < 0:
         raise ValueError(f"l2: came {l2}, needs at least 0")
-    embed, inner, loss = embedding(model), make_optimizer(optimizer, rate), pretraining_loss(model, likelihood)
+    inner = make_optimizer(optimizer, rate, differentiated=False)
+    embed, loss = embedding(model), pretraining_loss(model, likelihood)
 
     def init(key: PRNGKeyArray, task: Task) -> PyTree:
         return model.init(key, task.support.x)

@@ -45,7 +45,7 @@ def imaml(
     """
     if strength <= 0:
         raise ValueError(f"strength: came {strength}, needs a positive precision, e.g. 2.0 (the paper's Omniglot)")
-    inner = make_optimizer(optimizer, rate) if isinstance(optimizer, str) else optimizer
+    inner = make_optimizer(optimizer, rate, differentiated=False) if isinstance(optimizer, str) else optimizer
     free = adapt_all(model, inner)
     adaptation = free._replace(penalty=lambda theta, phi, support: strength * half_square(phi, theta))
 

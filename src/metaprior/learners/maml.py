@@ -5,6 +5,7 @@ the meta-loss is the query loss at phi (line 10, `query_loss`); its gradient flo
 First-order MAML (sec. 5.2) stops it at each inner gradient.
 """
 
+from functools import partial
 from typing import Any
 
 import optax
@@ -36,7 +37,8 @@ def maml(
     new task (default: steps). optimizer: the inner optimiser, an optax name or transformation. remat: backward memory
     grows with log(k). posterior: what is put around phi_k.
     """
-    inner = make_optimizer(optimizer, rate) if isinstance(optimizer, str) else optimizer
+    build = partial(make_optimizer, differentiated=not first_order)
+    inner = build(optimizer, rate) if isinstance(optimizer, str) else optimizer
     return query_learner(
         adapt_all(model, inner),
         likelihood,

@@ -45,7 +45,7 @@ def reptile(
     1/2 |theta - phi|^2; the metrics are of the task's data at phi.
     """
     options = {"b1": b1} if optimizer == "adam" and b1 is not None else {}
-    adaptation = adapt_all(model, make_optimizer(optimizer, rate, **options))
+    adaptation = adapt_all(model, make_optimizer(optimizer, rate, differentiated=False, **options))
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         data = joined(task)

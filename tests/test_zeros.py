@@ -1,0 +1,111 @@
+"""Exact zeros: dead ReLU units, an input column of zeros, a head of zeros. The meta-gradient is finite, or refused."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from metaprior.inference.gradient import NO_META_GRADIENT, descend, make_optimizer
+from metaprior.learners import LEARNERS, make_learner
+from metaprior.likelihoods import Categorical, Gaussian
+from metaprior.named import option_names
+from metaprior.networks import mlp
+from metaprior.types import Attributes, Batch, Task
+
+CLASSIFIERS = ("nil", "protonet", "siamese", "zero_shot", "matching", "nearest_neighbour", "fine_tune", "gnn")
+NEEDS = {"zero_shot": {"way": 3}, "snail": {"filters": 4, "attention": ((4, 4),) * 3}, "l2l": {"steps": 4, "unroll": 2}}
+
+
+def accepted(name):
+    """Whether `make_optimizer` takes this name of optax's."""
+    try:
+        make_optimizer(name, 0.01, differentiated=False)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+OPTIMIZERS = [name for name in dir(optax) if name not in NO_META_GRADIENT and accepted(name)]
+
+
+def deadened(params):
+    """Units whose bias keeps them below zero, and a head of zeros."""
+
+    def kill(path, leaf):
+        names = str(path)
+        if "log" in names or "rule" in names or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        if names.endswith("'b'),)") and "'head'" not in names:
+            return leaf.at[..., :2].set(-100.0)
+        return jnp.zeros_like(leaf) if "'head'" in names else leaf
+
+    return jax.tree_util.tree_map_with_path(kill, params)
+
+
+def task(classes):
+    kx, ky = jax.random.split(jax.random.key(1))
+    x = jax.random.normal(kx, (12, 3)).at[:, 1].set(0.0).at[1].set(0.0).at[2].set(0.0)
+    y = jnp.arange(12) % 3 if classes else jax.random.normal(ky, (12, 1))
+    return Task(Batch(x[:6], y[:6]), Batch(x[6:], y[6:]))
+
+
+def finite(tree):
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_learner_with_its_defaults_has_a_finite_meta_gradient_at_exact_zeros(name, dead):
+    classes = name in CLASSIFIERS
+    model = mlp(3 if classes else 1, (4,), "relu")
+    learner = make_learner(name, model, Categorical() if classes else Gaussian(), **NEEDS.get(name, {}))
+    data = task(classes)
+    if name == "zero_shot":
+        data = data._replace(support=Batch(Attributes(jnp.eye(3).at[1].set(0.0)), jnp.arange(3)))
+    params = learner.init(jax.random.key(2), data)
+    params = deadened(params) if dead else params
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: learner.loss(p, data, jax.random.key(3))[0]))(params)
+    assert finite((value, gradient))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_that_is_accepted_is_finite_through_steps_at_exact_zeros(optimizer):
+    weights = {"dead": jnp.array([-1.0, 1.0]), "zero": jnp.zeros(3), "w": jnp.array([0.5, 0.0, 1.0]), "b": jnp.ones(2)}
+
+    def loss(w):
+        return ((w["zero"] @ w["w"] - 1) ** 2 + (jax.nn.relu(w["dead"] - 2) ** 2).sum() + (w["w"][2:] ** 2).sum()) / 2
+
+    for steps in (1, 6):
+
+        @jax.jit
+        @jax.grad
+        def gradient(start, steps=steps):
+            end = descend(loss, start, make_optimizer(optimizer, 0.01), steps).phi
+            return sum((leaf**2).sum() for leaf in jax.tree.leaves(end))
+
+        assert finite(gradient(weights))
+        assert finite(gradient(jax.tree.map(jnp.zeros_like, weights)))
+
+
+@pytest.mark.parametrize("optimizer", NO_META_GRADIENT)
+def test_optimizers_without_a_derivative_at_zero_are_refused_where_the_meta_gradient_flows(optimizer):
+    with pytest.raises(ValueError, match=f"'{optimizer}' is not finite"):
+        make_learner("maml", mlp(1, (4,)), Gaussian(), optimizer=optimizer)
+    make_learner("maml", mlp(1, (4,)), Gaussian(), optimizer=optimizer, first_order=True)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "nadamw", "amsgrad"])
+@pytest.mark.parametrize("learner", [n for n in LEARNERS if "optimizer" in option_names(LEARNERS[n])])
+def test_adam_and_its_kin_in_every_learner_that_takes_them(learner, name):
+    if learner in CLASSIFIERS:
+        pytest.skip("as its regression kin")
+    made = make_learner(learner, mlp(1, (4,), "relu"), Gaussian(), optimizer=name)
+    data = task(False)
+    params = deadened(made.init(jax.random.key(2), data))
+    assert finite(jax.jit(jax.grad(lambda p: made.loss(p, data, jax.random.key(3))[0]))(params))
+
+
+@pytest.mark.parametrize("name", ["clip", "scale", "global_norm", "apply_updates", "scale_by_adam", "sgdd"])
+def test_what_is_no_optimizer_is_refused(name):
+    with pytest.raises(ValueError, match="optimizer: came"):
+        make_optimizer(name, 0.1)
