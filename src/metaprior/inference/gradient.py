@@ -218,7 +218,7 @@ def inner_rates(
     return jax.tree.map(lambda *e: sum(e) / probes, *estimates)
 
 
-def line_search(rate: float) -> optax.GradientTransformationExtraArgs:
+def line_search(rate: float | Array) -> optax.GradientTransformationExtraArgs:
     """Gradient descent whose rate, `rate` at most, is halved until the loss falls as its slope promises (Armijo 1966).
 
     Twelve times at most. It cannot be differentiated in reverse: for inner loops around which the meta-gradient flows.
@@ -226,7 +226,7 @@ def line_search(rate: float) -> optax.GradientTransformationExtraArgs:
     search = optax.scale_by_backtracking_linesearch(
         max_backtracking_steps=12, slope_rtol=1e-4, decrease_factor=0.5, increase_factor=2.0, rtol=1e-6
     )
-    return optax.chain(optax.sgd(rate), search)
+    return optax.chain(optax.scale_by_learning_rate(rate), search)
 
 
 # Optimisers whose own derivative does not exist where a gradient or a tensor is exactly zero: they have no eps_root, or
@@ -264,7 +264,7 @@ def make_optimizer(
     """
     factory = line_search if name == "line_search" else getattr(optax, name, None)
     known = [] if factory is None or name.startswith(("_", "scale_by_")) else _parameters(factory)
-    if not known or known[0] not in ("rate", "learning_rate", "max_learning_rate"):
+    if factory is None or not known or known[0] not in ("rate", "learning_rate", "max_learning_rate"):
         raise ValueError(f"optimizer: came {name!r}, needs the name of an optax optimiser, e.g. 'sgd' or 'adam'")
     if differentiated and name in NO_META_GRADIENT:
         raise ValueError(
