@@ -324,13 +324,13 @@ def test_without_support_the_posterior_is_the_prior(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("bmaml", {"particles": 0}, "particles: came 0"),
+        ("bmaml", {"particles": 0}, "particles must be"),
         ("bmaml", {"loss": "chase"}, "loss: came 'chase'"),
-        ("platipus", {"kl_weight": -1.0}, "kl_weight: came -1.0"),
+        ("platipus", {"kl_weight": -1.0}, "kl_weight must be"),
         ("platipus", {"draws": 0}, "draws: came 0"),
-        ("gem_bml", {"kl_weight": -0.1}, "kl_weight: came -0.1"),
+        ("gem_bml", {"kl_weight": -0.1}, "kl_weight must be"),
         ("gem_bml", {"log_sd": -200.0}, "log_sd: came -200.0"),
-        ("amortized_bml", {"samples": 0}, "samples: came 0"),
+        ("amortized_bml", {"samples": 0}, "samples must be"),
         ("amortized_bml", {"samples": 3}, "samples: came 3, needs 1 or an even number"),
         ("gem_bml", {"optimizer": "natural", "rate": 2.0}, "needs a rate of"),
         ("gem_bml", {"optimizer": "natural", "kl_weight": 0.0}, "a kl_weight above 0"),

@@ -124,9 +124,9 @@ def test_labels():
     ("options", "words"),
     [
         ({"ragged": "exact"}, r"groups: 3 have fewer rows than the 10 .* 'a' \(2\), .*small='drop'"),
-        ({"ragged": "mask"}, "ragged: came 'mask'"),
-        ({"small": "keep"}, "small: came 'keep'"),
-        ({"shot": 0}, "shot: came 0"),
+        ({"ragged": "mask"}, "ragged must be"),
+        ({"small": "keep"}, "small must be"),
+        ({"shot": 0}, "shot must be"),
         ({"split": (["a"], ["b"], ["z"])}, "unknown group 'z'"),
         ({"ragged": "exact", "small": "drop", "shot": 40}, "none of a split has the 45 rows"),
         ({"y": [1.0]}, "came 38, 1, 38 rows"),

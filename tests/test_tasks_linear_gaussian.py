@@ -112,7 +112,7 @@ def test_samples_follow_the_hierarchy_with_bias_and_singular_covariance():
         ({"mean": [1.0, 2.0, 3.0]}, r"mean: came shape \(3,\)"),
         ({"covariance": [[1.0, 2.0], [2.0, 1.0]]}, "least eigenvalue of -1"),
         ({"covariance": [[1.0, 0.5], [0.0, 1.0]]}, "not symmetric"),
-        ({"features": 0}, "features: came 0"),
+        ({"features": 0}, "features must be"),
     ],
 )
 def test_bad_options(options, words):

@@ -183,7 +183,7 @@ def test_splits(split, sizes):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"split": "vinyal"}, "split: came 'vinyal'"),
+        ({"split": "vinyal"}, "split must be"),
         ({"size": 106}, "size: came 106"),
         ({"shot": 6, "query": 15}, r"shot \+ query: came 6 \+ 15, but class 0001 has 20 images"),
     ],

@@ -169,11 +169,11 @@ def test_ctrl_c_finishes_the_chunk():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "training.steps: came 0"),
-        ({"skip": -1}, "training.skip: came -1"),
+        ({"steps": 0}, "training.steps must be"),
+        ({"skip": -1}, "training.skip must be"),
         ({"schedule": "cosin"}, "training.schedule"),
-        ({"task_chunk": 3}, "a divisor of meta_batch"),
-        ({"task_chunk": "some"}, "a number of tasks or 'auto'"),
+        ({"task_chunk": 3}, "must divide training.meta_batch"),
+        ({"task_chunk": "some"}, "training.task_chunk must be"),
     ],
 )
 def test_bad_settings_are_named(options, message):

@@ -9,8 +9,8 @@ values. In compiled code, which cannot raise, their nll, log probability and gra
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite, log, pi, sqrt
-from typing import Any, NamedTuple, Protocol
+from math import log, pi, sqrt
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
 
 from metaprior.integrals import log_normal_slices, log_sigmoid_mean, log_softmax_mean
+from metaprior.options import Scale, accept
 from metaprior.types import Predictive
 
 
@@ -192,6 +193,7 @@ def _log_poisson(log_rates: Array, y: Array) -> Array:
     return seen - jnp.exp(log_rates) - jnp.where(y < 2, y * 0, gammaln(y + 1))  # log 0! and log 1! exactly
 
 
+@runtime_checkable
 class Likelihood(Protocol):
     """What a learner asks of a likelihood; bring your own by writing these three."""
 
@@ -218,11 +220,10 @@ class Gaussian:
     regression (Finn, Abbeel & Levine 2017).
     """
 
-    scale: float | Array | None = 0.5**0.5
+    scale: Scale | None = 0.5**0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, (int, float)) and not (isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale must be a finite number above 0, got {self.scale}.")
+        accept(Scale | None, self.scale, "scale")
 
     def _split(self, outputs: Array) -> tuple[Array, Array]:
         """Means and log sds."""

@@ -6,6 +6,7 @@ Tables: [tasks], [network], [likelihood] (a `name` and the factory's options), `
 learner has otherwise.
 """
 
+import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
@@ -17,6 +18,7 @@ from metaprior.learners.registry import LEARNERS, READ_ATTRIBUTES, READ_UNLABELL
 from metaprior.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.named import construct, lookup, nearest, option_names
 from metaprior.networks import NETWORKS
+from metaprior.options import Count, OptionError, Seed, Whole, accept, accept_options, check_fields
 from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, Preparation, around, augmented, preparation_of
 from metaprior.training import Training
 from metaprior.types import Learner, Model, Splits
@@ -30,11 +32,14 @@ class Evaluation:
     the learner's own), the seed of the test tasks, metrics of the learner's loss to report besides, and whether to
     judge after each inner step too (as dear as each is)."""
 
-    tasks: int | None = None
-    steps: int | None = None
-    seed: int = 1234
+    tasks: Count | None = None
+    steps: Whole | None = None
+    seed: Seed = 1234
     metrics: tuple[str, ...] = ()
     course: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "evaluation.")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     published: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "recipe.")
+        for learner, options in self.learners.items():
+            accept(dict, options, f"learners.{learner}")
 
 
 class Experiment(NamedTuple):
@@ -78,17 +88,67 @@ def load_recipe(name: str) -> Recipe:
         path = Path(name)
         if not path.is_file():
             raise ValueError(f"recipe: no file {name}; give the path of a TOML file or a built-in name")
-        text, name = path.read_text(), path.stem
-    else:
-        lookup("recipe", name, dict.fromkeys(recipe_names()))
-        text = (files("metaprior.recipes") / f"{name}.toml").read_text()
-    return recipe_from_dict({"name": name} | tomllib.loads(text))
+        return _from_file(path)
+    lookup("recipe", name, dict.fromkeys(recipe_names()))
+    return recipe_from_dict({"name": name} | tomllib.loads((files("metaprior.recipes") / f"{name}.toml").read_text()))
+
+
+def _from_file(path: Path) -> Recipe:
+    """The recipe of a TOML file; what is wrong in it is said with the file and the line."""
+    text = ""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        recipe = recipe_from_dict({"name": path.stem} | tomllib.loads(text))
+        check_options(recipe)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path}: not a readable text file ({error})") from None
+    except OptionError as error:
+        raise ValueError(f"{path}{_line(text, str(error).split(' ')[0])}: {error}") from None
+    return recipe
+
+
+def _line(text: str, option: str) -> str:
+    """', line n' where the option of a dotted name is set in a TOML text, or else its table opened."""
+    *tables, key = option.split(".")
+    lines = text.splitlines()
+    for pattern in (rf"\s*{re.escape(key)}\s*=", rf"\s*\[.*\b{re.escape(key)}\b", *(rf"\s*\[.*{t}" for t in tables)):
+        for n, line in enumerate(lines, 1):
+            if re.match(pattern, line):
+                return f", line {n}"
+    return ""
+
+
+def check_options(recipe: Recipe) -> None:
+    """An OptionError if an option is unknown or of the wrong type or range, in any table; nothing is built."""
+    training_of(recipe)
+    evaluation_of(recipe)
+    lookup("learner", recipe.learner, LEARNERS)
+    for learner, options in recipe.learners.items():
+        given = {name: value for name, value in options.items() if name != "posterior"}
+        accept_options(lookup("learner", learner, LEARNERS), given, "learner.", taken=2)
+    parts = (("tasks", SOURCES), ("network", NETWORKS), ("likelihood", LIKELIHOODS))
+    for kind, registry in parts:
+        table = dict(getattr(recipe, kind)) if kind == "network" else own_table(getattr(recipe, kind), recipe.learner)
+        if kind == "tasks":
+            table = {name: value for name, value in table.items() if name not in option_names(around)}
+        named(kind, table, registry)
 
 
 def recipe_from_dict(table: dict[str, Any]) -> Recipe:
     """A recipe from its tables; an unknown table is a ValueError."""
+    accept(dict, table, "recipe")
     _check("recipe", table, [f.name for f in fields(Recipe)])
     return Recipe(**table)
+
+
+def recipe_of(run: Any) -> Recipe:
+    """The recipe of a run (see `runs.Run`); an error in it names the run's folder."""
+    try:
+        return recipe_from_dict(run.recipe)
+    except OptionError as error:
+        raise ValueError(f"{run.folder}: recipe.json is not one of this version: {error}") from None
 
 
 def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -96,7 +156,7 @@ def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[s
 
     "learner.rate" is an option of whichever learner the recipe trains.
     """
-    learner = learner or recipe.learner
+    learner = recipe.learner if learner is None else learner
     lookup("learner", learner, LEARNERS)
     tables: dict[str, Any] = asdict(recipe) | {"learner": learner}
     for table in ("tasks", "likelihood", "training"):
@@ -163,6 +223,7 @@ def build(
     adapting to a new task. splits: task sources to use in place of the recipe's. preparation: that of an earlier run on
     the same table, in place of one fitted here.
     """
+    check_options(recipe)
     check_support(recipe)
     kind = recipe.likelihood.get("name")
     sources = task_sources(own_table(recipe.tasks, recipe.learner), kind, preparation) if splits is None else splits
@@ -254,15 +315,29 @@ def recipe_learner(
         options["posterior"] = construct("posterior", posterior, POSTERIORS, **posterior_options)
     elif posterior is not None:
         raise ValueError(f"--posterior {posterior}: {recipe.learner} infers no task parameters to put a posterior on")
+    elif "posterior" in options:
+        options["posterior"] = posterior_rule(options["posterior"])
     return make_learner(recipe.learner, model, likelihood, **options)
+
+
+def posterior_rule(given: Any) -> Any:
+    """The posterior that a recipe says as a name, "laplace", or as a table, {name = "laplace", draws = 8}."""
+    table = {"name": given} if isinstance(given, str) else accept(dict, given, "learner.posterior")
+    return component("learner.posterior", table, POSTERIORS)
 
 
 def component(kind: str, table: dict[str, Any], registry: dict[str, Any]) -> Any:
     """registry[table["name"]] called with the table's other entries."""
+    factory, options = named(kind, table, registry)
+    return factory(**options)
+
+
+def named(kind: str, table: dict[str, Any], registry: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The factory that a table names, and its options as that wants them."""
     if "name" not in table:
-        raise ValueError(f"[{kind}]: has no `name`; needs one of {', '.join(sorted(registry))}")
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k != "name"}
-    return construct(kind, table["name"], registry, **options)
+        raise OptionError(f"{kind}.name is missing: [{kind}] needs one of {', '.join(sorted(registry))}.")
+    factory = lookup(f"{kind}.name", table["name"], registry)
+    return factory, accept_options(factory, {k: v for k, v in table.items() if k != "name"}, f"{kind}.")
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
@@ -273,4 +348,4 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
 def _check(kind: str, table: dict[str, Any], known: list[str]) -> None:
     for key in table:
         if key not in known:
-            raise ValueError(f"[{kind}]: unknown entry {key!r}, needs one of {', '.join(known)}{nearest(key, known)}")
+            raise OptionError(f"{kind}.{key} is not an option; [{kind}] has {', '.join(known)}{nearest(key, known)}")

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from metaprior.devices import everywhere, mean_over_tasks, task_mesh
 from metaprior.evaluation import check_targets
 from metaprior.likelihoods import Counts
+from metaprior.options import Count, NonNegative, OuterOptimizer, Positive, Seed, Whole, check_fields
 from metaprior.signals import interruptible
 from metaprior.types import Learner, Splits, Task, TaskSource, counted, weighted_mean
 
@@ -40,35 +41,27 @@ class Training:
     rounded up to whole chunks.
     """
 
-    steps: int = 10_000
-    meta_batch: int = 25
-    rate: float = 1e-3
-    optimizer: str = "adam"
-    schedule: str = "constant"
-    warmup: int = 0
-    clip_value: float | None = None
-    clip_norm: float | None = None
-    skip: int = 0
-    chunk: int = 100
-    task_chunk: int | Literal["auto"] | None = None
-    validate_every: int = 1000
-    validation_tasks: int = 200
-    seed: int = 0
+    steps: Count = 10_000
+    meta_batch: Count = 25
+    rate: NonNegative = 1e-3
+    optimizer: OuterOptimizer = "adam"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Whole = 0
+    clip_value: Positive | None = None
+    clip_norm: Positive | None = None
+    skip: Whole = 0
+    chunk: Count = 100
+    task_chunk: Count | Literal["auto"] | None = None
+    validate_every: Count = 1000
+    validation_tasks: Count = 200
+    seed: Seed = 0
     float64: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "meta_batch", "chunk", "validate_every", "validation_tasks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name}: came {getattr(self, name)}, needs at least 1")
-        if self.skip < 0:
-            raise ValueError(f"training.skip: came {self.skip}, needs 0 or more meta-steps in a row")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"training.schedule: came {self.schedule!r}, needs 'constant', 'linear' or 'cosine'")
-        if isinstance(self.task_chunk, str) and self.task_chunk != "auto":
-            raise ValueError(f"training.task_chunk: came {self.task_chunk!r}, needs a number of tasks or 'auto'")
-        if isinstance(self.task_chunk, int) and (self.task_chunk < 1 or self.meta_batch % self.task_chunk):
+        check_fields(self, "training.")
+        if isinstance(self.task_chunk, int) and self.meta_batch % self.task_chunk:
             raise ValueError(
-                f"training.task_chunk: came {self.task_chunk}, needs a divisor of meta_batch = {self.meta_batch}"
+                f"training.task_chunk must divide training.meta_batch = {self.meta_batch}, got {self.task_chunk}."
             )
 
     @property

@@ -29,8 +29,8 @@ from metaprior.recipe import (
     most_ways,
     own_table,
     parse_overrides,
-    recipe_from_dict,
     recipe_learner,
+    recipe_of,
     training_of,
     with_overrides,
 )
@@ -52,7 +52,7 @@ def open_run(
     the table itself need not be there.
     """
     run = Run.open(folder)
-    recipe = with_overrides(recipe_from_dict(run.recipe), None, parse_overrides(overrides))
+    recipe = with_overrides(recipe_of(run), None, parse_overrides(overrides))
     configure(float64=training_of(recipe).float64)
     steps = evaluation_of(recipe).steps if steps is None else steps
     preparation, tasks = run.preparation, own_table(recipe.tasks, recipe.learner)
@@ -174,7 +174,7 @@ def evaluate(
     if posterior is not None:
         options["posterior"] = posterior
         if posterior != "point":
-            recipe = recipe_from_dict(Run.open(run).recipe)
+            recipe = recipe_of(Run.open(run))
             regression = recipe.likelihood.get("name") == "gaussian"
             options["draws"] = (0 if regression else 16) if draws is None else draws
             options["linear"] = linear

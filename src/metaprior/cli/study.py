@@ -15,7 +15,7 @@ from metaprior.files import check_output, write_atomically
 from metaprior.learners import LEARNERS
 from metaprior.named import option_names
 from metaprior.plots import save
-from metaprior.recipe import recipe_from_dict
+from metaprior.recipe import recipe_of
 from metaprior.runs import Run, told_apart
 from metaprior.studies import active, ambiguity, novelty, referee
 from metaprior.studies.pictures import acquisitions, explanations, novelty_bars
@@ -177,7 +177,7 @@ def _open(
         options["draws"] = draws
     opened = {}
     for name, run in told_apart([Run.open(folder) for folder in runs]).items():
-        learner = recipe_from_dict(run.recipe).learner
+        learner = recipe_of(run).learner
         alone = transductive is not None and "transductive" in option_names(LEARNERS[learner])
         settings = (*overrides, f"learner.transductive={str(transductive).lower()}") if alone else overrides
         _, _, experiment, params = open_run(run.folder, steps, settings, **options)

@@ -20,6 +20,7 @@ from metaprior.recipe import (
     parse_overrides,
     recipe_from_dict,
     recipe_names,
+    recipe_of,
     training_of,
     with_overrides,
 )
@@ -88,7 +89,7 @@ def going_on(kept: Run, recipe: str, learner: str | None, overrides: dict[str, A
     Raises:
         OtherSettings: the recipe, the learner or an option differs from the run's.
     """
-    own = recipe_from_dict(kept.recipe)
+    own = recipe_of(kept)
     asked: dict[str, Any] = kept.started.get("asked", {})
     # A TOML file may have been edited since: it is compared as a whole, with the options of the first start.
     edited = recipe.endswith(".toml") and "asked" in kept.started

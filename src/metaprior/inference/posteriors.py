@@ -28,6 +28,7 @@ from metaprior.inference.curvature import (
     output_variance,
 )
 from metaprior.likelihoods import Categorical, Gaussian, Likelihood
+from metaprior.options import Scale, Whole, checked
 from metaprior.types import Batch
 
 DRAWS_AT_ONCE = 8
@@ -159,7 +160,8 @@ def _rule(infer: Callable[..., Any], draws: int, linear: bool, noise: float | Ar
     return PosteriorRule(infer, partial(predict, draws=draws, linear=linear, noise=noise))
 
 
-def point(noise: float | Array | None = None) -> PosteriorRule:
+@checked
+def point(noise: Scale | None = None) -> PosteriorRule:
     """phi_k alone. noise: the Gaussian likelihood's scale in the predictive, if not its own."""
 
     def infer(outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied) -> Point:
@@ -168,11 +170,12 @@ def point(noise: float | Array | None = None) -> PosteriorRule:
     return _rule(infer, 0, False, noise)
 
 
+@checked
 def laplace(
-    precision: float | Array | None = 1.0,
-    temperature: float | Array = 1.0,
-    noise: float | Array | None = None,
-    draws: int = 0,
+    precision: Scale | None = 1.0,
+    temperature: Scale = 1.0,
+    noise: Scale | None = None,
+    draws: Whole = 0,
     linear: bool = False,
     curvature: str | Callable[..., Curvature] = "dual",
 ) -> PosteriorRule:
@@ -205,10 +208,11 @@ def laplace(
     return _rule(infer, draws, linear, noise)
 
 
+@checked
 def implicit(
-    temperature: float | Array = 1.0,
-    noise: float | Array | None = None,
-    draws: int = 0,
+    temperature: Scale = 1.0,
+    noise: Scale | None = None,
+    draws: Whole = 0,
     linear: bool = False,
     curvature: str | Callable[..., Dual | Lanczos] = "dual",
 ) -> PosteriorRule:

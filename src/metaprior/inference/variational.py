@@ -19,6 +19,7 @@ from metaprior.inference.gaussian import DiagonalGaussian, around, kl
 from metaprior.inference.gradient import Descent, count, descend, make_optimizer, mean_nll, trajectory
 from metaprior.inference.posteriors import predict
 from metaprior.likelihoods import Likelihood
+from metaprior.options import Count, InnerOptimizer, NonNegative, Whole, check_fields
 from metaprior.types import Batch, Learner, Model, Task
 
 Objective = Callable[[DiagonalGaussian, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
@@ -35,19 +36,17 @@ class Variational:
     `tap`: less noise, but noise that depends on the order of the examples. remat: backward memory grows as log(steps).
     """
 
-    steps: int = 5
-    test_steps: int | None = None
-    rate: float = 0.01
-    optimizer: str = "adam"
-    samples: int = 1
-    kl_weight: float = 1.0
+    steps: Whole = 5
+    test_steps: Whole | None = None
+    rate: NonNegative = 0.01
+    optimizer: InnerOptimizer = "adam"
+    samples: Count = 1
+    kl_weight: NonNegative = 1.0
     local: bool = False
     remat: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("samples", 1), ("kl_weight", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: came {getattr(self, name)}, needs at least {least}")
+        check_fields(self)
         if self.optimizer == "natural" and not (0 < self.rate <= 1 and self.kl_weight > 0):
             came = f"rate {self.rate} and kl_weight {self.kl_weight}"
             raise ValueError(f"optimizer: came 'natural' with {came}, needs a rate of (0, 1] and a kl_weight above 0")
@@ -180,7 +179,7 @@ def variational_learner(
     objective: Objective,
     *,
     log_sd: float,
-    draws: int,
+    draws: Whole,
 ) -> Learner:
     """A learner whose theta is the prior N(mean, sd^2) and whose posterior is a fitted Gaussian.
 

@@ -17,6 +17,7 @@ from metaprior.inference.gradient import joined
 from metaprior.inference.variational import Variational, free_energy, infer, variational_learner
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
+from metaprior.options import InnerOptimizer, NonNegative, Positive, Whole
 from metaprior.types import Learner, Model, Task
 
 
@@ -34,12 +35,12 @@ def amortized_bml(
     model: Model,
     likelihood: Likelihood,
     *,
-    optimizer: str = "sgd",
+    optimizer: InnerOptimizer = "sgd",
     log_sd: float = -3.0,
-    hyperprior: float = 0.0,
-    a0: float = 2.0,
-    b0: float = 0.2,
-    draws: int = 16,
+    hyperprior: NonNegative = 0.0,
+    a0: Positive = 2.0,
+    b0: Positive = 0.2,
+    draws: Whole = 16,
     **inference: Any,
 ) -> Learner:
     """Meta-learn mu and sigma by the ELBO of all data, back-propagated through the inner steps.

@@ -16,6 +16,7 @@ from metaprior.inference.gradient import Adaptation, make_optimizer
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Categories, Likelihood
 from metaprior.named import passes_options_to
+from metaprior.options import InnerOptimizer, NonNegative, Positive, Whole, checked
 from metaprior.types import Batch, Learner, Model, Task
 
 
@@ -32,15 +33,16 @@ def _is_head(params: PyTree, head: str) -> PyTree:
     return mask
 
 
+@checked
 def anil(
     model: Model,
     likelihood: Likelihood,
     *,
     head: str = "head",
-    steps: int = 1,
-    rate: float = 0.01,
-    optimizer: str = "sgd",
-    test_steps: int | None = None,
+    steps: Whole = 1,
+    rate: NonNegative = 0.01,
+    optimizer: InnerOptimizer = "sgd",
+    test_steps: Whole | None = None,
     first_order: bool = False,
     transductive: bool = True,
     posterior: PosteriorRule = point(),
@@ -83,7 +85,7 @@ class Memory(NamedTuple):
 
 @passes_options_to(anil)
 def nil(
-    model: Model, likelihood: Likelihood, *, temperature: float = 10.0, softmax: bool = False, **options: Any
+    model: Model, likelihood: Likelihood, *, temperature: Positive = 10.0, softmax: bool = False, **options: Any
 ) -> Learner:
     """ANIL in training; at test, a class's score is the mean cosine similarity to its support examples.
 

@@ -17,21 +17,23 @@ from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.gradient import count, descend, half_square, joined, make_optimizer, mean_nll, trajectory
 from metaprior.inference.particles import Particles, predict_with, stein
 from metaprior.likelihoods import Likelihood
+from metaprior.options import Count, InnerOptimizer, NonNegative, Whole, checked
 from metaprior.types import Batch, Learner, Model, Task, counted, weighted_mean
 
 
+@checked
 def bmaml(
     model: Model,
     likelihood: Likelihood,
     *,
-    particles: int = 5,
-    steps: int = 1,
-    leader_steps: int = 1,
-    rate: float = 0.01,
-    optimizer: str = "sgd",
+    particles: Count = 5,
+    steps: Whole = 1,
+    leader_steps: Whole = 1,
+    rate: NonNegative = 0.01,
+    optimizer: InnerOptimizer = "sgd",
     loss: str = "chaser",
-    weight_precision: float = 0.0,
-    test_steps: int | None = None,
+    weight_precision: NonNegative = 0.0,
+    test_steps: Whole | None = None,
     remat: bool = False,
 ) -> Learner:
     """Meta-learn M particles; params and posterior hold them along a leading axis.

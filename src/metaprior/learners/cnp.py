@@ -18,6 +18,7 @@ from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.named import passes_options_to
 from metaprior.networks.attention import attend
 from metaprior.networks.mlp import mlp
+from metaprior.options import Count, checked
 from metaprior.types import Batch, Learner, Model, Task, counted, weights
 
 
@@ -38,16 +39,17 @@ class Read(NamedTuple):
     weight: Float[Array, " n"]
 
 
+@checked
 def cnp(
     model: Model,
     likelihood: Likelihood,
     *,
-    width: int = 128,
-    encoder: Sequence[int] = (128, 128),
-    decoder: Sequence[int] = (128, 128),
+    width: Count = 128,
+    encoder: Sequence[Count] = (128, 128),
+    decoder: Sequence[Count] = (128, 128),
     by_class: bool = False,
     attention: bool = False,
-    heads: int = 8,
+    heads: Count = 8,
 ) -> Learner:
     """Meta-learn to read a support set into `width` numbers, and outputs off them; an empty one is read as zeros.
 

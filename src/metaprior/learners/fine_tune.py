@@ -19,6 +19,7 @@ from metaprior.inference.metric import embed_query, number_of_classes
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.layers import dense
+from metaprior.options import InnerOptimizer, NonNegative, Way, Whole, checked
 from metaprior.types import Batch, Learner, Model, Task
 
 
@@ -29,17 +30,18 @@ class Tuned(NamedTuple):
     features: PyTree | None
 
 
+@checked
 def fine_tune(
     model: Model,
     likelihood: Likelihood,
     *,
-    way: int | None = None,
-    steps: int = 100,
-    rate: float = 0.1,
-    optimizer: str = "sgd",
+    way: Way | None = None,
+    steps: Whole = 100,
+    rate: NonNegative = 0.1,
+    optimizer: InnerOptimizer = "sgd",
     frozen: bool = True,
-    l2: float = 0.0,
-    test_steps: int | None = None,
+    l2: NonNegative = 0.0,
+    test_steps: Whole | None = None,
     transductive: bool = True,
     posterior: PosteriorRule = point(),
 ) -> Learner:

@@ -21,6 +21,7 @@ from metaprior.inference.gaussian import DiagonalGaussian, cross_entropy, kl
 from metaprior.inference.variational import Variational, infer, variational_learner
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
+from metaprior.options import Whole
 from metaprior.types import Learner, Model, Task
 
 
@@ -73,7 +74,7 @@ def gem_bml(
     likelihood: Likelihood,
     *,
     log_sd: float = -3.0,
-    draws: int = 16,
+    draws: Whole = 16,
     predictive: bool = False,
     precondition: bool = True,
     **inference: Any,
@@ -106,7 +107,7 @@ def gem_bml_plus(model: Model, likelihood: Likelihood, **options: Any) -> Learne
 
 @passes_options_to(Variational)
 def kl_chaser(
-    model: Model, likelihood: Likelihood, *, log_sd: float = -3.0, draws: int = 16, **inference: Any
+    model: Model, likelihood: Likelihood, *, log_sd: float = -3.0, draws: Whole = 16, **inference: Any
 ) -> Learner:
     """Descend KL(stop(q_SQ) || q_S) through the inference of q_S (Zou & Lu 2020, table 1); options as `gem_bml`."""
     how = Variational(**inference)

@@ -23,6 +23,7 @@ from metaprior.likelihoods import Categorical, Categories, Likelihood
 from metaprior.networks.attention import shares
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.mlp import mlp
+from metaprior.options import Count, Fraction, checked
 from metaprior.types import Batch, Learner, Model, Task, counted, weights
 
 EDGES = 2**16  # in memory at once; queries beyond that go one chunk after another
@@ -45,13 +46,14 @@ class Labelled(NamedTuple):
     hidden: Float[Array, "n way"]
 
 
+@checked
 def gnn(
     model: Model,
     likelihood: Likelihood,
     *,
-    layers: int = 3,
-    filters: int = 96,
-    unlabelled: float = 0.8,
+    layers: Count = 3,
+    filters: Count = 96,
+    unlabelled: Fraction = 0.8,
     ask: str | None = None,
 ) -> Learner:
     """Meta-learn how labels pass between examples, on the model's features. Classification only.

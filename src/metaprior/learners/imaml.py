@@ -20,20 +20,22 @@ from metaprior.inference.gradient import (
 from metaprior.inference.implicit import proximal
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
+from metaprior.options import Count, InnerOptimizer, NonNegative, Positive, Whole, checked
 from metaprior.types import Learner, Model, Task
 
 
+@checked
 def imaml(
     model: Model,
     likelihood: Likelihood,
     *,
-    strength: float = 2.0,
-    steps: int = 16,
-    rate: float = 0.1,
-    optimizer: str | optax.GradientTransformation = "line_search",
-    cg_steps: int = 5,
-    damping: float = 0.0,
-    test_steps: int | None = None,
+    strength: Positive = 2.0,
+    steps: Whole = 16,
+    rate: NonNegative = 0.1,
+    optimizer: InnerOptimizer | optax.GradientTransformation = "line_search",
+    cg_steps: Count = 5,
+    damping: NonNegative = 0.0,
+    test_steps: Whole | None = None,
     transductive: bool = True,
     posterior: PosteriorRule = point(),
 ) -> Learner:

@@ -21,6 +21,7 @@ from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start
+from metaprior.options import Count, NonNegative, Positive, Whole, checked
 from metaprior.types import Batch, Learner, Model, Task, examples
 
 RATE = 0.1
@@ -65,20 +66,21 @@ def learned_optimizer(rule: Rule, *, rate: float = RATE, p: float = P) -> optax.
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
+@checked
 def l2l(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: int = 100,
-    unroll: int = 20,
-    minibatch: int | None = None,
-    units: int = 20,
-    depth: int = 2,
-    rate: float = RATE,
-    p: float = P,
+    steps: Whole = 100,
+    unroll: Count = 20,
+    minibatch: Count | None = None,
+    units: Count = 20,
+    depth: Count = 2,
+    rate: NonNegative = RATE,
+    p: Positive = P,
     start: str = "random",
     first_order: bool = True,
-    test_steps: int | None = None,
+    test_steps: Whole | None = None,
     transductive: bool = True,
     posterior: PosteriorRule = point(),
 ) -> Learner:

@@ -30,6 +30,7 @@ from metaprior.inference.laplace import negative_log_evidence
 from metaprior.inference.posteriors import PosteriorRule, laplace
 from metaprior.likelihoods import Likelihood
 from metaprior.named import lookup
+from metaprior.options import NonNegative, Positive, Whole, checked
 from metaprior.types import Batch, Learner, Model, Task
 
 
@@ -40,22 +41,23 @@ class Prior(NamedTuple):
     log_precision: Scalar
 
 
+@checked
 def llama(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: int = 5,
-    rate: float = 0.01,
-    eta: float = 1e-6,
-    precision: float = 1.0,
+    steps: Whole = 5,
+    rate: NonNegative = 0.01,
+    eta: NonNegative = 1e-6,
+    precision: Positive = 1.0,
     curvature: str = "dual",
     curvature_on: str = "support",
     prior: str = "isotropic",
     objective: str = "query",
     learn_precision: bool = False,
-    test_steps: int | None = None,
+    test_steps: Whole | None = None,
     remat: bool = False,
-    draws: int = 0,
+    draws: Whole = 0,
     transductive: bool = True,
     posterior: PosteriorRule | None = None,
 ) -> Learner:

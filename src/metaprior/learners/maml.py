@@ -15,17 +15,19 @@ from metaprior.inference.gradient import adapt_all, make_optimizer
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
+from metaprior.options import InnerOptimizer, NonNegative, Whole, checked
 from metaprior.types import Learner, Model
 
 
+@checked
 def maml(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: int = 1,
-    rate: float = 0.01,
-    optimizer: str | optax.GradientTransformation = "sgd",
-    test_steps: int | None = None,
+    steps: Whole = 1,
+    rate: NonNegative = 0.01,
+    optimizer: InnerOptimizer | optax.GradientTransformation = "sgd",
+    test_steps: Whole | None = None,
     first_order: bool = False,
     remat: bool = False,
     transductive: bool = True,

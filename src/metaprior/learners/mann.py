@@ -20,6 +20,7 @@ from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import gated, lstm_init
 from metaprior.networks.memory import Access, found, least_used, turing
+from metaprior.options import Count, Fraction, checked
 from metaprior.types import Batch, Learner, Model, Task, counted, examples, weights
 
 
@@ -42,15 +43,16 @@ class State(NamedTuple):
     label: Float[Array, " t"]
 
 
+@checked
 def mann(
     model: Model,
     likelihood: Likelihood,
     *,
-    hidden: int = 200,
-    slots: int = 128,
-    width: int = 40,
-    heads: int = 4,
-    decay: float = 0.95,
+    hidden: Count = 200,
+    slots: Count = 128,
+    width: Count = 40,
+    heads: Count = 4,
+    decay: Fraction = 0.95,
     sharpen: bool = True,
     shuffle: bool = True,
 ) -> Learner:
@@ -65,15 +67,17 @@ def mann(
     return remembering(model, likelihood, memory, hidden=hidden, shuffle=shuffle)
 
 
+@checked
 def ntm(
-    model: Model, likelihood: Likelihood, *, hidden: int = 200, slots: int = 128, width: int = 40, heads: int = 4,
-    shuffle: bool = True,
+    model: Model, likelihood: Likelihood, *, hidden: Count = 200, slots: Count = 128, width: Count = 40,
+    heads: Count = 4, shuffle: bool = True,
 ) -> Learner:  # fmt: skip
     """As `mann`, with a neural Turing machine's memory: heads go by content, by where they were, and by shifts."""
     return remembering(model, likelihood, turing(slots, width, heads), hidden=hidden, shuffle=shuffle)
 
 
-def lstm(model: Model, likelihood: Likelihood, *, hidden: int = 200, shuffle: bool = True) -> Learner:
+@checked
+def lstm(model: Model, likelihood: Likelihood, *, hidden: Count = 200, shuffle: bool = True) -> Learner:
     """The controller of `mann` without its memory (the paper's baseline)."""
     return remembering(model, likelihood, least_used(0, 0, 0), hidden=hidden, shuffle=shuffle)
 

@@ -27,6 +27,7 @@ from metaprior.inference.metric import (
 )
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start, run_lstm
+from metaprior.options import Count, Positive, Way, Whole, checked
 from metaprior.types import Batch, Learner, Model, Task, weights
 
 
@@ -76,17 +77,18 @@ def query_in_context(context: Context, f: Float[Array, "m d"], memory: Memory, r
     return jax.lax.scan(read, lstm_start(context.reader, f.shape[0]), length=reads)[0].h
 
 
+@checked
 def matching(
     model: Model,
     likelihood: Likelihood,
     *,
     context: bool = False,
-    reads: int = 5,
-    temperature: float = 1.0,
+    reads: Count = 5,
+    temperature: Positive = 1.0,
     learn_temperature: bool = False,
-    tune_steps: int = 0,
-    tune_rate: float = 0.01,
-    way: int | None = None,
+    tune_steps: Whole = 0,
+    tune_rate: Positive = 0.01,
+    way: Way | None = None,
     transductive: bool = True,
 ) -> Learner:
     """Meta-learn an embedding by whose cosines a query attends to the support's labels; classification only.

@@ -26,6 +26,7 @@ from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start
 from metaprior.networks.statistics import beside
+from metaprior.options import Count, NonNegative, Positive, Whole, checked
 from metaprior.types import Batch, Learner, Model, Task
 
 TOGETHER = 1024  # coordinates whose gates stay in cache; they are computed again in the backward pass
@@ -110,15 +111,16 @@ def _adaptation(model: Model, units: int, rate: float, p: float) -> Adaptation:
     return Adaptation(init, lambda params: params.theta, free.outputs, lambda params: cell_optimizer(params.rule, p=p))
 
 
+@checked
 def meta_lstm(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: int = 5,
-    rate: float = 0.01,
-    units: int = 20,
-    p: float = P,
-    test_steps: int | None = None,
+    steps: Whole = 5,
+    rate: NonNegative = 0.01,
+    units: Count = 20,
+    p: Positive = P,
+    test_steps: Whole | None = None,
     transductive: bool = True,
     posterior: PosteriorRule = point(),
 ) -> Learner:

@@ -18,6 +18,7 @@ from metaprior.inference.variational import Variational, free_energy, infer
 from metaprior.learners.gem_bml import ascends, gem_gradient, natural
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
+from metaprior.options import Count, Whole
 from metaprior.types import Batch, Learner, Model, Task, counted, weighted_mean
 
 
@@ -39,9 +40,9 @@ def gem_mixture(
     model: Model,
     likelihood: Likelihood,
     *,
-    components: int = 3,
+    components: Count = 3,
     log_sd: float = -3.0,
-    draws: int = 32,
+    draws: Whole = 32,
     **inference: Any,
 ) -> Learner:
     """GEM-BML with a mixture of `components` Gaussians as prior; the posterior is a mixture of as many.

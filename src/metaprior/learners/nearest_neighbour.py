@@ -24,6 +24,7 @@ from metaprior.inference.metric import (
 )
 from metaprior.likelihoods import Likelihood
 from metaprior.named import lookup
+from metaprior.options import Positive, Way, checked
 from metaprior.types import Batch, Learner, Model, Task
 
 
@@ -42,14 +43,15 @@ class Neighbours(NamedTuple):
     beside: PyTree
 
 
+@checked
 def nearest_neighbour(
     model: Model,
     likelihood: Likelihood,
     *,
     on: str = "features",
     distance: str = "cosine",
-    temperature: float = 0.1,
-    way: int | None = None,
+    temperature: Positive = 0.1,
+    way: Way | None = None,
     transductive: bool = True,
 ) -> Learner:
     """Give a query the class of its nearest support example, by pretrained features or by the raw inputs.

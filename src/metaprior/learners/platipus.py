@@ -26,6 +26,7 @@ from metaprior.inference.gradient import (
 )
 from metaprior.inference.particles import Particles, predict_with
 from metaprior.likelihoods import Likelihood
+from metaprior.options import NonNegative, Whole, checked
 from metaprior.types import Batch, Learner, Model, Task
 
 
@@ -44,17 +45,18 @@ def _one_step(adaptation: Adaptation, likelihood: Likelihood, mu: PyTree, log_ra
     return jax.tree.map(lambda m, g: m - jnp.exp(log_rate) * g, mu, gradient)
 
 
+@checked
 def platipus(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: int = 5,
-    rate: float = 0.01,
-    kl_weight: float = 0.1,
+    steps: Whole = 5,
+    rate: NonNegative = 0.01,
+    kl_weight: NonNegative = 0.1,
     log_sd: float = -3.0,
-    inference_rate: float = 0.01,
-    test_steps: int | None = None,
-    draws: int = 16,
+    inference_rate: NonNegative = 0.01,
+    test_steps: Whole | None = None,
+    draws: Whole = 16,
     remat: bool = False,
 ) -> Learner:
     """Meta-learn mu, sigma, v_q and both inference rates; a posterior is `draws` adapted networks.
@@ -89,15 +91,16 @@ def platipus(
     return _drawing(adaptation, model, likelihood, init, initial, loss, at_test, draws)
 
 
+@checked
 def maml_noise(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: int = 5,
-    rate: float = 0.01,
-    noise: float = 0.05,
-    test_steps: int | None = None,
-    draws: int = 16,
+    steps: Whole = 5,
+    rate: NonNegative = 0.01,
+    noise: NonNegative = 0.05,
+    test_steps: Whole | None = None,
+    draws: Whole = 16,
     remat: bool = False,
 ) -> Learner:
     """MAML whose initialisation gets noise of sd `noise` at test: PLATIPUS' ablation. Other options as there."""

@@ -26,6 +26,7 @@ from metaprior.inference.metric import (
 )
 from metaprior.likelihoods import Likelihood
 from metaprior.named import lookup
+from metaprior.options import Positive, Way, checked
 from metaprior.types import Batch, Learner, Model, Task
 
 
@@ -81,15 +82,16 @@ def class_densities(params: Gaussians, classes: Prototypes, f: Float[Array, "n d
     return -0.5 * (square + jnp.log(spread).sum(-1))
 
 
+@checked
 def protonet(
     model: Model,
     likelihood: Likelihood,
     *,
     distance: str = "euclidean",
-    temperature: float = 1.0,
+    temperature: Positive = 1.0,
     learn_temperature: bool = False,
     bayes: bool = False,
-    way: int | None = None,
+    way: Way | None = None,
     transductive: bool = True,
 ) -> Learner:
     """Meta-learn an embedding in which a new task's classes lie around their prototypes; classification only.

@@ -20,6 +20,7 @@ from metaprior.inference.gradient import Adaptation
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
+from metaprior.options import NonNegative, Positive, Whole
 from metaprior.types import Learner, Model, Task
 
 
@@ -36,8 +37,8 @@ def _learner(
     init_rule: Callable[[PRNGKeyArray, PyTree], PyTree],
     update: Callable[[PyTree, Array, PyTree], PyTree],
     *,
-    steps: int = 1,
-    test_steps: int | None = None,
+    steps: Whole = 1,
+    test_steps: Whole | None = None,
     first_order: bool = False,
     remat: bool = False,
     transductive: bool = True,
@@ -72,7 +73,7 @@ def _learner(
 
 
 @passes_options_to(_learner)
-def meta_sgd(model: Model, likelihood: Likelihood, *, rate: float = 0.01, **options: Any) -> Learner:
+def meta_sgd(model: Model, likelihood: Likelihood, *, rate: NonNegative = 0.01, **options: Any) -> Learner:
     """One learned rate a parameter, from `rate`; other options as in `maml`. The paper takes one inner step."""
     return _learner(
         model,
@@ -84,7 +85,9 @@ def meta_sgd(model: Model, likelihood: Likelihood, *, rate: float = 0.01, **opti
 
 
 @passes_options_to(_learner)
-def lslr(model: Model, likelihood: Likelihood, *, rate: float = 0.01, steps: int = 5, **options: Any) -> Learner:
+def lslr(
+    model: Model, likelihood: Likelihood, *, rate: NonNegative = 0.01, steps: Whole = 5, **options: Any
+) -> Learner:
     """One learned rate a tensor and inner step, from `rate`; steps past the trained ones repeat the last rates."""
     return _learner(
         model,
@@ -105,12 +108,9 @@ class Preconditioner(NamedTuple):
 
 @passes_options_to(_learner)
 def preconditioned(
-    model: Model, likelihood: Likelihood, *, rate: float = 0.01, rank: int = 0, **options: Any
+    model: Model, likelihood: Likelihood, *, rate: Positive = 0.01, rank: Whole = 0, **options: Any
 ) -> Learner:
     """A learned positive definite B, diagonal (rank=0) or diagonal plus rank r, from B = rate * I."""
-    if rank < 0:
-        raise ValueError(f"rank: came {rank}, needs at least 0 (0 is a diagonal B)")
-
     def init_rule(key: PRNGKeyArray, theta: PyTree) -> Preconditioner:
         flat = ravel_pytree(theta)[0]
         factor = 0.1 * (rate / max(rank, 1)) ** 0.5 * jax.random.normal(key, (flat.size, rank), flat.dtype)

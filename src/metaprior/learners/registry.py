@@ -29,6 +29,7 @@ from metaprior.learners.snail import snail
 from metaprior.learners.zero_shot import zero_shot
 from metaprior.likelihoods import Likelihood
 from metaprior.named import construct
+from metaprior.options import accept
 from metaprior.types import Learner, Model
 
 LEARNERS: dict[str, Callable[..., Learner]] = {
@@ -78,6 +79,8 @@ def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any
 
     A model whose batch norm goes by the support (norm="task") is told the support in every function.
     """
+
+    accept(Model, model, "model")
 
     def make(network: Model) -> Learner:
         return construct("learner", name, LEARNERS, network, likelihood, **options)

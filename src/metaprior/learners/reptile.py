@@ -21,19 +21,21 @@ from metaprior.inference.gradient import (
 )
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
+from metaprior.options import Count, Fraction, InnerOptimizer, NonNegative, Whole, checked
 from metaprior.types import Learner, Model, Task, examples
 
 
+@checked
 def reptile(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: int = 5,
-    rate: float = 1e-3,
-    optimizer: str = "adam",
-    b1: float | None = 0.0,
-    minibatch: int | None = 10,
-    test_steps: int | None = 50,
+    steps: Whole = 5,
+    rate: NonNegative = 1e-3,
+    optimizer: InnerOptimizer = "adam",
+    b1: Fraction | None = 0.0,
+    minibatch: Count | None = 10,
+    test_steps: Whole | None = 50,
     transductive: bool = True,
     posterior: PosteriorRule = point(),
 ) -> Learner:

@@ -25,6 +25,7 @@ from metaprior.inference.metric import (
     scored_by_query,
 )
 from metaprior.likelihoods import Categorical, Likelihood
+from metaprior.options import Way, checked
 from metaprior.types import Batch, Learner, Model, Task, weights
 
 
@@ -69,8 +70,9 @@ def verification(odds: Float[Array, "n n"], y: Array, weight: Float[Array, " n"]
     return (share * cost).sum(), (share * ((odds > 0) == alike)).sum()
 
 
+@checked
 def siamese(
-    model: Model, likelihood: Likelihood, *, way: int | None = None, transductive: bool = True
+    model: Model, likelihood: Likelihood, *, way: Way | None = None, transductive: bool = True
 ) -> Learner:
     """Meta-learn to verify whether two examples are of one class; a query gets the class it is likeliest the same as.
 

@@ -22,6 +22,7 @@ from metaprior.inference.amortised import amortised_learner, as_inputs, embeddin
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.attention import attend
 from metaprior.networks.layers import dense, dense_init
+from metaprior.options import Count, checked
 from metaprior.types import Batch, Learner, Model, Task, counted, examples, weights
 
 
@@ -68,12 +69,13 @@ def _beside(z: Array, new: Array, steps: Steps) -> Array:
     return jnp.concatenate([z, jnp.where(steps.there[:, None], new, 0)], -1)
 
 
+@checked
 def snail(
     model: Model,
     likelihood: Likelihood,
     *,
-    filters: int = 128,
-    attention: Sequence[Sequence[int]] = ((64, 32), (256, 128), (512, 256)),
+    filters: Count = 128,
+    attention: Sequence[Sequence[Count]] = ((64, 32), (256, 128), (512, 256)),
     shuffle: bool = True,
 ) -> Learner:
     """Meta-learn to read a support sequence on the model's features.

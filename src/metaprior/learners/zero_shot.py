@@ -23,6 +23,7 @@ from metaprior.inference.metric import (
 from metaprior.learners.protonet import class_means
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.mlp import mlp
+from metaprior.options import Count, Positive, Way, checked
 from metaprior.types import Attributes, Batch, Learner, Model, Task
 
 
@@ -56,14 +57,15 @@ def attributes_of(support: Batch) -> Float[Array, "n a"]:
     return support.x.values
 
 
+@checked
 def zero_shot(
     model: Model,
     likelihood: Likelihood,
     *,
-    hidden: Sequence[int] = (),
+    hidden: Sequence[Count] = (),
     normalise: bool = True,
-    temperature: float = 1.0,
-    way: int | None = None,
+    temperature: Positive = 1.0,
+    way: Way | None = None,
 ) -> Learner:
     """Meta-learn embeddings of inputs and of class attributes, so that a class is known without any example of it.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metaprior.networks.layers import Tap, dense, dense_init
+from metaprior.options import Count, Way, checked
 from metaprior.types import Model
 
 
@@ -22,11 +23,12 @@ def table_init(key: PRNGKeyArray, rows: int, width: int) -> Float[Array, "rows w
     return jax.random.normal(key, (rows, width)) / width**0.5
 
 
+@checked
 def bag(
-    outputs: int = 5,
-    buckets: int = 16384,
-    width: int = 128,
-    hidden: Sequence[int] = (),
+    outputs: Count = 5,
+    buckets: Way = 16384,
+    width: Count = 128,
+    hidden: Sequence[Count] = (),
     places: bool = False,
     head: bool = True,
 ) -> Model:

@@ -7,19 +7,21 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from metaprior.networks.conv import max_pool
 from metaprior.networks.layers import Tap, check_images, convolve, dense, dense_init, flat
 from metaprior.networks.norm import By, check_norm, norm_init, normalise, source_of
+from metaprior.options import Count, Whole, checked
 from metaprior.types import Model
 
 
+@checked
 def conv4(
-    outputs: int = 5,
-    filters: int = 64,
-    blocks: int = 4,
+    outputs: Count = 5,
+    filters: Count = 64,
+    blocks: Count = 4,
     downsample: str = "max_pool",
     readout: str = "flatten",
     gain: bool = False,
     head: bool = True,
     norm: str = "batch",
-    halvings: int | None = None,
+    halvings: Whole | None = None,
 ) -> Model:
     """`blocks` x [3x3 convolution, batch norm, ReLU, halving], then a linear head, on images [n, h, w, c].
 
@@ -66,9 +68,10 @@ def conv4(
     return Model(init, apply, features, source_of(norm))
 
 
+@checked
 def conv6(
-    outputs: int = 5,
-    filters: int = 64,
+    outputs: Count = 5,
+    filters: Count = 64,
     readout: str = "flatten",
     gain: bool = False,
     head: bool = True,

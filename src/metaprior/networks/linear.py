@@ -4,10 +4,12 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.networks.layers import Tap
+from metaprior.options import Count, NonNegative, checked
 from metaprior.types import Model
 
 
-def linear(outputs: int = 1, init_scale: float = 0.01) -> Model:
+@checked
+def linear(outputs: Count = 1, init_scale: NonNegative = 0.01) -> Model:
     """x w on [n, ...] inputs (flattened); w starts normal of sd `init_scale`."""
 
     def init(key: PRNGKeyArray, x: Array) -> dict:

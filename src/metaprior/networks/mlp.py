@@ -10,6 +10,7 @@ from jaxtyping import Array, PRNGKeyArray
 from metaprior.networks.layers import Tap, dense, dense_init, flat
 from metaprior.networks.norm import batch_norm
 from metaprior.networks.product import product
+from metaprior.options import Count, NonNegative, checked
 from metaprior.types import Model
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -18,12 +19,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }  # fmt: skip
 
 
+@checked
 def mlp(
-    outputs: int = 1,
-    hidden: Sequence[int] = (40, 40),
+    outputs: Count = 1,
+    hidden: Sequence[Count] = (40, 40),
     activation: str = "relu",
     norm: bool = False,
-    init_scale: float | None = None,
+    init_scale: NonNegative | None = None,
 ) -> Model:
     """A fully connected network on [n, ...] inputs (flattened), with batch norm after each hidden layer if `norm`.
 

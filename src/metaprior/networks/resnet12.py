@@ -9,14 +9,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from metaprior.networks.conv import max_pool
 from metaprior.networks.layers import Tap, check_images, convolve, dense, dense_init
 from metaprior.networks.norm import By, check_norm, norm_init, normalise, source_of
+from metaprior.options import Count, checked
 from metaprior.types import Model
 
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 
 
+@checked
 def resnet12(
-    outputs: int = 5,
-    widths: Sequence[int] = (64, 160, 320, 640),
+    outputs: Count = 5,
+    widths: Sequence[Count] = (64, 160, 320, 640),
     gain: bool = True,
     head: bool = True,
     norm: str = "batch",

@@ -7,17 +7,19 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from metaprior.networks.bag import check_tokens, table_init
 from metaprior.networks.layers import Tap, dense, dense_init
 from metaprior.networks.lstm import lstm_init, run_lstm
+from metaprior.options import Count, Way, checked
 from metaprior.types import Model
 
 POOLS = ("mean", "last", "blank")
 BLANK = 1  # the number of the place that a cloze task leaves open
 
 
+@checked
 def token_lstm(
-    outputs: int = 5,
-    buckets: int = 16384,
-    width: int = 64,
-    hidden: int = 64,
+    outputs: Count = 5,
+    buckets: Way = 16384,
+    width: Count = 64,
+    hidden: Count = 64,
     pool: str = "mean",
     head: bool = True,
 ) -> Model:

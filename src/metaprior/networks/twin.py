@@ -10,14 +10,16 @@ from metaprior.named import lookup
 from metaprior.networks.conv import conv2d, max_pool
 from metaprior.networks.layers import dense, dense_init, flat
 from metaprior.networks.mlp import ACTIVATIONS
+from metaprior.options import Count, checked
 from metaprior.types import Model
 
 
+@checked
 def twin(
-    outputs: int = 5,
-    filters: Sequence[int] = (64, 128, 128, 256),
-    kernels: Sequence[int] = (10, 7, 4, 4),
-    width: int = 4096,
+    outputs: Count = 5,
+    filters: Sequence[Count] = (64, 128, 128, 256),
+    kernels: Sequence[Count] = (10, 7, 4, 4),
+    width: Count = 4096,
     activation: str = "sigmoid",
     head: bool = True,
 ) -> Model:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from metaprior.options import Fraction, checked
 from metaprior.tasks.ambiguous import ambiguous, linear, three_families
 from metaprior.tasks.arrays import ArrayTasks, array_tasks
 from metaprior.tasks.augment import Augmented, augmented
@@ -58,7 +59,8 @@ SOURCES: dict[str, Callable[..., Splits]] = {
 DESCRIBED_SOURCES = ("omniglot_strokes",)
 
 
-def around(splits: Splits, *, labelled: float = 1.0, unlabelled: str = "shown") -> Splits:
+@checked
+def around(splits: Splits, *, labelled: Fraction = 1.0, unlabelled: str = "shown") -> Splits:
     """What any source of classes may be wrapped in: see `hide_labels`."""
     return splits if (labelled, unlabelled) == (1, "shown") else hide_labels(splits, labelled, unlabelled)
 

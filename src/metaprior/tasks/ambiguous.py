@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from metaprior.options import Count, NonNegative, checked
 from metaprior.tasks.checks import Interval, check_interval, check_scale
 from metaprior.tasks.functions import Family, function_splits, uniform
 from metaprior.tasks.sinusoid import Sinusoids
@@ -96,14 +97,15 @@ class OneOf:
         return jnp.select([parameters.which == i for i in range(len(sds))], sds)
 
 
+@checked
 def linear(
     *,
-    shot: int = 5,
-    query: int = 10,
-    test_query: int = 100,
+    shot: Count = 5,
+    query: Count = 10,
+    test_query: Count = 100,
     slope: Interval = (-3.0, 3.0),
     intercept: Interval = (-3.0, 3.0),
-    noise: float = 0.3,
+    noise: NonNegative = 0.3,
     test_noise: bool = True,
     domain: Interval = (-5.0, 5.0),
     support_domain: Interval | None = None,
@@ -115,16 +117,17 @@ def linear(
     return function_splits(lines, shot, query, test_query, domain, support_domain, test_noise)
 
 
+@checked
 def ambiguous(
     *,
-    shot: int = 5,
-    query: int = 50,
-    test_query: int = 50,
+    shot: Count = 5,
+    query: Count = 50,
+    test_query: Count = 50,
     amplitude: Interval = (1.0, 5.0),
     phase: Interval = (0.0, pi),
     slope: Interval = (-3.0, 3.0),
     intercept: Interval = (-3.0, 3.0),
-    noise: float = 0.3,
+    noise: NonNegative = 0.3,
     test_noise: bool = True,
     domain: Interval = (-5.0, 5.0),
     support_domain: Interval | None = None,
@@ -142,12 +145,13 @@ def ambiguous(
     return function_splits(family, shot, query, test_query, domain, support_domain, test_noise)
 
 
+@checked
 def three_families(
     *,
-    shot: int = 5,
-    query: int = 10,
-    test_query: int = 50,
-    noise: float = 0.1,
+    shot: Count = 5,
+    query: Count = 10,
+    test_query: Count = 50,
+    noise: NonNegative = 0.1,
     test_noise: bool = True,
     domain: Interval = (-5.0, 5.0),
     support_domain: Interval | None = None,

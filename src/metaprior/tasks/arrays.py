@@ -3,14 +3,15 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metaprior.tasks.checks import DataError, check_count
+from metaprior.options import Count, Seed, checked
+from metaprior.tasks.checks import DataError
 from metaprior.tasks.columns import Columns, as_ids, is_text, missing, refuse_missing
 from metaprior.tasks.labels import encode_labels
 from metaprior.tasks.pool import distinct
@@ -78,18 +79,19 @@ class ArrayTasks:
         return Batch(self.x[index], self.y[index], weight)
 
 
+@checked
 def array_tasks(
     x: Any,
     y: Any,
     groups: Any,
     *,
-    shot: int = 5,
-    query: int = 5,
-    test_query: int | None = None,
+    shot: Count = 5,
+    query: Count = 5,
+    test_query: Count | None = None,
     split: Any = (0.7, 0.15, 0.15),
-    seed: int = 0,
-    ragged: str = "pad",
-    small: str = "error",
+    seed: Seed = 0,
+    ragged: Literal["pad", "resample", "exact"] = "pad",
+    small: Literal["error", "drop"] = "error",
     standardise: bool = False,
     classification: bool | None = None,
     counts: bool = False,
@@ -123,14 +125,12 @@ def array_tasks(
         DataError: lengths that differ, NaN (naming column and row), groups too small, a split that does not fit,
             numbers that float32 cannot tell apart.
     """
-    if ragged not in RAGGED:
-        raise ValueError(f"ragged: came {ragged!r}, needs one of {', '.join(RAGGED)}")
-    if small not in ("error", "drop"):
-        raise ValueError(f"small: came {small!r}, needs 'error' or 'drop'")
+    for name, values in (("x", x), ("y", y), ("groups", groups)):
+        if values is None:
+            raise DataError(f"{name} must be an array with one entry a row, got None.")
     if preparation is not None:
         _check_same_table(preparation, names)
-    shot, query = check_count("shot", shot), check_count("query", query)
-    test_query = query if test_query is None else check_count("test_query", test_query)
+    test_query = query if test_query is None else test_query
     raw, images = (x, None) if isinstance(x, Columns) else _as_columns(x, columns)
     goal, ids = _one_dimensional(y, names[0], raw), _one_dimensional(groups, names[1], raw)
     if not raw.rows == len(goal) == len(ids):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from metaprior.options import Fraction, Whole, checked
 from metaprior.tasks.warp import affine
 from metaprior.types import Attributes, Splits, Task, TaskSource
 
@@ -62,8 +63,9 @@ def recoloured(image: Float[Array, "h w c"], light: Array, contrast: Array, colo
     return grey + colour * (image - grey)
 
 
+@checked
 def augmented(
-    splits: Splits, *, warp: bool = False, crop: int = 0, flip: bool = False, jitter: float = 0.0
+    splits: Splits, *, warp: bool = False, crop: Whole = 0, flip: bool = False, jitter: Fraction = 0.0
 ) -> Splits:
     """The splits with training images augmented; validation, test and attributes in place of images stay as they are.
 

@@ -3,7 +3,7 @@
 from math import isfinite
 from typing import Any
 
-Interval = tuple[float, float]
+from metaprior.options import Interval
 
 
 class DataError(ValueError):

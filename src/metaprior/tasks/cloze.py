@@ -8,13 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from metaprior.options import Count, Seed, Way, checked
 from metaprior.tasks.checks import DataError, check_count
 from metaprior.tasks.pool import as_task, draw_rows
 from metaprior.tasks.splitting import split_groups
@@ -101,22 +102,23 @@ class ClozePool:
         return jnp.where(there, seen, ABSENT)
 
 
+@checked
 def cloze(
     *,
     path: str | Path | None = None,
-    way: int = 5,
-    shot: int = 1,
-    query: int = 4,
-    test_query: int = 4,
-    train_way: int | None = None,
-    train_labels: str = "task",
+    way: Way = 5,
+    shot: Count = 1,
+    query: Count = 4,
+    test_query: Count = 4,
+    train_way: Way | None = None,
+    train_labels: Literal["task", "class"] = "task",
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     sentence_split: tuple[float, float, float] = (0.7, 0.15, 0.15),
     hide: bool = True,
-    seed: int = 0,
-    least: int = 8,
-    vocabulary: int = 10_000,
-    reach: int = 10,
+    seed: Seed = 0,
+    least: Count = 8,
+    vocabulary: Count = 10_000,
+    reach: Count = 10,
 ) -> Splits:
     """Which word is missing? x int32 [n, 2 * reach + 1], a sentence around its blank, y int32 [n].
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from metaprior.options import Count, NonNegative, Positive, checked
 from metaprior.tasks.checks import Interval, check_count, check_interval, check_scale
 from metaprior.tasks.functions import uniform
 from metaprior.types import Batch, Splits, Task
@@ -125,14 +126,15 @@ def _coin(key: PRNGKeyArray, n: int) -> Int[Array, " n"]:
     return jax.random.randint(key, (n,), 0, 2)
 
 
+@checked
 def wave_or_line(
     *,
-    query: int = 20,
-    test_query: int = 50,
+    query: Count = 20,
+    test_query: Count = 50,
     amplitude: Interval = (0.5, 1.5),
     gap: Interval = (1.0, 2.5),
     domain: Interval = (-3.0, 3.0),
-    noise: float = 0.2,
+    noise: NonNegative = 0.2,
 ) -> Splits:
     """A wave of frequency 1 or a line, through the same two points seen without noise; x and y are [n, 1].
 
@@ -162,8 +164,9 @@ def wave_or_line(
     ))  # fmt: skip
 
 
+@checked
 def two_circles(
-    *, query: int = 50, test_query: int = 100, radius: float = 1.0, apart: Interval = (1.0, 1.7)
+    *, query: Count = 50, test_query: Count = 100, radius: Positive = 1.0, apart: Interval = (1.0, 1.7)
 ) -> Splits:
     """Inside a circle in the plane or not, from two points of its rim and no others; x float [n, 2], y int [n].
 

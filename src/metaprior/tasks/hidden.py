@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from metaprior.options import Fraction, checked
 from metaprior.types import Batch, Splits, Task, TaskSource, draw_task, group_count
 
 UNKNOWN = -1  # the label of an example whose label is not known
@@ -61,7 +62,8 @@ class HiddenLabels:
         return support._replace(y=jnp.where(keep, y, ask_for(y) if self.unlabelled == "askable" else UNKNOWN))
 
 
-def hide_labels(splits: Splits, labelled: float, unlabelled: str = "shown") -> Splits:
+@checked
+def hide_labels(splits: Splits, labelled: Fraction, unlabelled: str = "shown") -> Splits:
     """The splits with `labelled` the share of each class's support examples that has a label, at least one a class.
 
     unlabelled: the others are "shown" with label -1, "askable" (hidden as -2 - label, which `gnn` with `ask` may learn

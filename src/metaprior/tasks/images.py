@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from metaprior.options import Count, Seed, Way, checked
 from metaprior.tasks.checks import DataError, check_count
 from metaprior.tasks.pictures import check_channels, decode_pictures, find_pictures, fingerprint
 from metaprior.tasks.pool import pool_splits
@@ -16,19 +17,20 @@ from metaprior.types import Splits
 PARTS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 
 
+@checked
 def images(
     *,
     path: str | Path,
-    way: int = 5,
-    shot: int = 1,
-    query: int = 15,
-    test_query: int = 15,
-    train_way: int | None = None,
-    train_labels: str = "task",
-    size: int | tuple[int, int] = 84,
-    channels: int = 3,
+    way: Way = 5,
+    shot: Count = 1,
+    query: Count = 15,
+    test_query: Count = 15,
+    train_way: Way | None = None,
+    train_labels: Literal["task", "class"] = "task",
+    size: Count | tuple[int, int] = 84,
+    channels: Count = 3,
     split: Split | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     drop_small: bool = False,
     rotations: bool = False,
     test_rotations: bool = False,
@@ -85,16 +87,17 @@ def images(
     )  # fmt: skip
 
 
+@checked
 def miniimagenet(
     *,
-    way: int = 5,
-    shot: int = 1,
-    query: int = 15,
-    test_query: int = 15,
-    train_way: int | None = None,
-    train_labels: str = "task",
+    way: Way = 5,
+    shot: Count = 1,
+    query: Count = 15,
+    test_query: Count = 15,
+    train_way: Way | None = None,
+    train_labels: Literal["task", "class"] = "task",
     path: str | Path | None = None,
-    size: int = 84,
+    size: Count = 84,
     normalise: bool = False,
 ) -> Splits:
     """miniImageNet, 64 / 16 / 20 classes of 600 pictures: x float32 [n, 84, 84, 3] in 0..1. Options as `images`.

@@ -17,6 +17,7 @@ import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
+from metaprior.options import Count, NonNegative, checked
 from metaprior.tasks.checks import DataError, check_count
 from metaprior.types import Batch, Splits, Task
 
@@ -131,15 +132,16 @@ class LinearGaussianTasks:
         return Task(Batch(x[:, :k], y[:, :k]), Batch(x[:, k:], y[:, k:]))
 
 
+@checked
 def linear_gaussian(
     *,
-    features: int = 2,
-    shot: int = 5,
-    query: int = 10,
-    test_query: int = 100,
+    features: Count = 2,
+    shot: Count = 5,
+    query: Count = 10,
+    test_query: Count = 100,
     mean: Any = 1.0,
     covariance: Any = 1.0,
-    noise: float = 0.5,
+    noise: NonNegative = 0.5,
     bias: bool = False,
 ) -> Splits:
     """Tasks of the conjugate linear-Gaussian hierarchy with standard normal inputs; exact answers are in this file.

@@ -7,11 +7,13 @@ uint8 with ink 255 on 0, reduced from 105 x 105 by exact area averaging.
 import io
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
+from metaprior.options import Count, Seed, Way, checked
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.limits import open_zip
 from metaprior.tasks.pool import pool_splits
@@ -35,19 +37,20 @@ VINYALS_VALIDATION = ((27, 67), (132, 177), (251, 272), (466, 487), (729, 769))
 VINYALS_TEST = (1201, 1623)
 
 
+@checked
 def omniglot(
     *,
-    way: int = 5,
-    shot: int = 1,
-    query: int = 15,
-    test_query: int = 15,
-    train_way: int | None = None,
-    train_labels: str = "task",
-    split: str = "vinyals",
+    way: Way = 5,
+    shot: Count = 1,
+    query: Count = 15,
+    test_query: Count = 15,
+    train_way: Way | None = None,
+    train_labels: Literal["task", "class"] = "task",
+    split: Literal["vinyals", "maml", "lake"] = "vinyals",
     rotations: bool = True,
     test_rotations: bool = True,
-    size: int = 28,
-    seed: int = 0,
+    size: Count = 28,
+    seed: Seed = 0,
 ) -> Splits:
     """Few-shot classification of characters: x float32 [n, size, size, 1] with ink 1 on 0, y int32 [n].
 

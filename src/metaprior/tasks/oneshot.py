@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
+from metaprior.options import Count, checked
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.limits import open_zip
@@ -46,7 +47,8 @@ def one_shot_runs(*, size: int = 28) -> Task:
     return Task(Batch(_scaled(training, size), jnp.asarray(ways)), Batch(_scaled(test, size), jnp.asarray(labels)))
 
 
-def one_shot_source(*, size: int = 28) -> FixedTasks:
+@checked
+def one_shot_source(*, size: Count = 28) -> FixedTasks:
     """The 20 runs as a task source; options and errors as for `one_shot_runs`."""
     return FixedTasks(one_shot_runs(size=size))
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from metaprior.options import Count, Seed, checked
 from metaprior.tasks.arrays import array_tasks
 from metaprior.tasks.checks import check_count
 from metaprior.types import Batch, Splits, Task
@@ -30,7 +31,8 @@ class Quadratics:
         return Task(rows, rows)
 
 
-def quadratics(*, dimension: int = 10) -> Splits:
+@checked
+def quadratics(*, dimension: Count = 10) -> Splits:
     """Random quadratics |W theta - y|^2: linear regression of `dimension` rows without a bias (network `linear`).
 
     Under a Gaussian likelihood of sd sqrt(1 / (2 dimension)) the mean nll is the function itself, up to a constant.
@@ -43,7 +45,7 @@ def quadratics(*, dimension: int = 10) -> Splits:
 
 def digits(
     *, shot: int = 400, query: int = 128, test_query: int = 128, split: tuple[float, float, float] = (0.4, 0.3, 0.3),
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Splits:  # fmt: skip
     """Fits of a network to real handwritten digits, 8 x 8: x [n, 64] in 0..1 and y [n] in 0..9.
 

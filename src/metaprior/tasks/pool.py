@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped, UInt8
 
+from metaprior.options import Count, Way, checked
 from metaprior.tasks.checks import DataError, check_count
 from metaprior.types import Batch, Splits, Task
 
@@ -137,15 +138,16 @@ class ClassPool:
         return as_task(x, labels, self.shot)
 
 
+@checked
 def class_pool(
     images: Any,
     counts: Sequence[int] | np.ndarray,
     *,
     classes: Sequence[int] | np.ndarray | None = None,
     names: Sequence[str] | None = None,
-    way: int = 5,
-    shot: int = 1,
-    query: int = 15,
+    way: Way = 5,
+    shot: Count = 1,
+    query: Count = 15,
     rotations: bool = False,
     own_labels: bool = False,
     mean: float | Sequence[float] = 0.0,
@@ -185,19 +187,20 @@ def class_pool(
     )  # fmt: skip
 
 
+@checked
 def pool_splits(
     images: Any,
     counts: Sequence[int] | np.ndarray,
     split: Sequence[Any],
     *,
-    way: int,
-    shot: int,
-    query: int,
-    test_query: int,
+    way: Way,
+    shot: Count,
+    query: Count,
+    test_query: Count,
     rotations: bool = False,
     test_rotations: bool = False,
-    train_way: int | None = None,
-    train_labels: str = "task",
+    train_way: Way | None = None,
+    train_labels: Literal["task", "class"] = "task",
     names: Sequence[str] | None = None,
     mean: float | Sequence[float] = 0.0,
     deviation: float | Sequence[float] = 1.0,

@@ -4,7 +4,7 @@ Read from METAPRIOR_DATA/posteriordb (Magnusson et al., posteriordb; Rubin 1981;
 """
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +62,7 @@ def radon_all_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @passes_options_to(array_tasks)
-def radon_all(*, standardise: bool = True, small: str = "drop", **options: Any) -> Splits:
+def radon_all(*, standardise: bool = True, small: Literal["error", "drop"] = "drop", **options: Any) -> Splits:
     """Log radon in the houses of 386 counties; options of `array_tasks`."""
     x, y, county = radon_all_table()
     named: dict[str, Any] = {"columns": ("floor", "log_uranium"), "names": ("log_radon", "county")} | options

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from metaprior.options import Count, NonNegative, checked
 from metaprior.tasks.checks import Interval, check_interval, check_scale
 from metaprior.tasks.functions import function_splits, uniform
 from metaprior.types import Splits
@@ -46,16 +47,17 @@ class Sinusoids:
         return self.noise_sd + self.relative_noise * jnp.abs(parameters.amplitude)
 
 
+@checked
 def sinusoid(
     *,
-    shot: int = 10,
-    query: int = 10,
-    test_query: int = 100,
+    shot: Count = 10,
+    query: Count = 10,
+    test_query: Count = 100,
     amplitude: Interval = (0.1, 5.0),
     phase: Interval = (0.0, pi),
     frequency: Interval = (1.0, 1.0),
-    noise: float = 0.0,
-    relative_noise: float = 0.0,
+    noise: NonNegative = 0.0,
+    relative_noise: NonNegative = 0.0,
     test_noise: bool = True,
     domain: Interval = (-5.0, 5.0),
     support_domain: Interval | None = None,
@@ -84,15 +86,16 @@ def sinusoid(
     return function_splits(family, shot, query, test_query, domain, support_domain, test_noise)
 
 
+@checked
 def sinusoid_hard(
     *,
-    shot: int = 10,
-    query: int = 10,
-    test_query: int = 100,
+    shot: Count = 10,
+    query: Count = 10,
+    test_query: Count = 100,
     amplitude: Interval = (0.1, 5.0),
     phase: Interval = (0.0, 2 * pi),
     frequency: Interval = (0.5, 2.0),
-    relative_noise: float = 0.01,
+    relative_noise: NonNegative = 0.01,
     test_noise: bool = False,
     domain: Interval = (-5.0, 5.0),
     support_domain: Interval | None = None,

@@ -1,6 +1,7 @@
 """Sharing groups (classes, subjects, schools) out over training, validation and test."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ def split_groups(names: Sequence[Hashable], split: Any, seed: int, kind: str) ->
     """
     if isinstance(split, Mapping):
         split = [split.get(part, ()) for part in ("train", "validation", "test")]
+    if isinstance(split, str) or not isinstance(split, Sequence | np.ndarray):
+        raise DataError(f"split must be three parts (training, validation, test), got {split!r}.")
     parts = list(split)
     if len(parts) != 3:
         raise DataError(f"split: came {len(parts)} parts, needs three (training, validation, test)")
-    if all(isinstance(part, int | float) for part in parts):
+    if all(isinstance(part, Real) for part in parts):
         return _by_fractions(len(names), parts, seed, kind)
     place = {name: i for i, name in enumerate(names)}
     # A recipe may write '308' for a group that a table holds as 308, or the other way round.

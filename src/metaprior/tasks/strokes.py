@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from metaprior.options import Count, Seed, Way, checked
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.limits import open_zip
 from metaprior.tasks.omniglot import DRAWERS, REPOSITORY, SIDE, load_omniglot
@@ -122,16 +123,17 @@ class DescribedTasks:
         return Task(support, drawn.query._replace(y=jnp.repeat(places, query, axis=1)))
 
 
+@checked
 def omniglot_strokes(
     *,
-    way: int = 5,
-    query: int = 5,
-    test_query: int = 9,
-    train_way: int | None = None,
+    way: Way = 5,
+    query: Count = 5,
+    test_query: Count = 9,
+    train_way: Way | None = None,
     split: Split = (0.7, 0.1, 0.2),
     rotations: bool = True,
-    size: int = 28,
-    seed: int = 0,
+    size: Count = 28,
+    seed: Seed = 0,
 ) -> Splits:
     """Zero-shot classification of characters by attributes of their strokes: query x [n, size, size, 1], ink 1 on 0.
 

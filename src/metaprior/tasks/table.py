@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from metaprior.options import Count, Seed, checked
 from metaprior.tasks.arrays import array_tasks
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.columns import Columns, read_columns
@@ -21,6 +22,7 @@ NAMED: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
+@checked
 def table(
     path: str | Path,
     *,
@@ -29,13 +31,13 @@ def table(
     features: Sequence[str] | None = None,
     categories: Sequence[str] = (),
     standardise: bool = True,
-    shot: int = 5,
-    query: int = 5,
-    test_query: int | None = None,
+    shot: Count = 5,
+    query: Count = 5,
+    test_query: Count | None = None,
     split: Any = (0.7, 0.15, 0.15),
-    seed: int = 0,
-    ragged: str = "pad",
-    small: str = "error",
+    seed: Seed = 0,
+    ragged: Literal["pad", "resample", "exact"] = "pad",
+    small: Literal["error", "drop"] = "error",
     classification: bool | None = None,
     counts: bool = False,
     preparation: Preparation | None = None,
@@ -66,6 +68,8 @@ def table(
     columns = read_columns(file)
     if target is None or group is None:
         raise DataError(f"target, group: came {target!r}, {group!r}, needs columns of {file}: {', '.join(columns)}")
+    if target == group:
+        raise DataError(f"target and group must be two columns, got {target!r} for both.")
     goal, groups = columns.find(target, "target"), columns.find(group, "group")
     if features is None:
         features = [name for name in columns if name not in (target, group)]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from metaprior.named import passes_options_to
+from metaprior.options import Count, Seed, Way, checked
 from metaprior.tasks.checks import DataError, check_count
 from metaprior.tasks.labelled import Texts, read_texts
 from metaprior.tasks.pictures import fingerprint
@@ -58,6 +59,7 @@ class TextPool:
         return jax.vmap(one)(jax.random.split(key, n))
 
 
+@checked
 def text_splits(
     name: str,
     origin: Any,
@@ -65,17 +67,17 @@ def text_splits(
     outside: str | None = None,
     drop_small: bool = False,
     *,
-    way: int = 5,
-    shot: int = 1,
-    query: int = 15,
-    test_query: int = 15,
-    train_way: int | None = None,
-    train_labels: str = "task",
+    way: Way = 5,
+    shot: Count = 1,
+    query: Count = 15,
+    test_query: Count = 15,
+    train_way: Way | None = None,
+    train_labels: Literal["task", "class"] = "task",
     split: Split = (0.64, 0.16, 0.2),
-    seed: int = 0,
-    words: int = 2,
+    seed: Seed = 0,
+    words: Count = 2,
     characters: tuple[int, int] = (3, 4),
-    length: int = 96,
+    length: Count = 96,
 ) -> Splits:
     """The pools of what `read` gives, encoded once for each `name` and `origin`; options as `texts`."""
     way, shot = check_count("way", way, 2), check_count("shot", shot)
