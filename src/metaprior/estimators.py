@@ -22,6 +22,7 @@ from metaprior.learners.registry import LEARNERS, make_learner
 from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.named import lookup, option_names
 from metaprior.networks import mlp
+from metaprior.options import Count, Seed, accept, parameters_of
 from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.labels import encode_labels
@@ -90,13 +91,13 @@ class _MetaEstimator(BaseEstimator):
         self,
         learner: str = "maml",
         *,
-        hidden: tuple[int, ...] = (40, 40),
+        hidden: tuple[Count, ...] = (40, 40),
         options: dict[str, Any] | None = None,
-        shot: int = 5,
-        query: int = 5,
-        split: tuple[float, float, float] = (0.7, 0.15, 0.15),
+        shot: Count = 5,
+        query: Count = 5,
+        split: Any = (0.7, 0.15, 0.15),
         training: Training | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
         self.learner = learner
         self.hidden = hidden
@@ -112,6 +113,8 @@ class _MetaEstimator(BaseEstimator):
 
         X [N, d], y [N] and groups [N], any hashable values. Groups of one row train nothing, but are predicted.
         """
+        for name, parameter in parameters_of(type(self)).items():
+            accept(parameter.annotation, getattr(self, name), name)
         X, targets = validate_data(self, X, y, dtype=float, y_numeric=not self._classes, ensure_min_samples=2)
         targets = self._encode(targets)
         splits = array_tasks(
@@ -238,7 +241,8 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
 
     def predict(self, X: Any, groups: Any = None) -> np.ndarray:
         """The likeliest class [N] of each row."""
-        return self.classes_[self.predict_proba(X, groups).argmax(-1)]
+        likeliest = self.predict_proba(X, groups).argmax(-1)
+        return self.classes_[likeliest]
 
     def _encode(self, y: Any) -> np.ndarray:
         place: dict[Hashable, int] = {label: i for i, label in enumerate(self.classes_.tolist())}
