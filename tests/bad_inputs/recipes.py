@@ -149,7 +149,7 @@ def cases() -> list[Case]:
         (folder / "bad.toml").write_bytes(raw)
         return load_recipe(str(folder / "bad.toml"))
 
-    found = [Case(f"toml {new!r}", partial(toml, old, new), says) for old, new, says in TOML]
+    found = [Case(f"toml {old!r} as {new!r}", partial(toml, old, new), says) for old, new, says in TOML]
     found += [Case(f"--set {pair}", partial(override, pair), says) for pair, says in SET]
     found += [Case(" ".join(args), partial(lambda args, _: cli(*args), args), says) for args, says in ARGUMENTS]
     raws = {"binary": b"\xff\xfe\x00", "empty": b"", "null": b"\0\0", "a list": b"[1, 2]",
