@@ -1,14 +1,21 @@
 """The scikit-learn face: groups in, error bars out."""
 
 import pickle
+import time
 import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 
-from metaprior.estimators import MetaClassifier, MetaRegressor, padded
+from metaprior.estimators import MetaClassifier, MetaRegressor, Setting, size_of
+from metaprior.inference.posteriors import laplace
 from metaprior.training import Training
+from metaprior.types import Batch, Task
 
 QUICK = Training(steps=300, meta_batch=8, chunk=100, validate_every=100, validation_tasks=20, rate=1e-2, clip_norm=1.0)
 
@@ -85,7 +92,7 @@ def test_classes_of_any_kind():
 
 
 def test_bad_input_is_named(regressor):
-    with pytest.raises(ValueError, match="coverage: came 90"):
+    with pytest.raises(ValueError, match=r"coverage must be a number between 0 and 1, e\.g\. 0\.9, got 90"):
         regressor.predict_interval([[0.0]], coverage=90)
     with pytest.raises(ValueError, match="groups: came 1 for 2 rows"):
         regressor.predict([[0.0], [1.0]], ["a"])
@@ -106,5 +113,187 @@ def test_groups_on_which_the_learner_diverges_are_told(regressor):
         assert np.isfinite(regressor.predict(x, group)).all()
 
 
-def test_padding_goes_to_the_next_power_of_two():
-    assert [len(padded(np.ones((n, 2)))) for n in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 4, 8, 8]
+def test_sizes_are_few():
+    assert [size_of(n) for n in (0, 1, 2, 4, 5, 17, 1024, 1025, 3000)] == [1, 1, 4, 4, 16, 64, 1024, 2048, 3072]
+
+
+def test_large_offsets_change_nothing(regressor):
+    x, y, group = lines(0)
+    moved = MetaRegressor("maml", hidden=(), options={"steps": 5, "rate": 0.1}, training=QUICK)
+    moved.fit(x + 1e9, y + 1e9, [f"county {g}" for g in group])
+    names, shown = np.array([f"county {g}" for g in group]), regressor.adapt(x[:4], y[:4])
+    for one, other in (
+        (moved.predict(x + 1e9, names) - 1e9, regressor.predict(x, names)),
+        (moved.adapt(x[:4] + 1e9, y[:4] + 1e9).predict(x[4:9] + 1e9) - 1e9, shown.predict(x[4:9])),
+    ):
+        np.testing.assert_allclose(one, other, atol=0.02)
+
+
+def test_every_way_of_asking_gives_a_row_the_same_answer(regressor):
+    # One group or many in a call, few queries or so many that they are asked for in pieces.
+    x, _, group = lines(0)
+    names = np.array([f"county {g}" for g in group])
+    whole, spread = regressor.predict(x, names, return_std=True)
+    for g in (0, 7, 49):
+        rows = group == g
+        np.testing.assert_allclose(regressor.predict(x[rows], names[rows]), whole[rows], rtol=1e-5)
+    many = np.linspace(-3, 3, 1500)[:, None]
+    together, some = regressor.predict(many, ["county 3"] * 1500), [0, 700, 1499]
+    np.testing.assert_allclose(together[some], regressor.predict(many[some], ["county 3"] * 3), rtol=1e-5)
+    middle = regressor.predict_interval(x, names, coverage=0.5)
+    np.testing.assert_allclose(middle.mean(1), whole, atol=0.02)
+    assert (middle[:, 1] - middle[:, 0] < 1.5 * spread).all()
+
+
+def test_rows_are_not_scored_by_themselves(regressor):
+    # Outcomes that nothing can predict: a group's own rows must not help to predict themselves.
+    rng = np.random.default_rng(0)
+    x, group = rng.normal(size=(200, 1)), np.repeat(np.arange(20), 10)
+    y = rng.normal(size=200)
+    model = MetaRegressor("maml", hidden=(8,), options={"steps": 5, "rate": 0.1}, training=QUICK).fit(x, y, group)
+    assert model.score(x, y, groups=group) < 0.15
+    unknown = [f"new {g}" for g in group]
+    assert model.score(x, y, groups=group) == model.score(x, y, groups=unknown)
+    assert model.score(x, y, groups=group, support_rows=0) == pytest.approx(model.score(x, y), abs=0.2)
+    with pytest.raises(ValueError, match="support_rows must be an integer of at least 0, got -1"):
+        model.score(x, y, groups=group, support_rows=-1)
+    known, told, counties = lines(7, groups=30)
+    shown, alone = (regressor.score(known, told, groups=counties, support_rows=n) for n in (None, 0))
+    assert shown > 0.97 > alone
+
+
+@pytest.mark.parametrize("posterior", ["laplace", laplace(1.0)], ids=["by name", "as a rule"])
+def test_a_posterior_of_ones_own_has_the_fitted_noise(posterior):
+    x, y, group = lines(0, noise=0.1)
+    options = {"steps": 5, "rate": 0.1, "posterior": posterior}
+    model = MetaRegressor("maml", hidden=(), options=options, training=QUICK).fit(x, y, group)
+    for noise in (0.01, 1.0):
+        model.knobs_ = model.knobs_ | {"noise": noise, "precision": 1e4}
+        _, spread = model.adapt(x[:5], y[:5]).predict(x[:5], return_std=True)
+        own = model.scaling_.y_deviation[0]
+        assert (spread / own > noise).all()
+        assert (spread / own < (noise + 1.0 if posterior != "laplace" else 1.1 * noise + 0.02)).all()
+
+
+def programs():
+    """A list that grows by one whenever XLA compiles a program."""
+    seen = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: seen.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
+    )
+    return seen
+
+
+def test_second_calls_compile_nothing(regressor):
+    x, y, group = lines(0)
+    names = [f"county {g}" for g in group]
+    seen = programs()
+
+    def everything(model):
+        model.predict(x, names, return_std=True)
+        model.predict_interval(x, names)
+        model.adapt(x[:3], y[:3]).predict(x[3:9])
+        model.score(x, y, groups=names)
+
+    everything(regressor)
+    before = len(seen)
+    everything(regressor)
+    assert len(seen) == before
+    other, values, _ = lines(5)
+    again = clone(regressor).fit(other, values, names)
+    everything(again)
+    assert len(seen) == before
+    # Classes likewise.
+    labels = np.where(y > 20, "high", "low")
+    first = MetaClassifier("maml", hidden=(), training=QUICK).fit(x, labels, names)
+    first.predict_proba(x, names)
+    before = len(seen)
+    clone(first).fit(other, np.where(values > 20, "high", "low"), names).predict_proba(x, names)
+    assert len(seen) == before
+
+
+def test_classes_that_a_group_has_not_shown_keep_their_prior_mass():
+    rng = np.random.default_rng(1)
+    group = np.repeat(np.arange(40), 10)
+    labels = rng.integers(0, 3, 400)
+    x = np.eye(3)[labels] * 3 + rng.normal(size=(400, 3)) + rng.normal(size=(40, 3))[group]
+    y = np.array(["a", "b", "c"])[labels]
+    for name in ("protonet", "matching", "nearest_neighbour"):
+        model = MetaClassifier(name, hidden=(8,), training=QUICK).fit(x, y, group)
+        p = model.adapt(x[labels == 0][:3], ["a"] * 3).predict_proba(x[:50])
+        scale = model.knobs_["softmax_temperature"]
+        assert 1 / 20 < scale < 20
+        assert (p > 1e-4).all()
+        np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
+        np.testing.assert_allclose(model.predict_proba(x[:5]), 1 / 3, rtol=1e-4)
+        shown = model.adapt(x[:30], y[:30])
+        assert shown.score(x[100:130], y[100:130]) > 0.5
+        assert np.isfinite(np.log(model.predict_proba(x, group))).all()
+
+
+def test_scikit_learns_errors():
+    x, y, group = lines(0, groups=10)
+    for ask in ("predict", "predict_interval"):
+        with pytest.raises(NotFittedError):
+            getattr(MetaRegressor(), ask)(x)
+    for call in (lambda m: m.adapt(x, y), lambda m: m.score(x, y)):
+        with pytest.raises(NotFittedError):
+            call(MetaRegressor())
+    gaps = pd.array([1, pd.NA] * 50, dtype="Int64")
+    lost = pd.DataFrame({"x": gaps})
+    for bad, message in (
+        (lambda: MetaRegressor().fit(lost, y, group), "missing|NaN"),
+        (lambda: MetaRegressor().fit(x, pd.Series(gaps), group), "missing|NaN"),
+        (lambda: MetaRegressor().fit(x, y, gaps), "groups: came a missing value in row 1"),
+        (lambda: MetaRegressor().fit(x, y, np.ones((100, 2))), r"groups must be one value a row, got shape \(100, 2\)"),
+        (lambda: MetaRegressor().fit(x, y, None), "groups must be one value a row, got None"),
+        (lambda: MetaRegressor().fit(x, y, group[:5]), "groups: came 5 for 100 rows"),
+        (lambda: MetaClassifier().fit(x, ["a"] * 100, group), "y must have at least 2 classes, got one: 'a'"),
+        (lambda: MetaClassifier().fit(x, [None] * 100, group), "y: came a missing value in row 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bad()
+
+
+def test_a_frame_of_one_column_of_groups_is_a_column(regressor):
+    x, _, group = lines(0)
+    names = pd.DataFrame({"county": [f"county {g}" for g in group]})
+    np.testing.assert_array_equal(regressor.predict(x, names), regressor.predict(x, names["county"]))
+
+
+def test_many_groups_are_fitted_in_linear_time():
+    rng = np.random.default_rng(0)
+    few = Training(steps=1, meta_batch=2, chunk=1, validation_tasks=1)
+
+    def seconds(groups):
+        x, group = rng.normal(size=(3 * groups, 1)), np.repeat(np.arange(groups), 3)
+        began = time.process_time()
+        MetaRegressor("maml", hidden=(), training=few).fit(x, x[:, 0], group)
+        return time.process_time() - began
+
+    seconds(50)
+    # A quadratic fit would take some 50 seconds.
+    assert seconds(20_000) < 20
+
+
+def test_the_prior_mass_of_unseen_classes_is_not_tempered():
+    setting = Setting("protonet", (4,), (), 3, True)
+    support = Batch(jnp.ones((4, 2)), jnp.array([0, 0, 1, 1]))
+    params = setting.build({"softmax_temperature": 1.0}).init(jax.random.key(0), Task(support, support))
+    for temperature in (0.3, 1.0, 3.0):
+        learner = setting.build({"softmax_temperature": temperature})
+        p = learner.predict(params, learner.adapt(params, support, None), jnp.ones((5, 2)), None).mean()
+        # One class of three is not among four examples: 1 / (4 + 3).
+        np.testing.assert_allclose(p[:, 2], 1 / 7, rtol=1e-5)
+        np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
+
+
+def test_a_posterior_in_a_table_and_one_that_cannot_be_kept():
+    x, y, group = lines(0, groups=20)
+    quick = Training(steps=2, meta_batch=2, chunk=2, validation_tasks=2)
+    table = {"name": "laplace", "draws": 4}
+    model = MetaRegressor("maml", hidden=(), options={"posterior": table}, training=quick).fit(x, y, group)
+    assert model.knobs_.keys() == {"precision", "noise"}
+    assert np.isfinite(model.predict(x, group)).all()
+    with pytest.raises(ValueError, match="options: rate must be hashable"):
+        MetaRegressor("maml", options={"rate": np.ones(2)}, training=quick).fit(x, y, group)

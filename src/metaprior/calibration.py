@@ -9,11 +9,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.likelihoods import Categories, check_labels
+from metaprior.runtime import shared
 from metaprior.types import Learner, Predictive, TaskSource, counted, draw_task, group_count, group_order, weights
 
 BINS = 20
 LOST = 1e10  # stands for an nll that is not finite
 PRIOR_SD = 1.0  # of the logarithm of a calibrated scalar, about its starting value
+NOISE_SD = 3.0  # the same of the noise, whose starting value is no opinion
 
 
 class Reliability(NamedTuple):
@@ -101,7 +103,9 @@ def calibrate(
     The fit is a posterior mode: each knob has a log-normal prior around its starting value k0, so that few tasks
     cannot drive it to 0 or infinity,
 
-        mean nll + sum (log(k / k0) / prior_sd)^2 / (2 g),   g = the number of tasks, or of groups if there are fewer.
+        mean nll + sum (log(k / k0) / prior_sd)^2 / (2 g),   g = the number of tasks, or of groups if there are fewer;
+
+    the prior of "noise" is three times as wide, as where it starts is arbitrary.
 
     Nelder and Mead's simplex on the knobs' logarithms: the posterior need not be differentiable in them. One draw of
     tasks and of noise serves all evaluations.
@@ -118,28 +122,18 @@ def calibrate(
     if any(value <= 0 for value in knobs.values()):
         raise ValueError(f"knobs: came {knobs}, need positive starting values")
 
-    place = group_order(source, jax.random.fold_in(key, 1), tasks)
-
-    @jax.jit
-    def nll(logs: dict[str, Array], params: PyTree, source: TaskSource) -> Scalar:
-        learner = build({name: jnp.exp(value) for name, value in logs.items()})
-
-        def lost(predicted: Predictive, y: Array, weight: Float[Array, " n"]) -> Scalar:
-            return -jnp.where(weight > 0, weight * predicted.log_prob(y), 0).sum()
-
-        sums, counts = _asked(lost, learner, params, source, key, place, chunk)
-        return sums.sum() / counts.sum()
-
+    nll, place = _mean_nll(build, chunk), group_order(source, jax.random.fold_in(key, 1), tasks)
     names, start = list(knobs), np.log(list(knobs.values()))
     evidence = _evidence(source, tasks)
+    sds = np.array([NOISE_SD * prior_sd if name == "noise" else prior_sd for name in names])
 
     def fit_at(logs: np.ndarray) -> float:
         given = {name: jnp.asarray(log, float) for name, log in zip(names, logs, strict=True)}
-        value = float(nll(given, params, source))
+        value = float(nll(given, params, source, key, place))
         return value if np.isfinite(value) else LOST
 
     def objective(logs: np.ndarray) -> float:
-        return fit_at(logs) + float((((logs - start) / prior_sd) ** 2).sum()) / (2 * evidence)
+        return fit_at(logs) + float((((logs - start) / sds) ** 2).sum()) / (2 * evidence)
 
     simplex = np.vstack([start, start + 1.5 * np.eye(len(names))])
     options = {"maxfev": evaluations, "initial_simplex": simplex, "xatol": 0.02, "fatol": 1e-4}
@@ -152,6 +146,40 @@ def calibrate(
             "Check that the labels are classes, that some queries count, and that the learner does not diverge."
         )
     return Calibration(fitted, before, after)
+
+
+@shared()
+def _mean_nll(build: Callable[[dict[str, Array]], Learner], chunk: int) -> Callable[..., Scalar]:
+    """Compiled (log knobs, params, source, key, place) -> mean nll of the queries."""
+
+    def lost(predicted: Predictive, y: Array, weight: Float[Array, " n"]) -> Scalar:
+        return -jnp.where(weight > 0, weight * predicted.log_prob(y), 0).sum()
+
+    @jax.jit
+    def nll(
+        logs: dict[str, Array], params: PyTree, source: TaskSource, key: PRNGKeyArray, place: Int[Array, " tasks"]
+    ) -> Scalar:
+        learner = build({name: jnp.exp(value) for name, value in logs.items()})
+        sums, counts = _asked(lost, learner, params, source, key, place, chunk)
+        return sums.sum() / counts.sum()
+
+    return nll
+
+
+@shared()
+def _log_probs(learner: Learner, chunk: int) -> Callable[..., tuple[Array, Array, Array]]:
+    """Compiled (params, source, key, place) -> log probabilities, labels and weights of the queries."""
+
+    def kept(predicted: Categories, y: Array, weight: Float[Array, " n"]) -> tuple[Array, Array, Array]:
+        return predicted.tempered(1.0).log_probs[0], y, weight
+
+    @jax.jit
+    def asked(
+        params: PyTree, source: TaskSource, key: PRNGKeyArray, place: Int[Array, " tasks"]
+    ) -> tuple[Array, Array, Array]:
+        return _asked(kept, learner, params, source, key, place, chunk)[0]
+
+    return asked
 
 
 def calibrate_softmax(
@@ -169,17 +197,9 @@ def calibrate_softmax(
     Each task is adapted to and predicted once. The temperature is sought between 1/50 and 50, with the prior of
     `calibrate` around 1: where every query was classified right, the likelihood alone is best at 0.
     """
-    def kept(predicted: Categories, y: Array, weight: Float[Array, " n"]) -> tuple[Array, Array, Array]:
-        return predicted.tempered(1.0).log_probs[0], y, weight
-
     place = group_order(source, jax.random.fold_in(key, 1), tasks)
-
-    @jax.jit
-    def asked(params: PyTree, source: TaskSource) -> tuple[Array, Array, Array]:
-        return _asked(kept, learner, params, source, key, place, chunk)[0]
-
-    logs, y, weight = (np.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in asked(params, source))
-
+    found = _log_probs(learner, chunk)(params, source, key, place)
+    logs, y, weight = (np.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in found)
     return fit_temperature(logs, y, weight, _evidence(source, tasks), prior_sd)
 
 

@@ -5,29 +5,38 @@ known group the posterior of its own rows, an unknown one the prior; `adapt(X, y
 """
 
 import warnings
-from collections.abc import Hashable
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Self
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import pairwise
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from metaprior.calibration import calibrate, calibrate_softmax, temperature_scaled
-from metaprior.inference.posteriors import implicit
-from metaprior.learners.registry import LEARNERS, make_learner
+from metaprior.calibration import calibrate, temperature_scaled
+from metaprior.inference.metric import with_unseen
+from metaprior.inference.posteriors import POSTERIORS, PosteriorRule
+from metaprior.learners.registry import LEARNERS, RULE_OUT_UNSEEN, make_learner
 from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.named import lookup, option_names
+from metaprior.named import construct, lookup, option_names
 from metaprior.networks import mlp
 from metaprior.options import Count, Seed, accept, parameters_of
-from metaprior.tasks.arrays import ArrayTasks, Scaling, array_tasks
+from metaprior.tasks.arrays import ArrayTasks, array_tasks
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.labels import encode_labels
+from metaprior.tasks.scaling import Scaling
 from metaprior.training import Training, fit
 from metaprior.types import Batch, Learner
+
+TOGETHER = 32  # groups a compiled call answers for, where there are several
+SIZES = (1, 4, 16, 64, 256, 1024)  # of supports and queries: few shapes, so that few programs are compiled
+SCALARS = {"implicit": {"temperature": 1.0}, "laplace": {"precision": 1.0}}  # of a posterior by name, fitted
 
 
 @dataclass(frozen=True)
@@ -40,45 +49,91 @@ class Setting:
     outputs: int
     classes: bool
 
-    def owns_posterior(self) -> bool:
+    def knobs(self) -> dict[str, float]:
+        """The scalars that held-out groups fit first: the noise, and those of a posterior that is named."""
+        name = _named(dict(self.options).get("posterior", "implicit"))[0] if self._has_posterior() else None
+        return SCALARS.get(name or "", {}) | ({"softmax_temperature": 1.0} if self.classes else {"noise": 0.5})
+
+    def _has_posterior(self) -> bool:
         return "posterior" in option_names(lookup("learner", self.learner, LEARNERS))
 
-    def knobs(self) -> dict[str, float]:
-        """The scalars that held-out groups fit first: the noise, and the implicit posterior's temperature."""
-        temperature = {"temperature": 1.0} if self.owns_posterior() else {}
-        return temperature | ({} if self.classes else {"noise": 0.5})
+    def _posterior(self, rule: Any, knobs: dict[str, Any]) -> PosteriorRule:
+        """The rule with the fitted scalars; one of the user's own gets the noise, if it says none itself."""
+        name, stated_options = _named(rule)
+        if name is not None:
+            return construct("posterior", name, POSTERIORS, **knobs | stated_options)
+        stated = isinstance(rule.predict, partial) and rule.predict.keywords.get("noise") is not None
+        if "noise" not in knobs or stated or "noise" not in option_names(rule.predict):
+            return rule
+        return rule._replace(predict=partial(rule.predict, noise=knobs["noise"]))
 
     def build(self, knobs: dict[str, Any]) -> Learner:
-        """The learner, with the implicit posterior where it can have one."""
+        """The learner, with the implicit posterior where it can have one and no other is asked for."""
         options, likelihood = dict(self.options), Categorical() if self.classes else Gaussian()
         inner = {name: value for name, value in knobs.items() if name != "softmax_temperature"}
-        if self.owns_posterior():
+        if self._has_posterior():
             # The noise of predictions alone: in the likelihood it would change the inner steps that theta was made for.
-            options = {"posterior": implicit(**inner)} | options
+            options["posterior"] = self._posterior(options.get("posterior", "implicit"), inner)
         elif not self.classes:
             likelihood = Gaussian(knobs["noise"])
         learner = make_learner(self.learner, mlp(self.outputs, self.hidden), likelihood, **options)
-        scale = knobs.get("softmax_temperature")
-        return learner if scale is None else temperature_scaled(learner, scale)
+        if self.classes:
+            learner = temperature_scaled(learner, knobs["softmax_temperature"])
+        # After the temperature, which is the shown classes': it must not distort the prior mass of the others.
+        return with_unseen(learner, self.outputs) if self.classes and self.learner in RULE_OUT_UNSEEN else learner
+
+
+def _named(rule: Any) -> tuple[str | None, dict[str, Any]]:
+    """The name and options of a posterior that is named, alone or in a table; (None, {}) of a rule."""
+    if isinstance(rule, str):
+        return rule, {}
+    if isinstance(rule, PosteriorRule):
+        return None, {}
+    table = dict(rule)
+    return table.pop("name", None), table
 
 
 @lru_cache(maxsize=32)
-def compiled(setting: Setting) -> Any:
-    """(params, knobs, support, x) -> predictive, adapted and predicted in one program."""
+def kept(setting: Setting) -> Setting:
+    """One object for all equal settings, as compiled programs are found by their functions' identity."""
+    return setting
+
+
+@lru_cache(maxsize=32)
+def untuned(setting: Setting) -> Learner:
+    """The learner that is trained."""
+    return setting.build(setting.knobs())
+
+
+@lru_cache(maxsize=64)
+def compiled(setting: Setting, asked: tuple[str, ...], quantiles: tuple[float, ...] = ()) -> Any:
+    """(params, knobs, supports, x) -> what is asked of each group's predictive: 'mean', 'variance', and quantiles."""
 
     @jax.jit
-    def answer(params: Any, knobs: dict[str, Any], support: Batch, x: jax.Array) -> Any:
+    def answer(params: Any, knobs: dict[str, Any], supports: Batch, x: jax.Array) -> dict[str, jax.Array]:
         learner, (key_adapt, key_predict) = setting.build(knobs), jax.random.split(jax.random.key(0))
-        return learner.predict(params, learner.adapt(params, support, key_adapt), x, key_predict)
+
+        def one(group: tuple[Batch, jax.Array]) -> dict[str, jax.Array]:
+            predictive = learner.predict(params, learner.adapt(params, group[0], key_adapt), group[1], key_predict)
+            found = {name: getattr(predictive, name)() for name in asked}
+            return found | {f"quantile_{i}": predictive.quantile(q) for i, q in enumerate(quantiles)}
+
+        return jax.lax.map(one, (supports, x))
 
     return answer
 
 
-def padded(rows: np.ndarray) -> np.ndarray:
-    """As many rows as the next power of two, so that few sizes are compiled: the last is repeated (zeros if none)."""
-    lacking = (1 << max(len(rows) - 1, 0).bit_length()) - len(rows)
-    last = rows[-1:] if len(rows) else np.zeros((1, *rows.shape[1:]), rows.dtype)
-    return np.concatenate([rows, np.repeat(last, lacking, 0)])
+def size_of(rows: int) -> int:
+    """The smallest of SIZES that holds so many rows; above the largest, its next multiple."""
+    return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
+
+
+class Group(NamedTuple):
+    """What a group has shown, and which rows are asked for."""
+
+    x: np.ndarray
+    y: np.ndarray
+    asked: np.ndarray
 
 
 class _MetaEstimator(BaseEstimator):
@@ -111,85 +166,192 @@ class _MetaEstimator(BaseEstimator):
     def fit(self, X: Any, y: Any, groups: Any) -> Self:
         """Learn the prior that groups share, and keep each group's rows for `predict`.
 
-        X [N, d], y [N] and groups [N], any hashable values. Groups of one row train nothing, but are predicted.
+        Training tasks show any number of rows from 0 to `shot`, so that a new group may have few or none. Groups of one
+        row train nothing, but are predicted.
+
+        Args:
+            X: features [N, d], an array or a DataFrame. y: targets [N]. groups: [N], any hashable values.
+
+        Raises:
+            ValueError: what scikit-learn's estimators raise; too few groups; missing groups.
         """
         for name, parameter in parameters_of(type(self)).items():
             accept(parameter.annotation, getattr(self, name), name)
-        X, targets = validate_data(self, X, y, dtype=float, y_numeric=not self._classes, ensure_min_samples=2)
+        X, targets = self._checked(X, y, ensure_min_samples=2)
         targets = self._encode(targets)
+        ids, names = self._ids(groups, len(X))
         splits = array_tasks(
-            X, targets, groups, shot=self.shot, query=self.query, split=self.split, seed=self.seed, small="drop",
-            standardise=True, classification=self._classes,
+            X, targets, ids, shot=self.shot, query=self.query, split=self.split, seed=self.seed, small="drop",
+            standardise=True, classification=self._classes, shots="uniform",
         )  # fmt: skip
         assert isinstance(splits.train, ArrayTasks)
         assert splits.train.scaling is not None
         self.scaling_ = splits.train.scaling
+        # Programs are shared between fits: what they are compiled for must not hold this table's scaling.
+        splits = splits._make(replace(source, preparation=None) for source in splits)  # type: ignore[type-var]
         outputs = len(self.classes_) if self._classes else 1
-        own = {k: tuple(v) if isinstance(v, list) else v for k, v in (self.options or {}).items()}
-        options = tuple(sorted(own.items()))
-        self.setting_ = Setting(self.learner, tuple(self.hidden), options, outputs, self._classes)
+        options = tuple(sorted((name, _frozen(name, value)) for name, value in (self.options or {}).items()))
+        self.setting_ = kept(Setting(self.learner, tuple(self.hidden), options, outputs, self._classes))
         training = self.training or Training(steps=3000, clip_norm=1.0, chunk=500, validate_every=500, seed=self.seed)
         # Prior and noise are learned from different groups, as a prior looks too good on those it was fitted to.
         knobs = self.setting_.knobs()
-        self.params_ = fit(self.setting_.build(knobs), splits, training, name=self.learner).best
+        self.params_ = fit(untuned(self.setting_), splits, training, name=self.learner).best
         key = jax.random.key(self.seed)
-        self.knobs_ = calibrate(self.setting_.build, self.params_, splits.test, key, knobs).knobs if knobs else {}
-        if self._classes:
-            self.knobs_ |= calibrate_softmax(self.setting_.build(self.knobs_), self.params_, splits.test, key).knobs
-        ids, names = encode_labels(groups)
-        self.groups_ = {name: (X[ids == i], targets[ids == i]) for i, name in enumerate(names)}
+        self.knobs_ = calibrate(_builder(self.setting_), self.params_, splits.test, key, knobs).knobs
+        order = np.argsort(ids, kind="stable")
+        ends = np.cumsum(np.bincount(ids)).tolist()
+        self.rows_ = X[order], targets[order]
+        self.groups_ = dict(zip(names, pairwise([0, *ends]), strict=True))
         return self
 
     def adapt(self, X: Any, y: Any) -> Self:
         """This estimator for one more group, of these rows: `predict(X)` without groups then answers for it."""
         check_is_fitted(self)
-        X, targets = validate_data(self, X, y, dtype=float, reset=False, y_numeric=not self._classes)
+        X, targets = self._checked(X, y, reset=False)
         adapted = type(self)(**self.get_params(deep=False))
         adapted.__dict__.update(self.__dict__)
         adapted.group_ = (X, self._encode(targets))
         return adapted
 
+    def _scored(self, X: Any, y: Any, groups: Any, support_rows: int | None) -> tuple[np.ndarray, ...]:
+        """The rows that `score` judges, their targets, and what is predicted of them."""
+        check_is_fitted(self)
+        X, given = self._checked(X, y, reset=False)
+        targets = self._encode(given)
+        if groups is None:
+            return np.arange(len(X)), targets, self._answers(X, self._asked(X, None), ("mean",))["mean"]
+        shown = self.shot if support_rows is None else support_rows
+        if isinstance(shown, bool) or not isinstance(shown, int | np.integer) or shown < 0:
+            raise ValueError(f"support_rows must be an integer of at least 0, got {shown!r}.")
+        asked = []
+        for rows in _parts(self._ids(groups, len(X))[0]):
+            cut = min(int(shown), len(rows) // 2)
+            asked.append(Group(X[rows[:cut]], targets[rows[:cut]], rows[cut:]))
+        scored = np.sort(np.concatenate([group.asked for group in asked]))
+        return scored, targets[scored], self._answers(X, asked, ("mean",))["mean"][scored]
+
+    def _checked(self, X: Any, y: Any = None, **options: Any) -> Any:
+        """scikit-learn's checks of X and y, in float64."""
+        try:
+            if y is None:
+                return validate_data(self, X, dtype=float, **options)
+            return validate_data(self, X, y, dtype=float, y_numeric=not self._classes, **options)
+        except TypeError as error:  # pandas' NA is no number
+            raise ValueError(f"X and y must be numbers without missing values ({error}).") from error
+
     def _encode(self, y: Any) -> np.ndarray:
         return y
 
-    def _predictives(self, X: Any, groups: Any) -> list[tuple[np.ndarray, Any]]:
-        """(rows, predictive) of each group in turn."""
-        check_is_fitted(self)
-        X = validate_data(self, X, dtype=float, reset=False)
-        empty = X[:0], np.zeros(0, np.int32 if self._classes else float)
+    def _ids(self, groups: Any, rows: int) -> tuple[np.ndarray, list[Hashable]]:
+        """A number a row, and what the numbers stand for."""
+        values = groups if isinstance(groups, list | tuple) else np.asarray(groups)
+        if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
+            values = values[:, 0]
+        if groups is None or (isinstance(values, np.ndarray) and values.ndim != 1):
+            came = "None" if groups is None else f"shape {np.shape(values)}"
+            raise ValueError(f"groups must be one value a row, got {came}.")
+        if len(values) != rows:
+            raise DataError(f"groups: came {len(values)} for {rows} rows of X, needs one a row")
+        if lost := _missing(values):
+            raise DataError(f"groups: came a missing value in row {lost[0]}; fill it in or leave the row out")
+        return encode_labels(values)
+
+    def _asked(self, X: np.ndarray, groups: Any) -> list[Group]:
+        """The rows of each group in turn, and what it has shown."""
+        shown, targets = self.rows_
         if groups is None:
-            return [(np.arange(len(X)), self._predictive(X, *getattr(self, "group_", empty)))]
-        ids, names = encode_labels(groups)
-        if len(ids) != len(X):
-            raise DataError(f"groups: came {len(ids)} for {len(X)} rows of X, needs one a row")
-        parts = [np.flatnonzero(ids == i) for i in range(len(names))]
+            own, known = getattr(self, "group_", (shown[:0], targets[:0]))
+            return [Group(own, known, np.arange(len(X)))]
+        ids, names = self._ids(groups, len(X))
+        places = [self.groups_.get(name, (0, 0)) for name in names]
         return [
-            (rows, self._predictive(X[rows], *self.groups_.get(name, empty)))
-            for rows, name in zip(parts, names, strict=True)
+            Group(shown[start:end], targets[start:end], rows)
+            for (start, end), rows in zip(places, _parts(ids), strict=True)
         ]
 
-    def _predictive(self, X: np.ndarray, seen: np.ndarray, targets: np.ndarray) -> Any:
-        x, seen, scaling = padded(X), padded(seen), self.scaling_
-        weight = (np.arange(len(seen)) < len(targets)).astype(float)
-        y = padded(targets) if self._classes else scaling.standardised(padded(targets)[:, None])
-        support = Batch(*(jnp.asarray(values) for values in (scaling.features(seen), y, weight)))
+    def _answers(
+        self, X: np.ndarray, groups: list[Group], asked: tuple[str, ...], quantiles: tuple[float, ...] = ()
+    ) -> dict[str, Float[np.ndarray, "n c"]]:
+        """What is asked of the predictive of each row of X, whichever group it is of, in a learner's units."""
         knobs = {name: jnp.asarray(value, float) for name, value in self.knobs_.items()}
-        return compiled(self.setting_)(self.params_, knobs, support, jnp.asarray(scaling.features(x)))
-
-    def _collect(self, X: Any, groups: Any, of: Any, columns: tuple[int, ...]) -> np.ndarray:
-        """One row of figures a row of X, whichever group it is of."""
-        answers = self._predictives(X, groups)
-        out = np.zeros((sum(len(rows) for rows, _ in answers), *columns))
-        for rows, predictive in answers:
-            out[rows] = np.asarray(of(predictive))[: len(rows)]
-        if lost := sum(not np.isfinite(out[rows]).all() for rows, _ in answers):
+        answer, out, lost = compiled(self.setting_, asked, quantiles), {}, set()
+        for batch, rows, owners in self._batches(X, groups):
+            found = jax.device_get(answer(self.params_, knobs, *batch))
+            for name, values in found.items():
+                whole = out.setdefault(name, np.zeros((len(X), values.shape[-1])))
+                for group, (place, owner) in enumerate(zip(rows, owners, strict=True)):
+                    whole[place] = values[group, : len(place)]
+                    if not np.isfinite(values[group, : len(place)]).all():
+                        lost.add(owner)
+        if lost:
             warnings.warn(
-                f"{self.learner} diverged on {lost} of {len(answers)} groups, whose predictions are not finite; fit "
-                f"with fewer or smaller inner steps, e.g. options={{'rate': ...}}, or another learner",
+                f"{self.learner} diverged on {len(lost)} of {len(groups)} groups, whose predictions are not finite; "
+                "fit with fewer or smaller inner steps, e.g. options={'rate': ...}, or another learner",
                 RuntimeWarning,
                 stacklevel=3,
             )
         return out
+
+    def _batches(self, X: np.ndarray, groups: list[Group]) -> Iterator[tuple[tuple[Batch, Any], list, list]]:
+        """Supports and queries of equal sizes, padded, TOGETHER groups at a time; the rows they answer, and whose."""
+        pieces: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
+        for i, group in enumerate(groups):
+            size = min(size_of(len(group.asked)), SIZES[-1])
+            for start in range(0, len(group.asked), size):
+                pieces.setdefault((size_of(len(group.x)), size), []).append((i, group.asked[start : start + size]))
+        scaling = self.scaling_
+        features = scaling.features(X)
+        for (shown, size), members in pieces.items():
+            together = TOGETHER if len(members) > 1 else 1
+            for start in range(0, len(members), together):
+                part = members[start : start + together]
+                full = part + part[-1:] * (together - len(part))
+                xs, ys, ws = zip(*(self._support(groups[i], shown) for i, _ in full), strict=True)
+                support = Batch(*(jnp.asarray(np.stack(v)) for v in (xs, ys, ws)))
+                query = np.stack([_padded(features[rows], size) for _, rows in full])
+                yield (support, jnp.asarray(query)), [rows for _, rows in part], [i for i, _ in part]
+
+    def _support(self, group: Group, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A group's rows in a learner's units, padded with weight 0."""
+        y = group.y if self._classes else self.scaling_.standardised(group.y[:, None])
+        x = _padded(self.scaling_.features(group.x), size)
+        return x, _padded(y, size), (np.arange(size) < len(group.x)).astype(float)
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """`size` rows: the last is repeated, or zeros where there is none."""
+    last = rows[-1:] if len(rows) else np.zeros((1, *rows.shape[1:]), rows.dtype)
+    return np.concatenate([rows, np.repeat(last, size - len(rows), 0)])
+
+
+def _parts(ids: np.ndarray) -> list[np.ndarray]:
+    """The rows of each group."""
+    return np.split(np.argsort(ids, kind="stable"), np.cumsum(np.bincount(ids))[:-1])
+
+
+def _missing(values: Any) -> list[int]:
+    """Which values are None, NaN or pandas' NA."""
+    return [i for i, v in enumerate(values) if v is None or type(v).__name__ in ("NAType", "NaTType") or v != v]
+
+
+def _frozen(name: str, value: Any) -> Any:
+    """A hashable copy of an option: a table as its pairs, a list as a tuple."""
+    if isinstance(value, dict):
+        return tuple(sorted((key, _frozen(f"{name}.{key}", v)) for key, v in value.items()))
+    if isinstance(value, list) or type(value) is tuple:
+        return tuple(_frozen(name, v) for v in value)
+    try:
+        hash(value)
+    except TypeError:
+        needed = "hashable (a number, text, a tuple, a rule)"
+        raise ValueError(f"options: {name} must be {needed}, got {value!r}.") from None
+    return value
+
+
+@lru_cache(maxsize=32)
+def _builder(setting: Setting) -> Any:
+    """knobs -> learner: one function for all fits of a setting."""
+    return partial(setting.build)
 
 
 class MetaRegressor(RegressorMixin, _MetaEstimator):
@@ -209,21 +371,34 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
 
     def predict(self, X: Any, groups: Any = None, *, return_std: bool = False) -> Any:
         """The predictive mean [N] of each row, and with return_std its standard deviation, noise included."""
-        mean = self._collect(X, groups, lambda p: self.scaling_.targets(p.mean())[:, 0], ())
-        if not return_std:
-            return mean
-        return mean, np.sqrt(self._collect(X, groups, lambda p: self.scaling_.variances(p.variance())[:, 0], ()))
+        check_is_fitted(self)
+        X = self._checked(X, reset=False)
+        found = self._answers(X, self._asked(X, groups), ("mean", "variance") if return_std else ("mean",))
+        mean = self.scaling_.targets(found["mean"])[:, 0]
+        return (mean, np.sqrt(self.scaling_.variances(found["variance"])[:, 0])) if return_std else mean
 
     def predict_interval(self, X: Any, groups: Any = None, *, coverage: float = 0.9) -> np.ndarray:
         """[N, 2]: the central predictive interval of each row that should hold `coverage` of the outcomes."""
-        if not 0 < coverage < 1:
-            raise ValueError(f"coverage: came {coverage}, needs a number between 0 and 1, e.g. 0.9")
-        tail = (1 - coverage) / 2
+        check_is_fitted(self)
+        if isinstance(coverage, bool) or not isinstance(coverage, float | np.floating) or not 0 < coverage < 1:
+            raise ValueError(f"coverage must be a number between 0 and 1, e.g. 0.9, got {coverage!r}.")
+        X, tail = self._checked(X, reset=False), (1 - float(coverage)) / 2
+        found = self._answers(X, self._asked(X, groups), (), (tail, 1 - tail))
+        return np.concatenate([self.scaling_.targets(found[f"quantile_{i}"]) for i in range(2)], 1)
 
-        def ends(predictive: Any) -> np.ndarray:
-            return np.stack([self.scaling_.targets(predictive.quantile(q))[:, 0] for q in (tail, 1 - tail)], -1)
+    def score(  # pyright: ignore[reportIncompatibleMethodOverride] (a third positional argument would be mistaken)
+        self, X: Any, y: Any, *, groups: Any = None, support_rows: int | None = None, sample_weight: Any = None
+    ) -> float:
+        """R^2 of the predictive means of rows that were not shown.
 
-        return self._collect(X, groups, ends, (2,))
+        With groups, each one is taken as new, whether `fit` saw it or not: its first `support_rows` rows are shown (by
+        default `shot`; at most half of its rows), the others are scored. What `fit` kept of a known group is not used:
+        it may be the very rows to be scored. Without groups, the adapted group or the prior predicts all rows.
+        """
+        rows, targets, mean = self._scored(X, y, groups, support_rows)
+        weight = None if sample_weight is None else np.asarray(sample_weight)[rows]
+        return float(r2_score(targets, self.scaling_.targets(mean)[:, 0], sample_weight=weight))
+
 
 class MetaClassifier(ClassifierMixin, _MetaEstimator):
     """Classification on many small groups of rows that share their classes; arguments as `MetaRegressor`."""
@@ -231,13 +406,21 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
     _classes = True
 
     def fit(self, X: Any, y: Any, groups: Any) -> Self:
-        self.classes_ = np.asarray(encode_labels(np.asarray(y))[1])
+        labels = np.asarray(y)
+        if labels.ndim != 1:
+            raise ValueError(f"y must have one class a row, got shape {labels.shape}.")
+        if lost := _missing(labels.tolist()):
+            raise DataError(f"y: came a missing value in row {lost[0]}; fill it in or leave the row out")
+        self.classes_ = np.asarray(encode_labels(labels)[1])
+        if len(self.classes_) < 2:
+            raise ValueError(f"y must have at least 2 classes, got one: {self.classes_.tolist()[0]!r}.")
         return super().fit(X, y, groups)
 
     def predict_proba(self, X: Any, groups: Any = None) -> np.ndarray:
         """[N, classes]: the predictive probability of each class, in the order of `classes_`."""
         check_is_fitted(self)
-        return self._collect(X, groups, lambda p: p.mean(), (len(self.classes_),))
+        X = self._checked(X, reset=False)
+        return self._answers(X, self._asked(X, groups), ("mean",))["mean"]
 
     def predict(self, X: Any, groups: Any = None) -> np.ndarray:
         """The likeliest class [N] of each row."""
@@ -250,3 +433,11 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         if unknown:
             raise DataError(f"y: came class {unknown[0]!r}, needs one of those that `fit` saw: {list(place)}")
         return np.asarray([place[label] for label in y.tolist()], np.int32)
+
+    def score(  # pyright: ignore[reportIncompatibleMethodOverride] (a third positional argument would be mistaken)
+        self, X: Any, y: Any, *, groups: Any = None, support_rows: int | None = None, sample_weight: Any = None
+    ) -> float:
+        """The accuracy on rows that were not shown; arguments as `MetaRegressor.score`."""
+        rows, targets, p = self._scored(X, y, groups, support_rows)
+        weight = None if sample_weight is None else np.asarray(sample_weight)[rows]
+        return float(accuracy_score(targets, p.argmax(-1), sample_weight=weight))

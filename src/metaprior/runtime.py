@@ -3,10 +3,15 @@
 import os
 import stat
 import warnings
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import platformdirs
+
+F = TypeVar("F", bound=Callable)
 
 
 def cache_folder() -> Path:
@@ -61,3 +66,25 @@ def configure(*, float64: bool = False, cache: bool = True, devices: int = 1, th
             jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def shared(maxsize: int = 8) -> Callable[[F], F]:
+    """Keep the programs that a function makes, so that the same arguments compile nothing again.
+
+    Arguments that cannot be hashed make the program anew.
+    """
+
+    def decorate(make: F) -> F:
+        kept = lru_cache(maxsize)(make)
+
+        @wraps(make)
+        def get(*args: Any) -> Any:
+            try:
+                hash(args)
+            except TypeError:
+                return make(*args)
+            return kept(*args)
+
+        return get  # type: ignore[return-value]
+
+    return decorate

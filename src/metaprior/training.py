@@ -21,6 +21,7 @@ from metaprior.devices import everywhere, mean_over_tasks, task_mesh
 from metaprior.evaluation import check_targets
 from metaprior.likelihoods import Counts
 from metaprior.options import Count, NonNegative, OuterOptimizer, Positive, Seed, Whole, check_fields
+from metaprior.runtime import shared
 from metaprior.signals import interruptible
 from metaprior.types import Learner, Splits, Task, TaskSource, counted, weighted_mean
 
@@ -149,10 +150,15 @@ def outer_optimizer(training: Training) -> optax.GradientTransformation:
     return optax.apply_if_finite(chained, training.skip) if training.skip else chained
 
 
+@jax.jit
+def _one_task(source: TaskSource, key: PRNGKeyArray) -> Task:
+    return source.sample(key, 1)
+
+
 def init_state(learner: Learner, source: TaskSource, training: Training) -> TrainState:
     """theta before training, from the seed."""
     key_task, key_init = jax.random.split(jax.random.key(training.seed))
-    task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
+    task = jax.tree.map(lambda leaf: leaf[0], _one_task(source, key_task))
     params = learner.init(key_init, task)
     return TrainState(params, outer_optimizer(training).init(params), jnp.zeros((), jnp.int32))
 
@@ -222,6 +228,7 @@ def meta_step(learner: Learner, training: Training) -> Callable[..., tuple[Train
     return step
 
 
+@shared()
 def run_chunk(learner: Learner, training: Training) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiled (state, source, steps) -> (state after `steps` meta-steps, their metrics, stacked)."""
     step, draw = meta_step(learner, training), draw_tasks(training)
@@ -248,6 +255,7 @@ def block_length(tasks: Task, steps: int) -> int:
     return max(d for d in range(1, steps + 1) if steps % d == 0 and d <= most)
 
 
+@shared()
 def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSource], dict[str, Array]]:
     """Compiled (params, source) -> mean query nll (and accuracy) of adapted posteriors on always the same tasks."""
 

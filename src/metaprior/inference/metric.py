@@ -5,6 +5,7 @@ So a learner trained on 60 ways is judged on 5 as it is, and tasks of one batch 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,3 +117,41 @@ def scored_by_query(
         return score, fit_metrics(Categorical(), predictive.log_probs[0], task.query) | {"nll": score}
 
     return Learner(init, adapt, predict, loss)
+
+
+class Shown(NamedTuple):
+    """A posterior, and the weight of the support's examples in each class."""
+
+    posterior: PyTree
+    number: Float[Array, " way"]
+
+
+def with_unseen(learner: Learner, way: int, concentration: float = 1.0) -> Learner:
+    """A learner that rules out classes without support examples, made to leave them their prior mass.
+
+    With n examples of which none is of class c, the probability of c is that of the Dirichlet-multinomial,
+    concentration / (n + way concentration); the learner's own probabilities share what is left. Where every class is
+    shown nothing changes. For problems with a fixed list of classes, not for episodes of fewer classes than `way`.
+
+    Args:
+        learner: of classes 0..way-1, that compares queries with the support.
+        way: the number of classes.
+        concentration: of the prior over the classes' shares, above 0; 1 is Laplace's rule of succession.
+    """
+
+    def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Shown:
+        return Shown(learner.adapt(params, support, key), memberships(support, way).sum(0))
+
+    def predict(params: PyTree, shown: Shown, x: PyTree, key: PRNGKeyArray) -> Categories:
+        unseen, n = shown.number == 0, shown.number.sum()
+        each = concentration / (n + way * concentration)
+        own = learner.predict(params, shown.posterior, x, key).log_probs
+        left = jnp.where(unseen.any(), jnp.log(jnp.maximum(1 - each * unseen.sum(), 1e-30)), 0)
+        return Categories(jnp.where(unseen, jnp.log(each), own + left))
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        there = memberships(task.support, way).sum(0) > 0
+        known = weights(task.query) * there[jnp.clip(task.query.y, 0, way - 1)]
+        return learner.loss(params, task._replace(query=task.query._replace(weight=known)), key)
+
+    return learner._replace(adapt=adapt, predict=predict, loss=loss)

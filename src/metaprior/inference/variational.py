@@ -57,7 +57,26 @@ class Variational:
         """The inner optimiser; "natural" is told how many examples the mean loss is of, and so what a share is."""
         if self.optimizer == "natural":
             return natural_descent(self.rate, count(batch) / self.kl_weight, guarded=self.samples > 1)
+        if self.optimizer == "sgd":
+            pull = self.rate * self.kl_weight / count(batch)
+            return optax.chain(optax.sgd(self.rate), no_further_than_the_prior(pull))
         return make_optimizer(self.optimizer, self.rate, differentiated=differentiated)
+
+
+def no_further_than_the_prior(rate: float | Scalar) -> optax.GradientTransformation:
+    """Shortens a mean's steps where the KL term alone would overshoot the prior.
+
+    KL / n pulls a mean by `rate` / sd^2 of the way to the prior's, rate being a / n: from 2 on that diverges, as for a
+    narrow prior and few examples. There the step is shortened to the whole way; elsewhere nothing changes.
+    """
+
+    def init(q: DiagonalGaussian) -> PyTree:
+        return jax.tree.map(lambda log_sd: jnp.minimum(1, jnp.exp(2 * log_sd) / jnp.maximum(rate, 1e-30)), q.log_sd)
+
+    def update(step: DiagonalGaussian, share: PyTree, q: DiagonalGaussian | None = None) -> tuple[Any, PyTree]:
+        return DiagonalGaussian(jax.tree.map(jnp.multiply, step.mean, share), step.log_sd), share
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def natural_descent(rate: float, scale: float | Scalar = 1.0, guarded: bool = True) -> optax.GradientTransformation:

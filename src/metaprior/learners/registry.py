@@ -70,6 +70,8 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
 
 # To which an unlabelled example of the support is news (gnn) or nothing (the others); to the rest it is an error.
 READ_UNLABELLED = ("gnn", "protonet", "matching", "siamese", "nearest_neighbour")
+# That rule out classes without support examples; see `inference.metric.with_unseen`.
+RULE_OUT_UNSEEN = ("protonet", "matching", "siamese", "nearest_neighbour")
 # To which a class may be its attributes.
 READ_ATTRIBUTES = ("zero_shot",)
 

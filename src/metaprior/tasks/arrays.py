@@ -42,6 +42,7 @@ class ArrayTasks:
     shot: int = field(metadata={"static": True})
     query: int = field(metadata={"static": True})
     ragged: str = field(metadata={"static": True})
+    shots: str = field(default="fixed", metadata={"static": True})
 
     @property
     def scaling(self) -> Scaling | None:
@@ -67,14 +68,17 @@ class ArrayTasks:
         """A task of the group with this number, its rows shared out anew."""
         count = self.counts[group]
         rows = distinct(key, count, self.shot + self.query)
-        seen = jnp.minimum(self.shot, count - 1)
-        shown = jnp.minimum(self.query, count - seen)
-        return Task(self._batch(group, rows, 0, seen, self.shot), self._batch(group, rows, seen, shown, self.query))
+        most = jnp.minimum(self.shot, count - 1)
+        shown = jnp.minimum(self.query, count - most)
+        seen = most
+        if self.shots == "uniform":
+            seen = jax.random.randint(jax.random.fold_in(key, 1), (), 0, most + 1)
+        return Task(self._batch(group, rows, 0, seen, self.shot), self._batch(group, rows, most, shown, self.query))
 
     def _batch(self, group: Array, rows: Array, first: Array | int, present: Array, size: int) -> Batch:
         place = jnp.arange(size)
         # What lacks repeats rows that are there: padding must be finite numbers too.
-        index = self.starts[group] + rows[first + place % present]
+        index = self.starts[group] + rows[first + place % jnp.maximum(present, 1)]
         weight = (place < present).astype(self.x.dtype) if self.ragged == "pad" else None
         return Batch(self.x[index], self.y[index], weight)
 
@@ -92,6 +96,7 @@ def array_tasks(
     seed: Seed = 0,
     ragged: Literal["pad", "resample", "exact"] = "pad",
     small: Literal["error", "drop"] = "error",
+    shots: Literal["fixed", "uniform"] = "fixed",
     standardise: bool = False,
     classification: bool | None = None,
     counts: bool = False,
@@ -111,6 +116,8 @@ def array_tasks(
         ragged: groups of fewer than shot + query rows are padded with weight 0 ('pad'), filled with their own rows
             again ('resample') or count as too small ('exact').
         small: groups too small for a task (below 2 rows, or shot + query with 'exact') are an 'error' or 'drop'ped.
+        shots: a task shows `shot` rows ('fixed'), or any number from 0 to `shot`, equally likely ('uniform'), so that a
+            learner learns to predict from few rows too; needs ragged='pad'.
         standardise: features and real targets to mean 0, deviation 1 over the training groups; see `.scaling`. Counts
             are never standardised, but only `counts` says that numbers are some: without it, a Poisson likelihood would
             be given standardised ones.
@@ -128,6 +135,8 @@ def array_tasks(
     for name, values in (("x", x), ("y", y), ("groups", groups)):
         if values is None:
             raise DataError(f"{name} must be an array with one entry a row, got None.")
+    if shots == "uniform" and ragged != "pad":
+        raise ValueError(f"shots must be 'fixed' where ragged is not 'pad', got {shots!r} with {ragged!r}.")
     if preparation is not None:
         _check_same_table(preparation, names)
     test_query = query if test_query is None else test_query
@@ -163,7 +172,8 @@ def array_tasks(
     x_all, y_all = jnp.asarray(features[order]), jnp.asarray(targets[order])
     return Splits(*(
         ArrayTasks(x_all, y_all, jnp.asarray(part, jnp.int32), jnp.asarray(starts[part], jnp.int32),
-                   jnp.asarray(counted[part], jnp.int32), preparation if images is None else None, shot, size, ragged)
+                   jnp.asarray(counted[part], jnp.int32), preparation if images is None else None, shot, size, ragged,
+                   shots)
         for part, size in zip(kept, sizes, strict=True)
     ))  # fmt: skip
 
