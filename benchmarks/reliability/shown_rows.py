@@ -1,4 +1,4 @@
-"""Log density of new rows by the number of rows that a group has shown, for every learner of a table: it should not fall.
+"""Log density of new rows by the number of rows that a group has shown, for every learner: it should not fall.
 
 Each group is a line with its own slope and offset, the groups' prior being the same in training and later. The same new
 groups and the same rows are predicted with 0, 1, 2, 3 and 5 rows shown; the gain of each number over the one before is
@@ -31,7 +31,7 @@ def lines(groups: int, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np
 
 
 def log_densities(model: MetaRegressor, groups: int) -> np.ndarray:
-    """[groups, numbers shown]: the mean log density, by a normal of the predicted mean and sd, of each group's new rows."""
+    """[groups, numbers shown]: the mean log density of a group's new rows, by a normal of the predicted mean and sd."""
     x, y, group = lines(groups, 15, seed=1)
     found = np.zeros((groups, len(SHOWN)))
     for g in range(groups):
@@ -67,7 +67,8 @@ def main() -> None:
         gains = [figure_of(found[:, i] - found[:, i - 1]) for i in range(1, len(SHOWN))]
         falls = any(gain.mean + gain.interval < 0 for gain in gains)
         means = " | ".join(f"{value:.3f}" for value in found.mean(0))
-        print(f"| `{name}` | {means} | {'falls' if falls else 'rises'} | {time.process_time() - began:.0f} |", flush=True)
+        verdict, seconds = "falls" if falls else "rises", time.process_time() - began
+        print(f"| `{name}` | {means} | {verdict} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
