@@ -278,6 +278,14 @@ def test_class_codes_are_those_of_the_run(tmp_path, learner, capsys):
             np.testing.assert_allclose([float(row[f"p({name})"]) for row in shown], p[:, i], atol=6e-5)
         if learner == "maml":
             assert all(0 < float(row["p(churn)"]) < 0.9 for row in shown)
+        else:  # four examples, three classes: Laplace's rule of succession
+            assert all(float(row["p(churn)"]) == pytest.approx(1 / 7, abs=6e-5) for row in shown)
+    if learner == "protonet":
+        # A temperature is of the shown classes alone.
+        run_cli("evaluate", tmp_path / "run", "--tasks", 2, "--calibrated")
+        run_cli("adapt", tmp_path / "run", "--support", tmp_path / "s.csv", "--query", query, "--calibrated",
+                "--out", tmp_path / "p.csv")  # fmt: skip
+        assert [line.split(",")[2] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]] == ["0.1429"] * 3
     written(tmp_path / "s.csv", [row | {"state": "puase"} for row in rows[:2]])
     adapted(tmp_path, tmp_path / "s.csv", query, code=2)
     assert "came class 'puase' in row 0" in (said := " ".join(capsys.readouterr().err.split()))

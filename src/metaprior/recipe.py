@@ -13,8 +13,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metaprior.calibration import temperature_scaled
+from metaprior.inference.metric import with_unseen
 from metaprior.inference.posteriors import POSTERIORS
-from metaprior.learners.registry import LEARNERS, READ_ATTRIBUTES, READ_UNLABELLED, make_learner
+from metaprior.learners.registry import LEARNERS, READ_ATTRIBUTES, READ_UNLABELLED, RULE_OUT_UNSEEN, make_learner
 from metaprior.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.named import construct, lookup, nearest, option_names
 from metaprior.networks import NETWORKS
@@ -299,9 +301,14 @@ def recipe_learner(
     posterior: str | None = None,
     steps: int | None = None,
     way: int | None = None,
+    softmax_temperature: Any = None,
     **posterior_options: Any,
 ) -> Learner:
-    """The recipe's learner over a given model and likelihood; way: the largest number of classes (see `most_ways`)."""
+    """The recipe's learner over a given model and likelihood.
+
+    way: the largest number of classes, see `most_ways`. softmax_temperature: of its probabilities. Where a table says
+    what classes there are, those that a support does not show keep their prior mass, which no temperature changes.
+    """
     options = dict(recipe.learners.get(recipe.learner, {}))
     known = option_names(LEARNERS[recipe.learner])
     way = most_ways(recipe) if way is None else way
@@ -317,7 +324,18 @@ def recipe_learner(
         raise ValueError(f"--posterior {posterior}: {recipe.learner} infers no task parameters to put a posterior on")
     elif "posterior" in options:
         options["posterior"] = posterior_rule(options["posterior"])
-    return make_learner(recipe.learner, model, likelihood, **options)
+    learner = make_learner(recipe.learner, model, likelihood, **options)
+    if softmax_temperature is not None:
+        learner = temperature_scaled(learner, softmax_temperature)
+    return with_unseen(learner, way) if way is not None and keeps_unseen(recipe) else learner
+
+
+def keeps_unseen(recipe: Recipe) -> bool:
+    """Whether its learner rules out classes that a support does not show, although the tasks may ask for them.
+
+    Episodes have a number of ways, all of which are shown; the classes of a table are the table's.
+    """
+    return recipe.learner in RULE_OUT_UNSEEN and most_ways(recipe) is None
 
 
 def posterior_rule(given: Any) -> Any:

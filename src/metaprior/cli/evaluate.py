@@ -26,6 +26,7 @@ from metaprior.recipe import (
     Recipe,
     build,
     evaluation_of,
+    keeps_unseen,
     most_ways,
     own_table,
     parse_overrides,
@@ -101,6 +102,10 @@ def with_knobs(
         likelihood, own = experiment.likelihood, options | inner
         learner = recipe_learner(recipe, experiment.model, likelihood, steps=steps, way=way, **own)
     scale = knobs.get("softmax_temperature")
+    if scale is not None and keeps_unseen(recipe):
+        return recipe_learner(
+            recipe, experiment.model, experiment.likelihood, steps=steps, way=way, softmax_temperature=scale
+        )
     return learner if scale is None else temperature_scaled(learner, scale)
 
 
@@ -124,7 +129,10 @@ def _fitted(
         build = partial(with_knobs, recipe, experiment, posterior, steps, options)
         evaluations = 25 if options.get("draws") else 40
         found.append(calibrate(build, params, source, key, knobs, tasks=tasks, evaluations=evaluations, chunk=chunk))
-    if isinstance(experiment.likelihood, (Categorical, Bernoulli)):
+    if keeps_unseen(recipe):
+        build = partial(with_knobs, recipe, experiment, posterior, steps, options)
+        found.append(calibrate(build, params, source, key, {"softmax_temperature": 1.0}, tasks=tasks, chunk=chunk))
+    elif isinstance(experiment.likelihood, (Categorical, Bernoulli)):
         learner = with_knobs(recipe, experiment, posterior, steps, options, found[0].knobs if found else {})
         found.append(calibrate_softmax(learner, params, source, key, tasks=tasks, chunk=chunk))
     if not found:
