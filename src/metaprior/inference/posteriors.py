@@ -155,8 +155,6 @@ def _apart(centred: Float[Array, "s n c"]) -> Float[Array, "s n c"]:
 
 
 def _rule(infer: Callable[..., Any], draws: int, linear: bool, noise: float | Array | None) -> PosteriorRule:
-    if draws < 0:
-        raise ValueError(f"draws: came {draws}, needs 0 (the linearised predictive in closed form) or more")
     return PosteriorRule(infer, partial(predict, draws=draws, linear=linear, noise=noise))
 
 

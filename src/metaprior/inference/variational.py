@@ -207,8 +207,6 @@ def variational_learner(
     """
     if not -30 < log_sd < 10:
         raise ValueError(f"log_sd: came {log_sd}, needs a number between -30 (a variance that underflows) and 10")
-    if draws < 0:
-        raise ValueError(f"draws: came {draws}, needs 0 (the linearised predictive in closed form) or more")
     on_new_task = how.steps if how.test_steps is None else how.test_steps
 
     def init(key: PRNGKeyArray, task: Task) -> DiagonalGaussian:

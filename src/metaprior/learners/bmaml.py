@@ -42,10 +42,6 @@ def bmaml(
     steps, on the mean nll, the kernel's repulsion divided by the number of examples with it. loss: "chaser" or
     "mixture". weight_precision: of a prior N(0, 1 / precision) on each particle's weights (0: flat).
     """
-    if particles < 1:
-        raise ValueError(f"particles: came {particles}, needs at least 1")
-    if steps < 0 or leader_steps < 0:
-        raise ValueError(f"steps, leader_steps: came {steps}, {leader_steps}, need at least 0")
     if loss not in ("chaser", "mixture"):
         raise ValueError(f"loss: came {loss!r}, needs 'chaser' or 'mixture'")
 

@@ -51,8 +51,6 @@ def fine_tune(
     many steps this is logistic regression); False tunes all. way: outputs of the new head (default: the model's own
     number). steps, rate, optimizer, test_steps, transductive, posterior: as in `maml`.
     """
-    if l2 < 0:
-        raise ValueError(f"l2: came {l2}, needs at least 0")
     inner = make_optimizer(optimizer, rate, differentiated=False)
     embed, loss = embedding(model), pretraining_loss(model, likelihood)
 

@@ -45,8 +45,6 @@ def imaml(
     steps, rate, optimizer: of the descent on the proximal objective. Meta-training raises its curvature, and at a fixed
     rate ("sgd") the descent diverges some day. cg_steps: of the implicit solve, with optional damping.
     """
-    if strength <= 0:
-        raise ValueError(f"strength: came {strength}, needs a positive precision, e.g. 2.0 (the paper's Omniglot)")
     inner = make_optimizer(optimizer, rate, differentiated=False) if isinstance(optimizer, str) else optimizer
     free = adapt_all(model, inner)
     adaptation = free._replace(penalty=lambda theta, phi, support: strength * half_square(phi, theta))

@@ -95,8 +95,6 @@ def l2l(
         raise ValueError(f"start: came {start!r}, needs 'random' or 'learned'")
     if steps < 1 or unroll < 1 or steps % unroll:
         raise ValueError(f"steps, unroll: came {steps} and {unroll}, needs a whole number of unrolls, e.g. 100 and 20")
-    if units < 1 or depth < 1:
-        raise ValueError(f"units, depth: came {units} and {depth}, needs at least 1")
     free = adapt_all(model, optax.identity())
 
     def init(key: PRNGKeyArray, task: Task) -> Learned:

@@ -84,8 +84,6 @@ def lstm(model: Model, likelihood: Likelihood, *, hidden: Count = 200, shuffle: 
 
 def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden: int, shuffle: bool) -> Learner:
     """A controller of `hidden` units that walks through an episode with this kind of memory."""
-    if hidden < 1:
-        raise ValueError(f"hidden: came {hidden}, needs at least 1 unit of the controller")
     embed, reads = embedding(model), memory.heads * memory.width
 
     def init(key: PRNGKeyArray, task: Task) -> Mann:

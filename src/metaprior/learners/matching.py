@@ -99,10 +99,6 @@ def matching(
     of the support examples under the support, themselves included. way, transductive: as in `protonet`.
     """
     check_classification("matching", likelihood, way)
-    if temperature <= 0:
-        raise ValueError(f"temperature: came {temperature}, needs a positive number")
-    if reads < 1:
-        raise ValueError(f"reads: came {reads}, needs at least 1")
     if tune_steps < 0 or tune_rate <= 0:
         raise ValueError(f"tune_steps, tune_rate: came {tune_steps}, {tune_rate}; needs >= 0 steps at a rate above 0")
     embed = embedding(model)

@@ -132,8 +132,6 @@ def meta_lstm(
     """
     if not 0 < rate < 1:
         raise ValueError(f"rate: came {rate}, needs a number between 0 and 1: it is where the input gate starts")
-    if units < 1:
-        raise ValueError(f"units: came {units}, needs at least 1")
     return query_learner(
         _adaptation(model, units, rate, p), likelihood, steps=steps, test_steps=test_steps, first_order=True,
         remat=False, transductive=transductive, posterior=posterior,

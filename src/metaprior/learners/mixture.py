@@ -18,7 +18,7 @@ from metaprior.inference.variational import Variational, free_energy, infer
 from metaprior.learners.gem_bml import ascends, gem_gradient, natural
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
-from metaprior.options import Count, Whole
+from metaprior.options import Count
 from metaprior.types import Batch, Learner, Model, Task, counted, weighted_mean
 
 
@@ -42,15 +42,13 @@ def gem_mixture(
     *,
     components: Count = 3,
     log_sd: float = -3.0,
-    draws: Whole = 32,
+    draws: Count = 32,
     **inference: Any,
 ) -> Learner:
     """GEM-BML with a mixture of `components` Gaussians as prior; the posterior is a mixture of as many.
 
     log_sd: of each component before training. draws: networks a prediction averages. Other options: see `Variational`.
     """
-    if components < 1 or draws < 1:
-        raise ValueError(f"components, draws: came {components}, {draws}, need at least 1")
     how = Variational(**inference)
     at_test = how.steps if how.test_steps is None else how.test_steps
 

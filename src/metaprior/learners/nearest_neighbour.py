@@ -63,8 +63,6 @@ def nearest_neighbour(
     check_classification("nearest_neighbour", likelihood, way)
     if on not in ("features", "pixels"):
         raise ValueError(f"on: came {on!r}, needs 'features' or 'pixels'")
-    if temperature <= 0:
-        raise ValueError(f"temperature: came {temperature}, needs a positive number")
     measure: Callable = lookup("distance", distance, DISTANCES)
     pretrain, features = pretraining_loss(model, likelihood), embedding(model)
 

@@ -65,8 +65,6 @@ def platipus(
     number of examples; 1 is the bound, the paper uses 0.1. log_sd: of p and q before training. inference_rate: gamma_p
     and gamma_q before training.
     """
-    if kl_weight < 0:
-        raise ValueError(f"kl_weight: came {kl_weight}, needs at least 0")
     adaptation = adapt_all(model, make_optimizer("sgd", rate))
 
     def init(key: PRNGKeyArray, task: Task) -> Initialisation:

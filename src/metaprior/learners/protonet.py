@@ -104,8 +104,6 @@ def protonet(
     check_classification("protonet", likelihood, way)
     if bayes and (distance != "euclidean" or learn_temperature or temperature != 1):
         raise ValueError("bayes: its learned variances take the place of distance and temperature; leave those out")
-    if temperature <= 0:
-        raise ValueError(f"temperature: came {temperature}, needs a positive number")
     measure: Callable = lookup("distance", distance, DISTANCES)
     embed = embedding(model)
 

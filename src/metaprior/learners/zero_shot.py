@@ -78,8 +78,6 @@ def zero_shot(
         ValueError: another likelihood, a temperature not above 0, or a support set without attributes.
     """
     check_classification("zero_shot", likelihood, way)
-    if temperature <= 0:
-        raise ValueError(f"temperature: came {temperature}, needs a positive number")
     embed = embedding(model)
 
     def attribute_map(d: int) -> Model:

@@ -42,8 +42,6 @@ def bag(
 
     Source: Joulin et al. 2017 (bags of hashed n-grams).
     """
-    if buckets < 2 or width < 1:
-        raise ValueError(f"buckets, width: came {buckets}, {width}, need at least 2 and 1")
     names = [f"layer{i + 1}" for i in range(len(hidden))]
 
     def init(key: PRNGKeyArray, x: Int[Array, "n length"]) -> dict:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metaprior.options import Count, NonNegative, checked
-from metaprior.tasks.checks import Interval, check_interval, check_scale
+from metaprior.tasks.checks import Interval
 from metaprior.tasks.functions import Family, function_splits, uniform
 from metaprior.tasks.sinusoid import Sinusoids
 from metaprior.types import Splits
@@ -112,7 +112,7 @@ def linear(
 ) -> Splits:
     """Lines y = slope x + intercept + noise; x and y are [n, 1]. Options and errors as for `sinusoid`."""
     lines = Lines(
-        check_interval("slope", slope), check_interval("intercept", intercept), check_scale("noise", noise)
+        slope, intercept, noise
     )
     return function_splits(lines, shot, query, test_query, domain, support_domain, test_noise)
 
@@ -138,9 +138,8 @@ def ambiguous(
 
     Source: Finn, Xu & Levine 2018 (PLATIPUS), one-dimensional regression; amplitudes start at 1.
     """
-    noise = check_scale("noise", noise)
-    waves = Sinusoids(check_interval("amplitude", amplitude), check_interval("phase", phase), (1.0, 1.0), noise, 0.0)
-    lines = Lines(check_interval("slope", slope), check_interval("intercept", intercept), noise)
+    waves = Sinusoids(amplitude, phase, (1.0, 1.0), noise, 0.0)
+    lines = Lines(slope, intercept, noise)
     family = OneOf((waves, lines))
     return function_splits(family, shot, query, test_query, domain, support_domain, test_noise)
 
@@ -161,7 +160,6 @@ def three_families(
     Amplitudes 0.1-5 and phases 0-pi, slopes and intercepts -3..3, parabolas c (x - v)^2 + h with c in -0.15..0.15,
     v in -2..2 and h in -3..3. Options and errors as for `sinusoid`.
     """
-    noise = check_scale("noise", noise)
     families = (
         Sinusoids((0.1, 5.0), (0.0, pi), (1.0, 1.0), noise, 0.0),
         Lines((-3.0, 3.0), (-3.0, 3.0), noise),

@@ -78,10 +78,6 @@ def augmented(
     Raises:
         ValueError: tasks whose x are no images, or options out of range.
     """
-    if crop < 0:
-        raise ValueError(f"crop: came {crop}, needs a number of pixels, 0 or more")
-    if not 0 <= jitter <= 1:
-        raise ValueError(f"jitter: came {jitter}, needs a number in 0..1")
     like = jax.eval_shape(lambda: splits.train.sample(jax.random.key(0), 1)).query.x
     if getattr(like, "ndim", 0) != 5:
         came = getattr(like, "shape", "a tree")

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from metaprior.options import Count, Seed, Way, checked
-from metaprior.tasks.checks import DataError, check_count
+from metaprior.tasks.checks import DataError
 from metaprior.tasks.pool import as_task, draw_rows
 from metaprior.tasks.splitting import split_groups
 from metaprior.tasks.store import Arrays, cached, data_folder, stamp
@@ -141,11 +141,7 @@ def cloze(
     Raises:
         DataError: no such file, or a text with too few repeated words for a task.
     """
-    way, shot = check_count("way", way, 2), check_count("shot", shot)
-    query, test_query = check_count("query", query), check_count("test_query", test_query)
-    train_way = way if train_way is None else check_count("train_way", train_way, 2)
-    least, reach = check_count("least", least), check_count("reach", reach)
-    vocabulary = check_count("vocabulary", vocabulary)
+    train_way = way if train_way is None else train_way
     if train_labels not in ("task", "class"):
         raise ValueError(f"train_labels: came {train_labels!r}, needs 'task' or 'class'")
     file = _file(path)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from metaprior.tasks.checks import Interval, check_count, check_interval
+from metaprior.tasks.checks import Interval
 from metaprior.types import Batch, Splits, Task
 
 
@@ -77,10 +77,8 @@ def function_splits(
     test_noise: bool,
 ) -> Splits:
     """The three splits of a family: the same distribution, disjoint streams of keys."""
-    shot = check_count("shot", shot)
-    sizes = [check_count("query", query)] + 2 * [check_count("test_query", test_query)]
-    domain = check_interval("domain", domain)
-    support_domain = domain if support_domain is None else check_interval("support_domain", support_domain)
+    sizes = [query] + 2 * [test_query]
+    support_domain = domain if support_domain is None else support_domain
     sources = [
         FunctionTasks(family, shot, size, support_domain, domain, stream == 0 or test_noise, stream)
         for stream, size in enumerate(sizes)

@@ -18,7 +18,7 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from metaprior.options import Count, NonNegative, checked
-from metaprior.tasks.checks import DataError, check_count
+from metaprior.tasks.checks import DataError
 from metaprior.types import Batch, Splits, Task
 
 
@@ -155,15 +155,14 @@ def linear_gaussian(
     Raises:
         ValueError: shapes that do not fit, a covariance that is not positive semidefinite, a noise not above 0.
     """
-    d = check_count("features", features)
+    d = features
     if not (np.isfinite(noise) and noise > 0):
         raise ValueError(f"noise: came {noise!r}, needs a finite number above 0")
     theta = Hierarchy(
         jnp.asarray(_broadcast("mean", mean, (d,)), float), jnp.asarray(_matrix(covariance, d), float),
         jnp.asarray(noise, float),
     )  # fmt: skip
-    shot = check_count("shot", shot)
-    sizes = [check_count("query", query)] + 2 * [check_count("test_query", test_query)]
+    sizes = [query] + 2 * [test_query]
     return Splits(*(LinearGaussianTasks(theta, shot, size, bias, stream) for stream, size in enumerate(sizes)))
 
 

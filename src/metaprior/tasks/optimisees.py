@@ -8,7 +8,6 @@ from jaxtyping import PRNGKeyArray
 
 from metaprior.options import Count, Seed, checked
 from metaprior.tasks.arrays import array_tasks
-from metaprior.tasks.checks import check_count
 from metaprior.types import Batch, Splits, Task
 
 
@@ -39,7 +38,6 @@ def quadratics(*, dimension: Count = 10) -> Splits:
 
     Source: Andrychowicz et al. 2016, sec. 3.1 (dimension 10).
     """
-    dimension = check_count("dimension", dimension)
     return Splits(*(Quadratics(dimension, stream) for stream in range(3)))
 
 

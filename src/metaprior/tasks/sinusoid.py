@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.options import Count, NonNegative, checked
-from metaprior.tasks.checks import Interval, check_interval, check_scale
+from metaprior.tasks.checks import Interval
 from metaprior.tasks.functions import function_splits, uniform
 from metaprior.types import Splits
 
@@ -77,11 +77,11 @@ def sinusoid(
     Source: Finn, Abbeel & Levine 2017, sec. 5.1 (defaults: A in 0.1-5, b in 0-pi, x in -5..5, no noise).
     """
     family = Sinusoids(
-        check_interval("amplitude", amplitude),
-        check_interval("phase", phase),
-        check_interval("frequency", frequency),
-        check_scale("noise", noise),
-        check_scale("relative_noise", relative_noise),
+        amplitude,
+        phase,
+        frequency,
+        noise,
+        relative_noise,
     )
     return function_splits(family, shot, query, test_query, domain, support_domain, test_noise)
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from metaprior.named import passes_options_to
 from metaprior.options import Count, Seed, Way, checked
-from metaprior.tasks.checks import DataError, check_count
+from metaprior.tasks.checks import DataError
 from metaprior.tasks.labelled import Texts, read_texts
 from metaprior.tasks.pictures import fingerprint
 from metaprior.tasks.pool import as_task, check_enough, draw_rows
@@ -80,9 +80,7 @@ def text_splits(
     length: Count = 96,
 ) -> Splits:
     """The pools of what `read` gives, encoded once for each `name` and `origin`; options as `texts`."""
-    way, shot = check_count("way", way, 2), check_count("shot", shot)
-    query, test_query = check_count("query", query), check_count("test_query", test_query)
-    train_way = way if train_way is None else check_count("train_way", train_way, 2)
+    train_way = way if train_way is None else train_way
     if train_labels not in ("task", "class"):
         raise ValueError(f"train_labels: came {train_labels!r}, needs 'task' or 'class'")
     encode = Hashing(words, characters, length)
