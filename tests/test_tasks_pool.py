@@ -171,7 +171,7 @@ def test_training_may_have_more_ways_and_labels_of_its_own(turned):
     assert len(set(meaning.values())) == len(meaning)
     # Tests are of `way` classes, labelled by their places in the task.
     assert set(np.asarray(sample(splits.test, jax.random.key(0), 9).query.y).ravel()) == {0, 1}
-    with pytest.raises(ValueError, match="train_labels: came 'clas'"):
+    with pytest.raises(ValueError, match="train_labels must be one of"):
         pool_splits(
             marked_images(), COUNTS, parts, way=2, shot=1, query=2, test_query=2, train_labels="clas"
         )

@@ -122,16 +122,16 @@ def _line(text: str, option: str) -> str:
     return ""
 
 
-def check_options(recipe: Recipe) -> None:
-    """An OptionError if an option is unknown or of the wrong type or range, in any table; nothing is built."""
+def check_options(recipe: Recipe, *, tasks: bool = True) -> None:
+    """An OptionError if an option is unknown or of the wrong type or range, in any table (tasks: in [tasks] too); nothing is built."""
     training_of(recipe)
     evaluation_of(recipe)
     lookup("learner", recipe.learner, LEARNERS)
     for learner, options in recipe.learners.items():
         given = {name: value for name, value in options.items() if name != "posterior"}
         accept_options(lookup("learner", learner, LEARNERS), given, "learner.", taken=2)
-    parts = (("tasks", SOURCES), ("network", NETWORKS), ("likelihood", LIKELIHOODS))
-    for kind, registry in parts:
+    parts = {"network": NETWORKS, "likelihood": LIKELIHOODS} | ({"tasks": SOURCES} if tasks else {})
+    for kind, registry in parts.items():
         table = dict(getattr(recipe, kind)) if kind == "network" else own_table(getattr(recipe, kind), recipe.learner)
         if kind == "tasks":
             table = {name: value for name, value in table.items() if name not in option_names(around)}
@@ -225,7 +225,7 @@ def build(
     adapting to a new task. splits: task sources to use in place of the recipe's. preparation: that of an earlier run on
     the same table, in place of one fitted here.
     """
-    check_options(recipe)
+    check_options(recipe, tasks=splits is None)
     check_support(recipe)
     kind = recipe.likelihood.get("name")
     sources = task_sources(own_table(recipe.tasks, recipe.learner), kind, preparation) if splits is None else splits
