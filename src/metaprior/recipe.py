@@ -123,7 +123,10 @@ def _line(text: str, option: str) -> str:
 
 
 def check_options(recipe: Recipe, *, tasks: bool = True) -> None:
-    """An OptionError if an option is unknown or of the wrong type or range, in any table (tasks: in [tasks] too); nothing is built."""
+    """An OptionError if an option is unknown, or of the wrong type or range; nothing is built.
+
+    tasks: look at [tasks] too, which a caller with sources of its own need not have.
+    """
     training_of(recipe)
     evaluation_of(recipe)
     lookup("learner", recipe.learner, LEARNERS)
