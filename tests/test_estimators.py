@@ -12,8 +12,9 @@ import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
-from metaprior.estimators import MetaClassifier, MetaRegressor, Setting, size_of
+from metaprior.estimators import MetaClassifier, MetaRegressor
 from metaprior.inference.posteriors import laplace
+from metaprior.programs import Setting, size_of
 from metaprior.training import Training
 from metaprior.types import Batch, Task
 

@@ -6,8 +6,7 @@ known group the posterior of its own rows, an unknown one the prior; `adapt(X, y
 
 import warnings
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
@@ -19,113 +18,17 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from metaprior.calibration import calibrate, temperature_scaled
-from metaprior.inference.metric import with_unseen
-from metaprior.inference.posteriors import POSTERIORS, PosteriorRule
-from metaprior.learners.registry import LEARNERS, RULE_OUT_UNSEEN, make_learner
-from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.named import construct, lookup, option_names
-from metaprior.networks import mlp
+from metaprior.calibration import calibrate
 from metaprior.options import Count, Seed, accept, parameters_of
+from metaprior.programs import SIZES, Setting, builder, compiled, frozen, kept, size_of, untuned
 from metaprior.tasks.arrays import ArrayTasks, array_tasks
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.labels import encode_labels
 from metaprior.tasks.scaling import Scaling
 from metaprior.training import Training, fit
-from metaprior.types import Batch, Learner
+from metaprior.types import Batch
 
 TOGETHER = 32  # groups a compiled call answers for, where there are several
-SIZES = (1, 4, 16, 64, 256, 1024)  # of supports and queries: few shapes, so that few programs are compiled
-SCALARS = {"implicit": {"temperature": 1.0}, "laplace": {"precision": 1.0}}  # of a posterior by name, fitted
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a learner is made of, hashable, so that one compiled program serves all its calls."""
-
-    learner: str
-    hidden: tuple[int, ...]
-    options: tuple[tuple[str, Any], ...]
-    outputs: int
-    classes: bool
-
-    def knobs(self) -> dict[str, float]:
-        """The scalars that held-out groups fit first: the noise, and those of a posterior that is named."""
-        name = _named(dict(self.options).get("posterior", "implicit"))[0] if self._has_posterior() else None
-        return SCALARS.get(name or "", {}) | ({"softmax_temperature": 1.0} if self.classes else {"noise": 0.5})
-
-    def _has_posterior(self) -> bool:
-        return "posterior" in option_names(lookup("learner", self.learner, LEARNERS))
-
-    def _posterior(self, rule: Any, knobs: dict[str, Any]) -> PosteriorRule:
-        """The rule with the fitted scalars; one of the user's own gets the noise, if it says none itself."""
-        name, stated_options = _named(rule)
-        if name is not None:
-            return construct("posterior", name, POSTERIORS, **knobs | stated_options)
-        stated = isinstance(rule.predict, partial) and rule.predict.keywords.get("noise") is not None
-        if "noise" not in knobs or stated or "noise" not in option_names(rule.predict):
-            return rule
-        return rule._replace(predict=partial(rule.predict, noise=knobs["noise"]))
-
-    def build(self, knobs: dict[str, Any]) -> Learner:
-        """The learner, with the implicit posterior where it can have one and no other is asked for."""
-        options, likelihood = dict(self.options), Categorical() if self.classes else Gaussian()
-        inner = {name: value for name, value in knobs.items() if name != "softmax_temperature"}
-        if self._has_posterior():
-            # The noise of predictions alone: in the likelihood it would change the inner steps that theta was made for.
-            options["posterior"] = self._posterior(options.get("posterior", "implicit"), inner)
-        elif not self.classes:
-            likelihood = Gaussian(knobs["noise"])
-        learner = make_learner(self.learner, mlp(self.outputs, self.hidden), likelihood, **options)
-        if self.classes:
-            learner = temperature_scaled(learner, knobs["softmax_temperature"])
-        # After the temperature, which is the shown classes': it must not distort the prior mass of the others.
-        return with_unseen(learner, self.outputs) if self.classes and self.learner in RULE_OUT_UNSEEN else learner
-
-
-def _named(rule: Any) -> tuple[str | None, dict[str, Any]]:
-    """The name and options of a posterior that is named, alone or in a table; (None, {}) of a rule."""
-    if isinstance(rule, str):
-        return rule, {}
-    if isinstance(rule, PosteriorRule):
-        return None, {}
-    table = dict(rule)
-    return table.pop("name", None), table
-
-
-@lru_cache(maxsize=32)
-def kept(setting: Setting) -> Setting:
-    """One object for all equal settings, as compiled programs are found by their functions' identity."""
-    return setting
-
-
-@lru_cache(maxsize=32)
-def untuned(setting: Setting) -> Learner:
-    """The learner that is trained."""
-    return setting.build(setting.knobs())
-
-
-@lru_cache(maxsize=64)
-def compiled(setting: Setting, asked: tuple[str, ...], quantiles: tuple[float, ...] = ()) -> Any:
-    """(params, knobs, supports, x) -> what is asked of each group's predictive: 'mean', 'variance', and quantiles."""
-
-    @jax.jit
-    def answer(params: Any, knobs: dict[str, Any], supports: Batch, x: jax.Array) -> dict[str, jax.Array]:
-        learner, (key_adapt, key_predict) = setting.build(knobs), jax.random.split(jax.random.key(0))
-
-        def one(group: tuple[Batch, jax.Array]) -> dict[str, jax.Array]:
-            predictive = learner.predict(params, learner.adapt(params, group[0], key_adapt), group[1], key_predict)
-            found = {name: getattr(predictive, name)() for name in asked}
-            return found | {f"quantile_{i}": predictive.quantile(q) for i, q in enumerate(quantiles)}
-
-        return jax.lax.map(one, (supports, x))
-
-    return answer
-
-
-def size_of(rows: int) -> int:
-    """The smallest of SIZES that holds so many rows; above the largest, its next multiple."""
-    return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
 
 
 class Group(NamedTuple):
@@ -190,14 +93,14 @@ class _MetaEstimator(BaseEstimator):
         # Programs are shared between fits: what they are compiled for must not hold this table's scaling.
         splits = splits._make(replace(source, preparation=None) for source in splits)  # type: ignore[type-var]
         outputs = len(self.classes_) if self._classes else 1
-        options = tuple(sorted((name, _frozen(name, value)) for name, value in (self.options or {}).items()))
+        options = tuple(sorted((name, frozen(name, value)) for name, value in (self.options or {}).items()))
         self.setting_ = kept(Setting(self.learner, tuple(self.hidden), options, outputs, self._classes))
         training = self.training or Training(steps=3000, clip_norm=1.0, chunk=500, validate_every=500, seed=self.seed)
         # Prior and noise are learned from different groups, as a prior looks too good on those it was fitted to.
         knobs = self.setting_.knobs()
         self.params_ = fit(untuned(self.setting_), splits, training, name=self.learner).best
         key = jax.random.key(self.seed)
-        self.knobs_ = calibrate(_builder(self.setting_), self.params_, splits.test, key, knobs).knobs
+        self.knobs_ = calibrate(builder(self.setting_), self.params_, splits.test, key, knobs).knobs
         order = np.argsort(ids, kind="stable")
         ends = np.cumsum(np.bincount(ids)).tolist()
         self.rows_ = X[order], targets[order]
@@ -332,26 +235,6 @@ def _parts(ids: np.ndarray) -> list[np.ndarray]:
 def _missing(values: Any) -> list[int]:
     """Which values are None, NaN or pandas' NA."""
     return [i for i, v in enumerate(values) if v is None or type(v).__name__ in ("NAType", "NaTType") or v != v]
-
-
-def _frozen(name: str, value: Any) -> Any:
-    """A hashable copy of an option: a table as its pairs, a list as a tuple."""
-    if isinstance(value, dict):
-        return tuple(sorted((key, _frozen(f"{name}.{key}", v)) for key, v in value.items()))
-    if isinstance(value, list) or type(value) is tuple:
-        return tuple(_frozen(name, v) for v in value)
-    try:
-        hash(value)
-    except TypeError:
-        needed = "hashable (a number, text, a tuple, a rule)"
-        raise ValueError(f"options: {name} must be {needed}, got {value!r}.") from None
-    return value
-
-
-@lru_cache(maxsize=32)
-def _builder(setting: Setting) -> Any:
-    """knobs -> learner: one function for all fits of a setting."""
-    return partial(setting.build)
 
 
 class MetaRegressor(RegressorMixin, _MetaEstimator):
