@@ -250,8 +250,8 @@ def make_optimizer(
     """An optax optimiser by name, e.g. make_optimizer("adam", 1e-3, b1=0.0), or "line_search".
 
     A parameter whose gradient is exactly zero (a dead ReLU unit, an input column of zeros) has a second moment of zero,
-    whose square root has no derivative: the meta-gradient through Adam's steps would be NaN. Where the meta-gradient
-    flows, optimisers that have `eps_root` get 1e-16.
+    whose square root has no derivative: the meta-gradient through Adam's steps would be NaN. Optimisers that have
+    `eps_root` get 1e-16, wherever the meta-gradient flows, so that a step is the same in training and later.
 
     Args:
         name: of an optax optimiser, whose first argument is its rate.
@@ -271,8 +271,8 @@ def make_optimizer(
             f"optimizer: the meta-gradient flows through the inner steps, and that of {name!r} is not finite: "
             f"{NO_META_GRADIENT[name]}; use 'sgd' or 'adam', or first_order=True where the learner has it."
         )
-    if differentiated and "eps_root" in known and "eps_root" not in options:
-        options["eps_root"] = EPS_ROOT
+    if "eps_root" in known:
+        options.setdefault("eps_root", EPS_ROOT)
     return factory(rate, **options)
 
 
