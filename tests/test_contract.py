@@ -126,11 +126,15 @@ READS_NAMES = ("cnp", "anp", "snail", "mann", "lstm", "ntm", "gnn")
 # Learners to which the support is a sequence.
 ORDERED = ("snail", "mann", "lstm", "ntm")
 # The outer rate of Reptile multiplies phi - theta, not a gradient.
-OUTER = {"reptile": optax.sgd(0.7)}
+# imaml on sinusoids has gradients of up to 5,000, after which the end of an unclipped training is a matter of luck.
+OUTER = {
+    "reptile": optax.sgd(0.7),
+    "imaml": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-3)),
+}
 # Their steps are said by a network and follow no gradient at any rate: they imply no prior.
 NO_DESCENT = ("l2l",)
 # The factor by which 1,500 meta-steps of 8 tasks must lower the excess test nll; 0.75 where nothing is said.
-FACTOR = {"nil": 0.8, "imaml": 0.85}
+FACTOR = {"nil": 0.8}
 # Learners whose `jax.grad` is the derivative of their loss; the others' estimators are tested by their own identities.
 ESTIMATORS = (
     "fomaml", "reptile", "imaml", "gem_bml", "gem_bml_plus", "gem_mixture", "kl_chaser", "bmaml", "l2l", "meta_lstm"
