@@ -107,3 +107,13 @@ def test_adam_and_its_kin_in_the_learners_whose_meta_gradient_flows_through_them
 def test_what_is_no_optimizer_is_refused(name):
     with pytest.raises(ValueError, match="optimizer: came"):
         make_optimizer(name, 0.1)
+
+
+@pytest.mark.parametrize("name", ["kl_chaser", "amortized_bml", "gem_bml", "maml", "bmaml", "platipus"])
+def test_a_task_that_shows_nothing_has_a_finite_meta_gradient(name):
+    learner, data = make_learner(name, mlp(1, (4,), "relu"), Gaussian()), task(False)
+    empty = data._replace(support=data.support._replace(weight=jnp.zeros(6)))
+    params = learner.init(jax.random.key(2), data)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: learner.loss(p, empty, jax.random.key(3))[0]))(params)
+    assert finite((value, gradient))
+    assert optax.tree.norm(gradient) < 1e4

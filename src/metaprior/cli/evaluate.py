@@ -202,14 +202,13 @@ def evaluate(
         result = _fitted(recipe, experiment, params, posterior, steps, options, validation, key)
         fitted = result.knobs
         learner = with_knobs(recipe, experiment, posterior, steps, options, fitted)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in fitted.items())
-        standardised = Units.of(source).scaled({"nll": np.zeros(1)})["nll"][0] != 0
-        about = " of the standardised target" if standardised else ""
-        console.print(
-            f"fitted on {validation} validation tasks: {shown} (NLL{about} {result.nll_before:.4f} -> "
-            f"{result.nll_after:.4f})",
-            soft_wrap=True,
-        )
+        units = Units.of(source)
+        shift = float(np.sum(np.log(units.scale)))  # from the nll of standardised targets to that in their own units
+        before, after = (nll + shift for nll in (result.nll_before, result.nll_after))
+        own = fitted | ({"noise": fitted["noise"] * units.scale[0]} if "noise" in fitted and units.scale else {})
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in own.items())
+        told = f"fitted on {validation} validation tasks: {shown} (NLL {before:.4f} -> {after:.4f})"
+        console.print(told + (f", in units of {units.target}" if units.scale else ""), soft_wrap=True)
     course = learner
     if posterior not in (None, "point") and learner.path is not None:
         way, likelihood = most_ways(recipe, experiment.preparation), experiment.likelihood

@@ -13,6 +13,7 @@ from metaprior.inference.gradient import (
     count,
     descend,
     inner_rates,
+    joined,
     mean_nll,
     support_loss,
     trajectory,
@@ -144,7 +145,7 @@ def pretraining_loss(model: Model, likelihood: Likelihood) -> Loss:
     """The mean nll of support and query together under the model itself: no task, no adaptation."""
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
-        data = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support, task.query)
+        data = joined(task)
         outputs = model.apply(params, data.x)
         return mean_nll(likelihood, outputs, data), fit_metrics(likelihood, outputs, data)
 

@@ -61,7 +61,9 @@ def count(batch: Batch) -> Scalar | int:
 
 
 def joined(task: Task) -> Batch:
-    """Support and query as one batch."""
+    """Support and query as one batch; with weights if either has some."""
+    if (task.support.weight is None) != (task.query.weight is None):
+        task = Task(*(batch._replace(weight=weights(batch)) for batch in task))
     return jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support, task.query)
 
 

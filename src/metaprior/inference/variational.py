@@ -54,7 +54,15 @@ class Variational:
             raise ValueError(f"samples: came {self.samples}, needs 1 or an even number: draws are mirrored in pairs")
 
     def transformation(self, batch: Batch, differentiated: bool = True) -> Any:
-        """The inner optimiser; "natural" is told how many examples the mean loss is of, and so what a share is."""
+        """The inner optimiser; "natural" is told how many examples the mean loss is of, and so what a share is.
+
+        Without examples nothing moves, as the posterior is the prior. It has to be said: where gradients are exactly 0,
+        as the KL's are at the prior, Adam answers the least change of theta with a step of its full rate.
+        """
+        inner = self._moving(batch, differentiated)
+        return inner if batch.weight is None else optax.chain(inner, optax.scale((batch.weight.sum() > 0) * 1.0))
+
+    def _moving(self, batch: Batch, differentiated: bool) -> Any:
         if self.optimizer == "natural":
             return natural_descent(self.rate, count(batch) / self.kl_weight, guarded=self.samples > 1)
         if self.optimizer == "sgd":
