@@ -66,13 +66,13 @@ def test_santos_golden():
 def test_descent_spectrum_in_exact_arithmetic():
     for k in (0, 1, 2, 5, 40):
         values = np.array([0.0, 1e-14, 1e-9, 1e-5, 2e-5, 9.9e-4 / max(k, 1), 1.01e-3 / max(k, 1), 0.3, 0.999])
-        flat, drop = descent_spectrum(jnp.asarray(values), k)
+        flat, drop, _ = descent_spectrum(jnp.asarray(values), k)
         # sum_{i < k} (1 - l)^i is (1 - (1 - l)^k) / l without a division.
         s = sum((1 - values) ** i for i in range(k)) + 0 * values
         assert flat == k
         np.testing.assert_allclose(flat + values * drop, s, rtol=1e-12)
         assert drop[0] == -comb(k, 2)
-    flat, drop = jax.vmap(lambda k: descent_spectrum(jnp.array([1.0, 2.5]), k))(jnp.arange(3))
+    flat, drop, _ = jax.vmap(lambda k: descent_spectrum(jnp.array([1.0, 2.5]), k))(jnp.arange(3))
     np.testing.assert_allclose(flat[:, None] + jnp.array([1.0, 2.5]) * drop, [[0, 0], [1, 0.4], [1, 0.4]], rtol=1e-12)
 
 

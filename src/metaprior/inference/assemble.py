@@ -72,9 +72,14 @@ def gradient_learner(
         if implied_precision is not None:
             precision = implied_precision(params, support)
             return Implied(jax.tree.map(lambda leaf: jnp.full_like(leaf, precision**-0.5), at.phi), k, precision)
-        rates = inner_rates(support_loss(adaptation, likelihood, params, support), at, adaptation.optimizer(params))
         # The inner loss is a mean: rate a on it is rate a/N on the sum, which is what a likelihood is.
-        return Implied(jax.tree.map(lambda r: jnp.sqrt(jnp.maximum(r, 0) / count(support)), rates), k, None)
+        unit = jnp.asarray(count(support), float) ** -0.5
+        if adaptation.root is not None:
+            return Implied(jax.tree.map(lambda root: root * unit.astype(root.dtype), adaptation.root(params)), k)
+        optimizer = adaptation.optimizer(params)
+        rates = inner_rates(support_loss(adaptation, likelihood, params, support), at, optimizer)
+        scale = jax.tree.map(lambda r: jnp.sqrt(jnp.maximum(r, 0)) * unit.astype(r.dtype), rates)
+        return Implied(scale, k, None, optimizer, steps, unit, adaptation.by_tensor)
 
     def infer(params: PyTree, support: Batch, at: Descent, k: int | Array) -> Adapted:
         around = posterior.infer(

@@ -29,6 +29,8 @@ class Adaptation(NamedTuple):
     outputs:   (params, phi, x, tap=None) -> [n, c]
     optimizer: (params) -> optax transformation   its learned rates, if any, are read from params
     penalty:   (params, phi, support) -> scalar   added to the mean support nll, e.g. a proximal term
+    root:      (params) -> S                      where each update is -S S' gradient: shaped as phi, or a `steps.Root`
+    by_tensor: each update is linear in the gradients and treats the elements of a tensor alike
     """
 
     init: Callable[[PRNGKeyArray, Task], PyTree]
@@ -36,6 +38,8 @@ class Adaptation(NamedTuple):
     outputs: Callable[..., Array]
     optimizer: Callable[[PyTree], optax.GradientTransformation]
     penalty: Callable[[PyTree, PyTree, Batch], Scalar] | None = None
+    root: Callable[[PyTree], PyTree] | None = None
+    by_tensor: bool = False
 
 
 def adapt_all(model: Model, optimizer: optax.GradientTransformation) -> Adaptation:
@@ -199,8 +203,9 @@ def trajectory(
 def inner_rates(
     loss: Callable[[PyTree], Scalar], at: Descent, optimizer: optax.GradientTransformation, probes: int = 1
 ) -> PyTree:
-    """The rate at which each parameter follows its gradient: the diagonal of -d update / d gradient.
+    """The rate at which each parameter follows its gradient at one step: the diagonal of -d update / d gradient.
 
+    It is 0 where the gradient is exactly 0: the parameter does not move (and Adam's rate there would be 1 / eps).
     Exact for every optimiser that treats parameters one by one (SGD, learned rates, Adam); otherwise Hutchinson's
     estimate z * (B z) over random signs z.
     """
@@ -213,8 +218,9 @@ def inner_rates(
         signs = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
         z = jax.tree.unflatten(treedef, signs)
         response = jax.jvp(lambda v: told.update(v, at.state, at.phi, **asked)[0], (g,), (z,))[1]
-        # A parameter that never had a gradient has no rate under Adam (0/0): it does not move.
-        return jax.tree.map(lambda a, b: jnp.nan_to_num(-a * b, nan=0.0, posinf=0.0, neginf=0.0), z, response)
+        return jax.tree.map(
+            lambda a, b, d: jnp.where((d == 0) | ~jnp.isfinite(b), 0, -a * b), z, response, g
+        )
 
     estimates = [probe(key) for key in jax.random.split(jax.random.key(0), probes)]
     return jax.tree.map(lambda *e: sum(e) / probes, *estimates)

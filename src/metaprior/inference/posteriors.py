@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.curvature import (
@@ -27,6 +28,14 @@ from metaprior.inference.curvature import (
     laplace_spectrum,
     output_variance,
 )
+from metaprior.inference.steps import (
+    Root,
+    RootedGaussian,
+    TensorGaussian,
+    alike,
+    optimizer_spectrum,
+    tensor_gaussian,
+)
 from metaprior.likelihoods import Categorical, Gaussian, Likelihood
 from metaprior.options import Scale, Whole, checked
 from metaprior.types import Batch
@@ -37,14 +46,21 @@ DRAWS_AT_ONCE = 8
 class Implied(NamedTuple):
     """The prior that an inner loop implies, in units of the *summed* support nll.
 
-    scale: shaped as phi, the square root of each parameter's inner rate (rate a on a mean over N examples is a/N);
-    None where the steps follow no gradient at any rate.
+    scale: a root of the constant inner rates, shaped as phi or a `Root` (rate a on a mean over N examples is a/N); None
+    where the steps follow no gradient at any rate.
     steps: k. precision: of an explicit prior N(theta, 1/precision) that the loop optimises instead (iMAML), or None.
+    optimizer: that takes the steps, where its rates are not constant or not known to be (`scale` then has those of the
+    last step); most: a static bound of steps; unit: N^(-1/2); by_tensor: it is linear and treats the elements of a
+    tensor alike (otherwise this is found out).
     """
 
     scale: PyTree
     steps: int | Array
     precision: float | Array | None = None
+    optimizer: optax.GradientTransformation | None = None
+    most: int = 0
+    unit: float | Array = 1.0
+    by_tensor: bool = False
 
 
 class PosteriorRule(NamedTuple):
@@ -214,10 +230,18 @@ def implicit(
     linear: bool = False,
     curvature: str | Callable[..., Dual | Lanczos] = "dual",
 ) -> PosteriorRule:
-    """The posterior that the inner loop's own steps imply, with nothing to choose (see `descent_spectrum`).
+    """The posterior that the inner loop's own steps imply, with nothing to choose (see `inference.steps`).
 
-    Exact for a quadratic loss with 0 <= l < 1 for all eigenvalues l of rate times curvature; the posterior's `clipped`
-    says what share lies beyond. A loop that optimises an explicit prior (iMAML) implies that prior's Laplace posterior.
+    Exact for a quadratic loss and every optimiser that is linear in its gradients: SGD with any schedule, momentum,
+    Nesterov, weight decay, and the learned rates of `meta_sgd`, `lslr` and `preconditioned`. Where a step overshoots no
+    prior explains the steps: the likelihood alone counts there, and the posterior's `clipped` says what share of
+    directions that is. Learned rates below 0 count as 0. Rates that differ by tensor and step imply a slightly
+    unsymmetric matrix: its symmetric part is taken, and `asymmetry` says how much was left out.
+
+    An approximation for other optimisers (Adam, RMSProp, clipped gradients, a line search): k steps at the rates of the
+    last step, 0 for a parameter whose gradient is exactly zero there. A loop that optimises an explicit prior (iMAML)
+    implies that prior's Laplace posterior.
+
     curvature: "dual", "lanczos" or a function with their arguments. draws, linear: see `predict`. temperature 1 is the
     pure value; fit it on validation tasks, as wide networks have very broad flat directions.
     """
@@ -227,16 +251,38 @@ def implicit(
     if fit is None:
         raise ValueError(f"curvature: came {curvature!r}, needs one with a spectrum: {', '.join(spectral)}")
 
-    def infer(outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied) -> SpectralGaussian:
+    def infer(
+        outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied
+    ) -> SpectralGaussian | RootedGaussian | TensorGaussian:
         if implied.scale is None:
             raise ValueError(
                 "posterior: came 'implicit', but this learner's steps are said by a network and imply no prior; use "
                 "'laplace' or 'point'"
             )
-        explicit = implied.precision is not None
-        spectrum = laplace_spectrum if explicit else partial(descent_spectrum, steps=implied.steps)
-        scale = as_scale(implied.scale, phi)
-        return fit(outputs, likelihood, phi, support, scale).gaussian(phi, spectrum, temperature)
+        if implied.precision is not None:
+            scale, spectrum = implied.scale, laplace_spectrum
+        else:
+            scale, spectrum = implied.scale, partial(descent_spectrum, steps=implied.steps)
+            if (run := implied.optimizer) is not None:
+                like = "tensor" if implied.by_tensor else alike(run, phi, implied.most)
+                if like == "tensor":
+                    rows = fit(outputs, likelihood, phi, support, implied.unit).gaussian(phi, laplace_spectrum).rows
+                    spread = temperature * jnp.square(implied.unit)
+                    return tensor_gaussian(phi, rows, run, implied.steps, implied.most, spread)
+                if like == "all":
+                    scale = implied.unit
+                    spectrum = partial(
+                        optimizer_spectrum, optimizer=run, like=phi, steps=implied.steps, most=implied.most
+                    )
+        if not isinstance(scale, Root):
+            return fit(outputs, likelihood, phi, support, as_scale(scale, phi)).gaussian(phi, spectrum, temperature)
+        origin = scale.origin()
+
+        def white(z: PyTree, x: PyTree) -> Array:
+            return outputs(jax.tree.map(jnp.add, phi, scale.push(z)), x)
+
+        around = fit(white, likelihood, origin, support, 1.0).gaussian(origin, spectrum, temperature)
+        return RootedGaussian(phi, scale, around)
 
     return _rule(infer, draws, linear, noise)
 

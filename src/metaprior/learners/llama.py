@@ -20,7 +20,6 @@ from metaprior.inference.gradient import (
     count,
     descend,
     half_square,
-    inner_rates,
     joined,
     make_optimizer,
     mean_nll,
@@ -103,12 +102,9 @@ def llama(
     def log_det(params: Prior, phi: PyTree, batch: Batch, key: PRNGKeyArray) -> Scalar:
         """log det(I + H / tau) (implicit: of the posterior precision over the prior's), of the *summed* nll."""
         if prior == "implicit":
-            fit = support_loss(adaptation, likelihood, params, batch)
-            at = descend(fit, phi, adaptation.optimizer(params), 0)
-            rates = inner_rates(fit, at, adaptation.optimizer(params))
-            scale = jax.tree.map(lambda r: jnp.sqrt(r / count(batch)), rates)
+            scale = jnp.sqrt(rate / count(batch))
             values = jnp.maximum(jnp.linalg.eigvalsh(dual(outputs, likelihood, phi, batch, scale).gram), 0)
-            flat, drop = descent_spectrum(values, steps)
+            flat, drop, _ = descent_spectrum(values, steps)
             return -jnp.log1p(values * drop / flat).sum()
         return curve(outputs, likelihood, phi, batch, tau(params) ** -0.5, key).log_det()
 

@@ -16,8 +16,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from metaprior.inference.assemble import query_learner
+from metaprior.inference.curvature.rows import safe_sqrt
 from metaprior.inference.gradient import Adaptation
 from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.inference.steps import Root
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
 from metaprior.options import NonNegative, Positive, Whole
@@ -36,6 +38,7 @@ def _learner(
     likelihood: Likelihood,
     init_rule: Callable[[PRNGKeyArray, PyTree], PyTree],
     update: Callable[[PyTree, Array, PyTree], PyTree],
+    root: Callable[[Stepped], PyTree] | None = None,
     *,
     steps: Whole = 1,
     test_steps: Whole | None = None,
@@ -44,7 +47,7 @@ def _learner(
     transductive: bool = True,
     posterior: PosteriorRule = point(),
 ) -> Learner:
-    """MAML whose t-th inner update is update(rule, t, gradient)."""
+    """MAML whose t-th inner update is update(rule, t, gradient): constant rates with a root, or rates by tensor."""
 
     def init(key: PRNGKeyArray, task: Task) -> Stepped:
         here, there = jax.random.split(key)
@@ -61,7 +64,14 @@ def _learner(
         return optax.GradientTransformation(lambda _: jnp.zeros((), int), step)  # pyright: ignore[reportArgumentType]
 
     return query_learner(
-        Adaptation(init, lambda params: params.theta, outputs, optimizer),
+        Adaptation(
+            init,
+            lambda params: params.theta,
+            outputs,
+            optimizer,
+            root=root,
+            by_tensor=root is None,
+        ),
         likelihood,
         steps=steps,
         test_steps=test_steps,
@@ -80,6 +90,7 @@ def meta_sgd(model: Model, likelihood: Likelihood, *, rate: NonNegative = 0.01, 
         likelihood,
         lambda key, theta: jax.tree.map(lambda leaf: jnp.full_like(leaf, rate), theta),
         lambda rates, t, g: jax.tree.map(lambda a, gi: -a * gi, rates, g),
+        lambda params: jax.tree.map(safe_sqrt, params.rule),
         **options,
     )
 
@@ -113,11 +124,17 @@ def preconditioned(
     """A learned positive definite B, diagonal (rank=0) or diagonal plus rank r, from B = rate * I."""
     def init_rule(key: PRNGKeyArray, theta: PyTree) -> Preconditioner:
         flat = ravel_pytree(theta)[0]
-        factor = 0.1 * (rate / max(rank, 1)) ** 0.5 * jax.random.normal(key, (flat.size, rank), flat.dtype)
+        # Columns of length 0.1 rate^(1/2): B's eigenvalues are within a few hundredths of `rate`.
+        factor = 0.1 * (rate / max(flat.size, rank)) ** 0.5 * jax.random.normal(key, (flat.size, rank), flat.dtype)
         return Preconditioner(jnp.full_like(flat, jnp.log(rate)), factor)
 
     def update(rule: Preconditioner, t: Array, gradient: PyTree) -> PyTree:
         g, unravel = ravel_pytree(gradient)
         return unravel(-jnp.exp(rule.log_diagonal) * g - rule.factor @ (rule.factor.T @ g))
 
-    return _learner(model, likelihood, init_rule, update, **options)
+    def root(params: Stepped) -> PyTree:
+        unravel = ravel_pytree(params.theta)[1]
+        diagonal = unravel(jnp.exp(params.rule.log_diagonal / 2))
+        return Root(diagonal, params.rule.factor) if rank else diagonal
+
+    return _learner(model, likelihood, init_rule, update, root, **options)

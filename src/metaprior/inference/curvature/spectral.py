@@ -9,21 +9,25 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.curvature.rows import against, combine, inner, normal_like, safe_sqrt, scaled
 
-# l [r] -> s(0), (s(l) - s(0)) / l [r]
-Spectrum = Callable[[Float[Array, " r"]], tuple[Scalar, Float[Array, " r"]]]
+# l [r] -> s(0), (s(l) - s(0)) / l [r], where no prior explains the steps [r]
+Spectrum = Callable[[Float[Array, " r"]], tuple[Scalar, Float[Array, " r"], Bool[Array, " r"]]]
 
 
-def laplace_spectrum(values: Float[Array, " r"], precision: float | Array = 1.0) -> tuple[Scalar, Float[Array, " r"]]:
+def laplace_spectrum(
+    values: Float[Array, " r"], precision: float | Array = 1.0
+) -> tuple[Scalar, Float[Array, " r"], Bool[Array, " r"]]:
     """s(l) = 1 / (precision + l): the posterior of the prior N(., S^2 / precision)."""
     tau = jnp.asarray(precision, values.dtype)
-    return 1 / tau, -1 / (tau * (tau + values))
+    return 1 / tau, -1 / (tau * (tau + values)), jnp.zeros(values.shape, bool)
 
 
-def descent_spectrum(values: Float[Array, " r"], steps: int | Array) -> tuple[Scalar, Float[Array, " r"]]:
+def descent_spectrum(
+    values: Float[Array, " r"], steps: int | Array
+) -> tuple[Scalar, Float[Array, " r"], Bool[Array, " r"]]:
     """s(l) = (1 - (1 - l)^k) / l, s(0) = k: the posterior that k gradient steps with preconditioner S^2 imply.
 
     For a quadratic loss and 0 <= l < 1 those steps end at the mode of that posterior (Santos 1996; Grant et al. 2018,
@@ -39,14 +43,15 @@ def descent_spectrum(values: Float[Array, " r"], steps: int | Array) -> tuple[Sc
     for j in range(2, 5):
         terms.append(-terms[-1] * (k - j) / (j + 1))
     series = terms[0] + values * (terms[1] + values * (terms[2] + values * terms[3]))
-    return k, jnp.where(tiny, series, (s - k) / at)
+    return k, jnp.where(tiny, series, (s - k) / at), values > 1
 
 
 class SpectralGaussian(NamedTuple):
     """N(mean, S s(S H S) S). `rows` has leaves [r, ...]: r P numbers, e.g. 25 times phi for 5-way 1-shot.
 
     rows: the eigenvectors of S H S, each as long as the square root of its eigenvalue. drop: (s(l) - s(0)) / l, and
-    `flat`: s(0), the variance in units of S^2 of the directions that the support says nothing about.
+    `flat`: s(0), the variance in units of S^2 of the directions that the support says nothing about. overshot: where no
+    prior explains the inner steps.
     """
 
     mean: PyTree
@@ -55,15 +60,16 @@ class SpectralGaussian(NamedTuple):
     values: Float[Array, " r"]
     drop: Float[Array, " r"]
     flat: Scalar
+    overshot: Bool[Array, " r"]
 
     @property
     def clipped(self) -> Scalar:
-        """The share of directions with l > 1, where gradient descent overshoots (see `descent_spectrum`).
+        """The share of directions where the steps overshoot (l > 1 of plain descent, see `descent_spectrum`).
 
         Among those directions that the data say anything about: eigenvalues of float noise do not count.
         """
         floor = self.values.max(-1, keepdims=True) * 1e-6
-        return (self.values > 1).sum(-1) / jnp.maximum((self.values > floor).sum(-1), 1)
+        return self.overshot.sum(-1) / jnp.maximum((self.values > floor).sum(-1), 1)
 
     def _root(self, white: PyTree) -> PyTree:
         """s(S H S)^(1/2), a symmetric matrix, times a vector."""
@@ -103,5 +109,5 @@ def around(
     temperature: float | Array = 1.0,
 ) -> SpectralGaussian:
     """A SpectralGaussian from eigen-rows; `temperature` multiplies its covariance."""
-    flat, drop = spectrum(values)
-    return SpectralGaussian(mean, scale, rows, values, temperature * drop, temperature * flat)
+    flat, drop, overshot = spectrum(values)
+    return SpectralGaussian(mean, scale, rows, values, temperature * drop, temperature * flat, overshot)
