@@ -117,3 +117,14 @@ def test_a_task_that_shows_nothing_has_a_finite_meta_gradient(name):
     value, gradient = jax.jit(jax.value_and_grad(lambda p: learner.loss(p, empty, jax.random.key(3))[0]))(params)
     assert finite((value, gradient))
     assert optax.tree.norm(gradient) < 1e4
+
+
+@pytest.mark.parametrize("name", ["kl_chaser", "amortized_bml"])
+def test_many_dead_weights_and_few_examples_stay_finite_through_adam(name):
+    # Each step answers a gradient of 0, and five of them multiply.
+    learner, data = make_learner(name, mlp(1, (16,), "relu"), Gaussian(), optimizer="adam"), task(False)
+    few = data._replace(support=data.support._replace(weight=jnp.arange(6) < 1.0))
+    params = deadened(learner.init(jax.random.key(2), data))
+    gradient = jax.jit(jax.grad(lambda p: learner.loss(p, few, jax.random.key(3))[0]))(params)
+    assert finite(gradient)
+    assert jnp.isfinite(optax.tree.norm(gradient))

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from metaprior.calibration import calibrate
@@ -66,7 +67,7 @@ class _MetaEstimator(BaseEstimator):
         self.training = training
         self.seed = seed
 
-    def fit(self, X: Any, y: Any, groups: Any) -> Self:
+    def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
         """Learn the prior that groups share, and keep each group's rows for `predict`.
 
         Training tasks show any number of rows from 0 to `shot`, so that a new group may have few or none. Groups of one
@@ -83,6 +84,8 @@ class _MetaEstimator(BaseEstimator):
         X, targets = self._checked(X, y, ensure_min_samples=2)
         targets = self._encode(targets)
         ids, names = self._ids(groups, len(X))
+        if np.bincount(ids).max() < 2:
+            raise DataError("groups: every group has one row; a prior is learned from groups of 2 rows or more")
         splits = array_tasks(
             X, targets, ids, shot=self.shot, query=self.query, split=self.split, seed=self.seed, small="drop",
             standardise=True, classification=self._classes, shots="uniform",
@@ -98,7 +101,10 @@ class _MetaEstimator(BaseEstimator):
         training = self.training or Training(steps=3000, clip_norm=1.0, chunk=500, validate_every=500, seed=self.seed)
         # Prior and noise are learned from different groups, as a prior looks too good on those it was fitted to.
         knobs = self.setting_.knobs()
-        self.params_ = fit(untuned(self.setting_), splits, training, name=self.learner).best
+        fitted = fit(untuned(self.setting_), splits, training, name=self.learner)
+        if fitted.interrupted:
+            raise KeyboardInterrupt(f"training stopped at meta-step {int(fitted.state.step)} of {training.steps}")
+        self.params_ = fitted.best
         key = jax.random.key(self.seed)
         self.knobs_ = calibrate(builder(self.setting_), self.params_, splits.test, key, knobs).knobs
         order = np.argsort(ids, kind="stable")
@@ -167,6 +173,14 @@ class _MetaEstimator(BaseEstimator):
             return [Group(own, known, np.arange(len(X)))]
         ids, names = self._ids(groups, len(X))
         places = [self.groups_.get(name, (0, 0)) for name in names]
+        if not any(end for _, end in places) and {str(name) for name in names} & {str(name) for name in self.groups_}:
+            was, now = (type(next(iter(given))).__name__ for given in (self.groups_, names))
+            warnings.warn(
+                f"none of the {len(names)} groups is known, so the prior answers; `fit` saw groups of type {was}, these "
+                f"are of type {now}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return [
             Group(shown[start:end], targets[start:end], rows)
             for (start, end), rows in zip(places, _parts(ids), strict=True)
@@ -288,12 +302,13 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
 
     _classes = True
 
-    def fit(self, X: Any, y: Any, groups: Any) -> Self:
+    def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
         labels = np.asarray(y)
         if labels.ndim != 1:
             raise ValueError(f"y must have one class a row, got shape {labels.shape}.")
         if lost := _missing(labels.tolist()):
             raise DataError(f"y: came a missing value in row {lost[0]}; fill it in or leave the row out")
+        check_classification_targets(labels)
         self.classes_ = np.asarray(encode_labels(labels)[1])
         if len(self.classes_) < 2:
             raise ValueError(f"y must have at least 2 classes, got one: {self.classes_.tolist()[0]!r}.")

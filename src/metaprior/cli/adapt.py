@@ -59,7 +59,9 @@ def adapt(
     if out is not None:
         check_output(out, "--out", file=True)
     options: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
-    if draws is not None and posterior not in (None, "point"):
+    if draws is not None:
+        if posterior in (None, "point"):
+            raise ValueError("--draws needs a posterior to draw from: give --posterior implicit or laplace too.")
         options["draws"] = draws
     opened, recipe, experiment, params = open_run(run, steps, blank=True, **options)
     like = jax.eval_shape(lambda: experiment.splits.train.sample(jax.random.key(0), 1)).support
@@ -178,7 +180,7 @@ def _from_texts(recipe: Recipe, encode: Callable[..., Any], support: Path, query
 
 
 def class_rows(predictive: Categories, names: list[str], classes: list[Any]) -> list[dict[str, Any]]:
-    """A row a query: the likeliest class, then the probability of each; classes the support lacks are ruled out."""
+    """A row a query: the likeliest class, then the probability of each; classes beyond the run's are left out."""
     p = np.asarray(predictive.mean())[:, : len(classes)]
     p = p / p.sum(-1, keepdims=True)
     return [

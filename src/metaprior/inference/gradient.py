@@ -249,7 +249,7 @@ NO_META_GRADIENT = {
     "lbfgs": "its line search cannot be differentiated in reverse",
     "line_search": "its halving cannot be differentiated in reverse",
 }
-EPS_ROOT = 1e-16  # added to Adam's second moment: sqrt has no derivative at 0; as small as Adam's own eps
+EPS_ROOT = 1e-8  # added to Adam's second moment where the meta-gradient flows: sqrt has no derivative at 0
 
 
 def make_optimizer(
@@ -258,8 +258,9 @@ def make_optimizer(
     """An optax optimiser by name, e.g. make_optimizer("adam", 1e-3, b1=0.0), or "line_search".
 
     A parameter whose gradient is exactly zero (a dead ReLU unit, an input column of zeros) has a second moment of zero,
-    whose square root has no derivative: the meta-gradient through Adam's steps would be NaN. Optimisers that have
-    `eps_root` get 1e-16, wherever the meta-gradient flows, so that a step is the same in training and later.
+    whose square root has no derivative: the meta-gradient through Adam's steps would be NaN. Where the meta-gradient
+    flows, optimisers that have `eps_root` get 1e-8: a step answers a gradient below 1e-4 in proportion, and a change of
+    it by 1e4 at most, so that a few steps stay finite in float32.
 
     Args:
         name: of an optax optimiser, whose first argument is its rate.
@@ -279,7 +280,7 @@ def make_optimizer(
             f"optimizer: the meta-gradient flows through the inner steps, and that of {name!r} is not finite: "
             f"{NO_META_GRADIENT[name]}; use 'sgd' or 'adam', or first_order=True where the learner has it."
         )
-    if "eps_root" in known:
+    if differentiated and "eps_root" in known:
         options.setdefault("eps_root", EPS_ROOT)
     return factory(rate, **options)
 

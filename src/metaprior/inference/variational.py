@@ -190,12 +190,17 @@ def infer(
     *,
     steps: int | None = None,
     first_order: bool = False,
+    differentiated: bool | None = None,
 ) -> DiagonalGaussian:
-    """q(phi) ~ p(phi | batch) under the prior, from the prior; without data the prior itself."""
+    """q(phi) ~ p(phi | batch) under the prior, from the prior; without data the prior itself.
+
+    differentiated: whether these are the steps of a learner whose meta-gradient flows through them (default: unless
+    first_order), here or elsewhere; see `make_optimizer`.
+    """
     steps = how.steps if steps is None else steps
     energy = free_energy(model, likelihood, prior, batch, how)
     keys = jax.random.split(key, steps)
-    inner = how.transformation(batch, not first_order)
+    inner = how.transformation(batch, not first_order if differentiated is None else differentiated)
     return descend(energy, prior, inner, steps, first_order=first_order, remat=how.remat, data=keys).phi
 
 
@@ -207,11 +212,12 @@ def variational_learner(
     *,
     log_sd: float,
     draws: Whole,
+    differentiated: bool = True,
 ) -> Learner:
     """A learner whose theta is the prior N(mean, sd^2) and whose posterior is a fitted Gaussian.
 
     log_sd: of the prior before training. draws: networks averaged in a prediction; 0 is the linearised predictive in
-    closed form.
+    closed form. differentiated: whether the meta-gradient flows through the steps in training.
     """
     if not -30 < log_sd < 10:
         raise ValueError(f"log_sd: came {log_sd}, needs a number between -30 (a variance that underflows) and 10")
@@ -221,12 +227,14 @@ def variational_learner(
         return around(model.init(key, task.support.x), log_sd)
 
     def adapt(params: DiagonalGaussian, support: Batch, key: PRNGKeyArray) -> DiagonalGaussian:
-        return infer(model, likelihood, params, support, key, how, steps=on_new_task, first_order=True)
+        options = {"steps": on_new_task, "first_order": True, "differentiated": differentiated}
+        return infer(model, likelihood, params, support, key, how, **options)
 
     def path(params: DiagonalGaussian, support: Batch, key: PRNGKeyArray) -> DiagonalGaussian:
         energy = free_energy(model, likelihood, params, support, how)
         keys = jax.random.split(key, on_new_task)
-        course: Descent = trajectory(energy, params, how.transformation(support, False), on_new_task, data=keys)
+        inner = how.transformation(support, differentiated)
+        course: Descent = trajectory(energy, params, inner, on_new_task, data=keys)
         return course.phi
 
     def predictive(params: DiagonalGaussian, posterior: DiagonalGaussian, x: PyTree, key: PRNGKeyArray) -> Any:

@@ -95,7 +95,7 @@ def gem_bml(
         surprise = cross_entropy(q_sq, theta) - (cross_entropy(q_s, theta) if predictive else 0.0)
         return metrics["nll"] + step, metrics | {"cross_entropy": jax.lax.stop_gradient(surprise)}
 
-    return variational_learner(model, likelihood, how, loss, log_sd=log_sd, draws=draws)
+    return variational_learner(model, likelihood, how, loss, log_sd=log_sd, draws=draws, differentiated=False)
 
 
 @passes_options_to(gem_bml)
@@ -116,7 +116,9 @@ def kl_chaser(
         key_chaser, key_leader = jax.random.split(key)
         q_s = infer(model, likelihood, theta, task.support, key_chaser, how)
         ahead = jax.lax.stop_gradient(q_s)
-        leader = infer(model, likelihood, ahead, task.query, key_leader, how, first_order=True)
+        leader = infer(
+            model, likelihood, ahead, task.query, key_leader, how, first_order=True, differentiated=True
+        )
         metrics = fit_metrics(likelihood, model.apply(q_s.mean, task.query.x), task.query)
         return kl(jax.lax.stop_gradient(leader), q_s), jax.lax.stop_gradient(metrics)
 
