@@ -1,5 +1,7 @@
 """Curvatures against dense linear algebra, in float64: Gauss-Newton, its dual, K-FAC, diagonal and Lanczos."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,15 +11,18 @@ from jax.flatten_util import ravel_pytree
 from metaprior.inference.curvature import (
     CURVATURES,
     as_scale,
+    by_size,
     diagonal,
     dual,
     kfac,
     lanczos,
     laplace_spectrum,
     output_variance,
+    primal,
 )
 from metaprior.inference.curvature import rows as rows_module
 from metaprior.inference.curvature.lanczos import log_det_estimate
+from metaprior.inference.curvature.rows import one_by_one
 from metaprior.inference.posteriors import CurvatureGaussian
 from metaprior.likelihoods import Categorical, Gaussian, Poisson
 from metaprior.networks import mlp
@@ -416,3 +421,59 @@ def test_rows_one_by_one_are_the_rows_at_once(monkeypatch, x64):
     one_by_one = jax.value_and_grad(log_det)(phi)
     for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(one_by_one), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def sizes_of(posterior, queries, params):
+    """Variances at the queries, and log det of I + S H S."""
+    return output_variance(tanh_net, posterior.gaussian(params, laplace_spectrum), queries), posterior.log_det()
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["gaussian", "softmax"])
+def test_many_rows_have_the_duals_posterior(name):
+    """Weights and padding included."""
+    params, weight = tanh_params(), jnp.tile(jnp.asarray([1.0, 0.5, 0.0]), 70)
+    batch, queries = batch_of(210, weight=weight), batch_of(6, seed=3).x
+    exact, form = (compiled(c, tanh_net, LIKELIHOODS[name], params, batch, 0.7) for c in (dual, primal))
+    for right, got in zip(sizes_of(exact, queries, params), sizes_of(form, queries, params), strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-8)
+
+
+def test_the_curvature_is_chosen_by_shapes():
+    """No Gram matrix of the rows beyond 512, and the dual's own bits up to there."""
+    small, batch = tanh_params(), batch_of(20)
+    a, b = (compiled(c, tanh_net, Gaussian(0.3), small, batch, 0.7) for c in (dual, by_size))
+    assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), a, b))
+    many, tied = (partial(by_size, net, Gaussian(0.3), small) for net in (tanh_net, normed_net))
+    assert jax.eval_shape(many, batch_of(600), 1.0).values.shape == (26,)
+    assert jax.eval_shape(tied, batch_of(600), 1.0).gram.shape == (1200, 1200)  # two outputs
+    with pytest.raises(ValueError, match=r"10000 rows of a support and 26 parameters .* no feasible exact curvature"):
+        jax.eval_shape(tied, batch_of(5000), 1.0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_variances_of_many_queries_take_examples_apart_only_where_they_are():
+    params, x = tanh_params(), batch_of(150).x
+    for net, apart in ((tanh_net, True), (normed_net, False)):
+        assert jax.jit(lambda p, x, net=net: jnp.asarray(one_by_one(net, p, x)))(params, x) == apart
+        around = compiled(dual, net, Gaussian(0.3), params, batch_of(9), 0.7).gaussian(params, laplace_spectrum)
+        jacobian = jax.vmap(jax.vmap(around.quadratic))(jax.jacrev(lambda p, net=net: net(p, x))(params))
+        np.testing.assert_allclose(jax.jit(partial(output_variance, net))(around, x), jacobian, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "tie",
+    [
+        lambda h: h - h.mean(0),
+        lambda h: jnp.cumsum(h, 0),
+        lambda h: jnp.tanh(50 * h.sum(0)) + h,
+        lambda h: jax.nn.softmax(h @ h.T) @ h,
+        lambda h: h / h.shape[0],
+        lambda h: jnp.sort(h, 0),
+    ],
+)
+def test_ties_between_examples_are_seen(tie):
+    def net(params, x):
+        return tie(tanh_net(params, x))
+
+    assert not one_by_one(net, tanh_params(), batch_of(5).x)

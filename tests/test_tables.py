@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from dataclasses import replace
 
 import jax
@@ -468,14 +469,14 @@ def test_digits_that_float32_would_lose_are_an_error_or_told():
 
 
 @pytest.mark.parametrize("value", [0.1, 1e9 + 0.1, -7.3e-30, 0.0])
-def test_a_constant_column_stays_in_its_own_units(value):
+def test_a_constant_column_has_no_effect(value):
     x = np.stack([np.full(40, value), np.arange(40.0)], 1)
     x[::2, 0] *= 1 + 2e-16  # rounding of arithmetic
     prep = array_tasks(
         x, np.arange(40.0), np.repeat(np.arange(10), 4), standardise=True, columns=["c", "t"]
     ).train.preparation
-    assert prep.columns[0].deviation == (1.0,)
-    assert prep.encode({"c": [value + 1], "t": [0.0]})[0, 0] == pytest.approx(1.0, rel=1e-6)
+    assert [column.constant for column in prep.columns] == [(True,), (False,)]
+    assert prep.encode({"c": [value + 1], "t": [0.0]})[0, 0] == 0.0
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e150])
@@ -614,3 +615,23 @@ def test_sleepstudy_answers_in_milliseconds(data_dir, tmp_path):
         shown = adapted(tmp_path, written(tmp_path / "s.csv", support), query)
         np.testing.assert_allclose([float(row["mean"]) for row in shown], right, rtol=1e-5)
     assert 230 < right[0] < right[1] < right[2] < 350
+
+
+def test_what_was_constant_in_training_has_no_effect_and_other_values_of_it_are_warned_of(tmp_path):
+    rows = [f"{i % 5},1000,g{i // 4},{i % 7}.5" for i in range(48)]
+    (tmp_path / "t.csv").write_text("\n".join(["a,size,g,y", *rows]) + "\n")
+    prep = table(tmp_path / "t.csv", target="y", group="g", shot=2, query=2).train.preparation
+    same, other = (read_columns(written(tmp_path / "q.csv", [{"a": 1, "size": size}])) for size in (1000, 1050))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = prep.encode(same, strict=True)
+    with pytest.warns(UserWarning, match=r"'size' has \[1050.0\] .* but the one value \[1000.0\] in training"):
+        found = prep.encode(other, strict=True)
+    np.testing.assert_array_equal(found, expected)
+    assert prep.from_json(prep.to_json()) == prep
+    assert (prep.scaling.features([[1.0, 1050.0]]) == prep.scaling.features([[1.0, 7.0]])).all()
+    with pytest.warns(UserWarning, match="target: column 'y' has .* deviations from what training had"):
+        prep.examples(read_columns(written(tmp_path / "s.csv", [{"a": 1, "size": 1000, "y": 1e6}])), labelled=True)
+    both = read_columns(written(tmp_path / "s.csv", [{"a": 1, "size": 1000, "label": 3, "target": 4}]))
+    with pytest.raises(DataError, match="'label', 'target' could each be it"):
+        prep.examples(both, labelled=True)

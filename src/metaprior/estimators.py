@@ -176,8 +176,8 @@ class _MetaEstimator(BaseEstimator):
         if not any(end for _, end in places) and {str(name) for name in names} & {str(name) for name in self.groups_}:
             was, now = (type(next(iter(given))).__name__ for given in (self.groups_, names))
             warnings.warn(
-                f"none of the {len(names)} groups is known, so the prior answers; `fit` saw groups of type {was}, these "
-                f"are of type {now}",
+                f"none of the {len(names)} groups is known, so the prior answers; `fit` saw groups of type {was}, now "
+                f"they are of type {now}",
                 RuntimeWarning,
                 stacklevel=3,
             )

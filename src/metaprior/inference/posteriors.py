@@ -20,8 +20,10 @@ from metaprior.inference.curvature import (
     Curvature,
     Dual,
     Lanczos,
+    Primal,
     SpectralGaussian,
     as_scale,
+    by_size,
     descent_spectrum,
     dual,
     lanczos,
@@ -191,18 +193,20 @@ def laplace(
     noise: Scale | None = None,
     draws: Whole = 0,
     linear: bool = False,
-    curvature: str | Callable[..., Curvature] = "dual",
+    curvature: str | Callable[..., Curvature] = "auto",
 ) -> PosteriorRule:
     """N(phi_k, temperature (H + precision I)^-1) with H the support's Gauss-Newton matrix (Grant et al. 2018, sec. 4).
 
-    curvature: one of CURVATURES, or a function with their arguments, e.g. partial(lanczos, order=64).
+    curvature: "auto" (exact, see `by_size`), one of CURVATURES, or a function with their arguments, e.g.
+    partial(lanczos, order=64).
     precision: tau of the prior N(theta, I / tau); None takes the explicit prior of the inner loop, if it has one.
     draws, linear: see `predict`. temperature, noise and precision may be traced, to be fitted on validation tasks by
     their gradient.
     """
-    fit = CURVATURES.get(curvature) if isinstance(curvature, str) else curvature
+    known = {"auto": by_size, **CURVATURES}
+    fit = known.get(curvature) if isinstance(curvature, str) else curvature
     if fit is None:
-        raise ValueError(f"curvature: came {curvature!r}, needs one of {', '.join(CURVATURES)}")
+        raise ValueError(f"curvature: came {curvature!r}, needs one of {', '.join(known)}")
 
     def infer(
         outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied
@@ -213,7 +217,7 @@ def laplace(
                 "precision: came None, but this learner's inner loop has no explicit prior; give a number, e.g. 1.0"
             )
         unit = fit(outputs, likelihood, phi, support, 1.0)
-        if isinstance(unit, (Dual, Lanczos)):
+        if isinstance(unit, (Dual, Primal, Lanczos)):
             # tau enters after the eigenvectors, whose own derivative does not exist where eigenvalues repeat.
             return unit.gaussian(phi, partial(laplace_spectrum, precision=tau), temperature)
         fitted = fit(outputs, likelihood, phi, support, jnp.asarray(tau) ** -0.5)
@@ -228,7 +232,7 @@ def implicit(
     noise: Scale | None = None,
     draws: Whole = 0,
     linear: bool = False,
-    curvature: str | Callable[..., Dual | Lanczos] = "dual",
+    curvature: str | Callable[..., Dual | Primal | Lanczos] = "auto",
 ) -> PosteriorRule:
     """The posterior that the inner loop's own steps imply, with nothing to choose (see `inference.steps`).
 
@@ -242,11 +246,12 @@ def implicit(
     last step, 0 for a parameter whose gradient is exactly zero there. A loop that optimises an explicit prior (iMAML)
     implies that prior's Laplace posterior.
 
-    curvature: "dual", "lanczos" or a function with their arguments. draws, linear: see `predict`. temperature 1 is the
-    pure value; fit it on validation tasks, as wide networks have very broad flat directions.
+    curvature: "auto" (exact, see `by_size`), "dual", "lanczos" or a function with their arguments. draws, linear: see
+    `predict`. temperature 1 is the pure value; fit it on validation tasks, as wide networks have very broad flat
+    directions.
     """
 
-    spectral = {"dual": dual, "lanczos": lanczos}
+    spectral = {"auto": by_size, "dual": dual, "lanczos": lanczos}
     fit = spectral.get(curvature) if isinstance(curvature, str) else curvature
     if fit is None:
         raise ValueError(f"curvature: came {curvature!r}, needs one with a spectrum: {', '.join(spectral)}")

@@ -20,7 +20,7 @@ from metaprior.named import nearest
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.columns import TRUTH, Columns, as_ids, as_numbers, as_text, is_text, kind_of, refuse_missing
 from metaprior.tasks.fixed import FixedTasks
-from metaprior.tasks.scaling import Scaling, cast, check_digits, moments
+from metaprior.tasks.scaling import CONSTANT, Scaling, cast, check_digits, moments
 from metaprior.types import Batch, Predictive, Splits, Task
 from metaprior.units import Floats
 
@@ -30,13 +30,42 @@ FAR = 100.0  # deviations from the training mean beyond which a value is warned 
 
 @dataclass(frozen=True)
 class Column:
-    """A feature column: kind 'number', 'truth value' or 'category' (one feature a level), and the scaling of each."""
+    """A feature column: kind 'number', 'truth value' or 'category' (one feature a level), and the scaling of each.
+
+    constant: which features had one value in training. What another value does is not known, and counts as nothing.
+    """
 
     name: str
     kind: str
     levels: tuple[str, ...] = ()
     mean: Floats = (0.0,)
     deviation: Floats = (1.0,)
+    constant: tuple[bool, ...] = (False,)
+
+    def scaled(self, raw: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+        """The features as a learner sees them."""
+        return np.where(self.constant, 0.0, (raw - self.mean) / self.deviation)
+
+    def warn_of_strange(self, raw: Float[np.ndarray, "n k"], columns: Columns, argument: str = "features") -> None:
+        """Warn of numbers far from what training had, and of any other value where it had one."""
+        if self.kind != "number":
+            return
+        apart = np.abs((raw - self.mean) / self.deviation)
+        other = (np.asarray(self.constant) & (apart > 1e-9 * np.maximum(np.abs(self.mean), 1))).any(1)
+        if other.any():
+            row = int(np.flatnonzero(other)[0])
+            warnings.warn(
+                f"{argument}: column {self.name!r} has {raw[row].tolist()} in {columns.place(row)}, but the one value "
+                f"{list(self.mean)} in training; what it does is not known and counts as nothing.",
+                stacklevel=3,
+            )
+        elif (far := apart.max(1) > FAR).any():
+            row = int(np.flatnonzero(far)[0])
+            warnings.warn(
+                f"{argument}: column {self.name!r} has {raw[row].tolist()} in {columns.place(row)}, "
+                f"{apart[row].max():.3g} deviations from what training had; check its units.",
+                stacklevel=3,
+            )
 
     @property
     def features(self) -> list[str]:
@@ -170,7 +199,9 @@ class Preparation:
     def scaling(self) -> Scaling:
         """The scaling of all features and targets as arrays."""
         mean, deviation = ([v for c in self.columns for v in getattr(c, part)] for part in ("mean", "deviation"))
-        return Scaling(*map(np.asarray, (mean, deviation, self.target.mean, self.target.deviation)))
+        fixed = [one for c in self.columns for one in (c.constant * len(c.mean))[: len(c.mean)]]
+        spread = np.where(fixed, np.inf, deviation)
+        return Scaling(*map(np.asarray, (mean, spread, self.target.mean, self.target.deviation)))
 
     @property
     def features(self) -> list[str]:
@@ -194,21 +225,19 @@ class Preparation:
                 raise DataError(
                     f"features: column {column.name!r} came {raw.shape[1]} wide, needs {len(column.mean)}"
                 )
-            scaled = (raw - column.mean) / column.deviation
-            if strict and column.kind == "number" and (far := np.abs(scaled).max(1) > FAR).any():
-                row = int(np.flatnonzero(far)[0])
-                warnings.warn(
-                    f"features: column {column.name!r} has {raw[row].tolist()} in {columns.place(row)}, "
-                    f"{np.abs(scaled[row]).max():.3g} deviations from what training had; check its units.",
-                    stacklevel=2,
-                )
-            blocks.append(cast(scaled, raw, column.name, columns, "features"))
+            if strict:
+                column.warn_of_strange(raw, columns)
+            blocks.append(cast(column.scaled(raw), raw, column.name, columns, "features"))
         if len({len(block) for block in blocks}) > 1:
             raise DataError(f"features: columns of {', '.join(str(len(block)) for block in blocks)} rows; need as many")
         return np.concatenate(blocks, 1)
 
-    def encode_target(self, values: Any, columns: Columns | None = None, name: str | None = None) -> np.ndarray:
+    def encode_target(
+        self, values: Any, columns: Columns | None = None, name: str | None = None, *, strict: bool = False
+    ) -> np.ndarray:
         """Targets as a learner sees them: numbers [n, d], or class codes [n].
+
+        strict: warn of numbers far from what training had.
 
         Raises:
             DataError: values that are no numbers, or a class that training never saw; names place and value.
@@ -220,6 +249,8 @@ class Preparation:
         raw = self.target.numbers(values, name, columns, "target")
         if raw.shape[1] != len(self.target.mean):
             raise DataError(f"target: column {name!r} came {raw.shape[1]} wide, needs {len(self.target.mean)}")
+        if strict and self.target.kind == "number":
+            Column(name, "number", (), self.target.mean, self.target.deviation).warn_of_strange(raw, columns, "target")
         return cast((raw - self.target.mean) / self.target.deviation, raw, name, columns, "target")
 
     def examples(self, columns: Columns, *, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -236,7 +267,10 @@ class Preparation:
         taken = {column.name for column in self.columns}
         usual = [name for name in (self.target.name, *LABELS) if name in columns or f"{name}[0]" in columns]
         name = next((name for name in usual if name not in taken), self.target.name)
-        return x, self.encode_target(columns.find(name, "target"), columns, name)
+        if name != self.target.name and len(also := [one for one in usual if one not in taken]) > 1:
+            listed = ", ".join(map(repr, also))
+            raise DataError(f"target: columns {listed} could each be it; name one of them {self.target.name!r}")
+        return x, self.encode_target(columns.find(name, "target"), columns, name, strict=True)
 
     def blank(self, shot: int, query: int, *, padded: bool) -> Splits:
         """Tasks of the shapes that a learner sees, without the table's data: for a run whose table is elsewhere."""
@@ -290,10 +324,12 @@ def _fit_column(name: str, columns: Columns, rows: np.ndarray, standardise: bool
         levels = tuple(sorted({cell for cell, kept in zip(as_text(columns[name]), rows, strict=True) if kept}))
     raw = Column(name, kind, levels).raw(columns, unknown="pass")
     mean, deviation = np.zeros(raw.shape[1]), np.ones(raw.shape[1])
+    constant = np.zeros(raw.shape[1], bool)
     if standardise:
         mean, deviation = moments(raw[rows], name)
+        constant = np.abs(raw[rows] - mean).max(0) <= CONSTANT * np.abs(mean)
     check_digits(raw, mean, deviation, Column(name, kind, levels, tuple(mean)).features, columns, "features")
-    return Column(name, kind, levels, tuple(mean.tolist()), tuple(deviation.tolist()))
+    return Column(name, kind, levels, tuple(mean.tolist()), tuple(deviation.tolist()), tuple(constant.tolist()))
 
 
 def target_of(

@@ -18,7 +18,8 @@ CONSTANT = 1e-14  # of a column's size: a deviation below it is rounding
 class Scaling(NamedTuple):
     """How raw features and targets were standardised, in float64: (raw - mean) / deviation, by the training groups.
 
-    Centre with it before anything is cast to float32: 1.7e9 + 1 and 1.7e9 are one float32 number.
+    Centre with it before anything is cast to float32: 1.7e9 + 1 and 1.7e9 are one float32 number. A feature that was
+    constant in training has an infinite deviation: whatever its value, a learner sees 0.
     """
 
     x_mean: Float[np.ndarray, " d"]
@@ -32,7 +33,7 @@ class Scaling(NamedTuple):
 
     def raw_features(self, x: Any) -> Float[np.ndarray, "... d"]:
         """Features that a learner sees in original units, in float64."""
-        return np.asarray(x, float) * self.x_deviation + self.x_mean
+        return np.asarray(x, float) * np.where(np.isfinite(self.x_deviation), self.x_deviation, 0) + self.x_mean
 
     def standardised(self, y: Any) -> Float[np.ndarray, "... c"]:
         """Raw targets as a learner sees them, in float64."""

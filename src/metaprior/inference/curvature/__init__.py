@@ -8,6 +8,7 @@ from metaprior.inference.curvature.diagonal import diagonal
 from metaprior.inference.curvature.dual import Dual, dual
 from metaprior.inference.curvature.kfac import kfac
 from metaprior.inference.curvature.lanczos import Lanczos, lanczos
+from metaprior.inference.curvature.primal import Primal, by_size, primal
 from metaprior.inference.curvature.rows import Curvature, as_scale, output_variance
 from metaprior.inference.curvature.spectral import SpectralGaussian, descent_spectrum, laplace_spectrum
 
@@ -18,8 +19,10 @@ __all__ = [
     "Curvature",
     "Dual",
     "Lanczos",
+    "Primal",
     "SpectralGaussian",
     "as_scale",
+    "by_size",
     "descent_spectrum",
     "diagonal",
     "dual",
@@ -27,4 +30,5 @@ __all__ = [
     "lanczos",
     "laplace_spectrum",
     "output_variance",
+    "primal",
 ]

@@ -5,10 +5,12 @@ J [n c, P] are the outputs' derivatives in phi and L [n, c, r] the likelihood's 
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.likelihoods import Likelihood
@@ -16,6 +18,7 @@ from metaprior.types import Batch
 
 CHUNK = 32  # rows (vector-Jacobian products) that are computed at once, at most: what bounds the memory they need
 CACHE = 2**20  # bytes of the network's intermediates that a processor's core keeps near
+TOGETHER = 256  # outputs whose variances are taken through all queries together, also where examples are independent
 Outputs = Callable[..., Array]
 
 
@@ -135,8 +138,12 @@ def map_rows(
 def output_variance(outputs: Outputs, gaussian, x: PyTree) -> Float[Array, "n c"]:
     """diag(J* C J*'): variances of the linearised outputs at x under a Gaussian with `mean` and `quadratic(row)`.
 
-    Exact also where a batch norm ties the queries together: n c vector-Jacobian products through all of x, in chunks.
+    n c vector-Jacobian products, in chunks: through all of x, exact also where a batch norm ties the queries together;
+    for more than 256 of them through one query each, where the network treats examples one by one.
     """
+    shape = jax.eval_shape(outputs, gaussian.mean, x).shape
+    if len(shape) == 2 and shape[0] * shape[1] > TOGETHER and one_by_one(outputs, gaussian.mean, x):
+        return _each_alone(outputs, gaussian, x)
     f, pull = pulled(outputs, gaussian.mean, x)
 
     def one(index: Array) -> Scalar:
@@ -144,3 +151,51 @@ def output_variance(outputs: Outputs, gaussian, x: PyTree) -> Float[Array, "n c"
 
     # Cancellation between the prior's variance and what the data took away can end below zero in float32.
     return jnp.maximum(chunked(one, jnp.arange(f.size), pull), 0).reshape(f.shape)
+
+
+def _each_alone(outputs: Outputs, gaussian, x: PyTree) -> Float[Array, "n c"]:
+    def one(xi: PyTree) -> Float[Array, " c"]:
+        f, pull = pulled(outputs, gaussian.mean, jax.tree.map(lambda leaf: leaf[None], xi))
+        return jax.vmap(lambda e: gaussian.quadratic(pull(e[None])))(jnp.eye(f.shape[1], dtype=f.dtype))
+
+    return jnp.maximum(jax.lax.map(one, x, batch_size=CHUNK), 0)
+
+
+def one_by_one(outputs: Outputs, phi: PyTree, x: PyTree) -> bool:
+    """Whether the network treats examples one by one, as all do but those with a batch norm or the like.
+
+    Asked of the network itself, at random parameters, while it is traced. Of three examples the middle one is replaced,
+    once by NaN, which passes through whatever saturates: the outputs of the others must stay as they are, to the bit.
+    And they must be the same to rounding when an example comes alone.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: Any) -> np.ndarray:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return rng.integers(0, 2 if leaf.dtype == bool else 8, leaf.shape).astype(leaf.dtype)
+        if len(leaf.shape) < 2:
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
+        return (rng.normal(size=leaf.shape) / max(int(np.prod(leaf.shape[:-1])), 1) ** 0.5).astype(leaf.dtype)
+
+    def replaced(leaf: np.ndarray, value: float) -> np.ndarray:
+        new = leaf.copy()
+        new[1] = value if jnp.issubdtype(leaf.dtype, jnp.floating) else ~leaf[1] if leaf.dtype == bool else leaf[1] + 1
+        return new
+
+    def program(n: int) -> tuple[Callable, list[Any]]:
+        spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), x)
+        closed = jax.make_jaxpr(outputs)(phi, spec)
+        run = jax.jit(lambda consts, *args: eval_jaxpr(closed.jaxpr, consts, *args)[0])
+        return lambda consts, xs: np.asarray(run(consts, *jax.tree.leaves((params, xs)))), closed.consts
+
+    params = jax.tree.map(draw, phi)
+    xs = jax.tree.map(lambda leaf: draw(jax.ShapeDtypeStruct((3, *leaf.shape[1:]), leaf.dtype)), x)
+    together, closed_over = program(3)
+    consts = [draw(c) for c in closed_over]
+    alone = program(1)[0]
+    with jax.ensure_compile_time_eval():
+        f = together(consts, xs)
+        others = [together(consts, jax.tree.map(lambda leaf, v=v: replaced(leaf, v), xs)) for v in (0.25, np.nan)]
+        single = alone(consts, jax.tree.map(lambda leaf: leaf[:1], xs))
+    untouched = all((other[::2] == f[::2]).all() for other in others)
+    return untouched and np.allclose(single[0], f[0], rtol=1e-4, atol=1e-5)
