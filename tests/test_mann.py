@@ -150,7 +150,7 @@ def test_bad_input_is_named():
     for factory in (mann, ntm):
         with pytest.raises(ValueError, match="slots, width, heads: came 6, 4, 7"):
             factory(BARE, Categorical(), **SMALL | {"heads": 7})
-    with pytest.raises(ValueError, match="hidden: came 0"):
+    with pytest.raises(ValueError, match="hidden must be an integer of at least 1, got 0"):
         lstm(BARE, Categorical(), hidden=0)
     learner, none = mann(BARE, Categorical(), **SMALL), batch(0)
     with pytest.raises(ValueError, match="support: came no example"):

@@ -333,11 +333,13 @@ def test_bad_options_are_named(make, options, words):
 
 
 def test_a_label_beyond_the_ways_is_no_small_loss():
-    """Labels of the classes' own (plain classification) given to a learner of tasks: NaN, which training reports."""
+    """Labels of the classes' own (plain classification) given to a learner of tasks: an error, NaN in compiled code."""
     learner = protonet(PLAIN, Categorical(), way=WAY)
     params = learner.init(KEY, TASK)
     beyond = TASK._replace(query=TASK.query._replace(y=TASK.query.y.at[0].set(WAY)))
-    assert jnp.isnan(learner.loss(params, beyond, KEY)[0])
+    assert jnp.isnan(jax.jit(learner.loss)(params, beyond, KEY)[0])
+    with pytest.raises(ValueError, match=f"label {WAY} is not one of the {WAY} classes"):
+        learner.loss(params, beyond, KEY)
     padding = beyond.query._replace(weight=jnp.array([0.0, 1, 1, 1, 1]))
     rest = jax.tree.map(lambda leaf: leaf[1:], TASK.query)
     np.testing.assert_allclose(
@@ -374,5 +376,5 @@ def test_matching_is_tuned_on_the_support_after_training_only(context):
     expected = answer(plain, by_hand, task.support, task.query.x).mean()
     np.testing.assert_allclose(answer(tuned, params, task.support, task.query.x).mean(), expected, rtol=1e-8)
     assert tuned.loss(params, task, KEY)[0] == plain.loss(params, task, KEY)[0]
-    with pytest.raises(ValueError, match="tune_steps, tune_rate: came -1"):
+    with pytest.raises(ValueError, match="tune_steps must be an integer of at least 0, got -1"):
         matching(linear, Categorical(), way=WAY, tune_steps=-1)
