@@ -103,5 +103,5 @@ def test_without_a_support_the_query_is_a_graph_of_one():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="likelihood: came Gaussian"):
         gnn(BARE, Gaussian())
-    with pytest.raises(ValueError, match="layers, filters: came 0, 96"):
+    with pytest.raises(ValueError, match="layers must be an integer of at least 1, got 0"):
         gnn(BARE, Categorical(), layers=0)
