@@ -395,3 +395,11 @@ def test_a_temperature_is_bounded_by_the_number_of_tasks():
     assert expected(fitted(16, prior_sd=np.inf)) > 5 * expected(1.0)
     with pytest.raises(ValueError, match="label 3 is not one"):
         fit_temperature(rows, np.full(80, 3), np.ones(80), 16)
+
+
+def test_answers_that_are_nan_are_not_scored_as_answers():
+    learner, splits = tiny_learner(), tiny_splits()
+    params = learner.init(jax.random.key(0), jax.tree.map(lambda a: a[0], splits.train.sample(jax.random.key(0), 1)))
+    lost = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    figures = evaluate(learner, lost, splits.test, jax.random.key(1), tasks=4).figures
+    assert all(np.isnan(figures[name].mean) for name in ("mse", "nll", "coverage_50", "coverage_95"))

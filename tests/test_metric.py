@@ -8,7 +8,7 @@ from jax.scipy.stats import multivariate_normal
 
 from metaprior.inference.metric import cosine_distance, squared_distance, unit
 from metaprior.inference.posteriors import laplace
-from metaprior.learners import fine_tune, matching, nearest_neighbour, protonet
+from metaprior.learners import fine_tune, make_learner, matching, nearest_neighbour, protonet
 from metaprior.learners.protonet import Gaussians
 from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import conv4, mlp
@@ -378,3 +378,16 @@ def test_matching_is_tuned_on_the_support_after_training_only(context):
     assert tuned.loss(params, task, KEY)[0] == plain.loss(params, task, KEY)[0]
     with pytest.raises(ValueError, match="tune_steps must be an integer of at least 0, got -1"):
         matching(linear, Categorical(), way=WAY, tune_steps=-1)
+
+
+@pytest.mark.parametrize("name", ["nil", "protonet", "matching", "siamese", "nearest_neighbour"])
+@pytest.mark.parametrize("bad", [{"y": jnp.array([7, 1, 2, 0, 1, 2])}, {"weight": jnp.array([-1.0, 1, 1, 1, 1, 1])}])
+def test_an_impossible_support_is_nan_in_compiled_code(name, bad):
+    learner = make_learner(name, mlp(3, (4,)), Categorical())
+    support = Batch(jax.random.normal(KEY, (6, 2)), jnp.array([0, 1, 2, 0, 1, 2]))
+    params = learner.init(KEY, Task(support, support))
+    found = jax.jit(lambda s: learner.predict(params, learner.adapt(params, s, KEY), s.x, KEY).mean())
+    assert jnp.isfinite(found(support)).all()
+    assert jnp.isnan(found(support._replace(**bad))).all()
+    with pytest.raises(ValueError, match=r"label 7|weight must be"):
+        learner.adapt(params, support._replace(**bad), KEY)

@@ -272,7 +272,7 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
         X = self._checked(X, reset=False)
         found = self._answers(X, self._asked(X, groups), ("mean", "variance") if return_std else ("mean",))
         mean = self.scaling_.targets(found["mean"])[:, 0]
-        return (mean, np.sqrt(self.scaling_.variances(found["variance"])[:, 0])) if return_std else mean
+        return (mean, np.sqrt(found["variance"][:, 0]) * self.scaling_.y_deviation[0]) if return_std else mean
 
     def predict_interval(self, X: Any, groups: Any = None, *, coverage: float = 0.9) -> np.ndarray:
         """[N, 2]: the central predictive interval of each row that should hold `coverage` of the outcomes."""

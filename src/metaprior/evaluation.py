@@ -137,14 +137,15 @@ def score(predictive: Any, y: Array) -> dict[str, Array]:
     if isinstance(predictive, Categories):
         p = predictive.mean()
         confidence, choice = p.max(-1), p.argmax(-1)
-        hit = (choice == y).astype(nll.dtype)
+        hit = jnp.where(jnp.isnan(nll), jnp.nan, (choice == y).astype(nll.dtype))
         return {"accuracy": hit, "nll": nll, "brier": brier(p, y), "confidence": confidence}
     rest = tuple(range(1, y.ndim))
     scores = {"mse": ((predictive.mean() - y) ** 2).mean(rest), "nll": nll}
     for level in LEVELS:
         low, high = (predictive.quantile(q) for q in ((1 - level) / 2, (1 + level) / 2))
         inside = (low <= y) & (y <= high)
-        scores[f"coverage_{100 * level:.0f}"] = inside.astype(nll.dtype).mean(rest)
+        covered = jnp.where(jnp.isnan(low) | jnp.isnan(high), jnp.nan, inside.astype(nll.dtype))
+        scores[f"coverage_{100 * level:.0f}"] = covered.mean(rest)
         scores[f"width_{100 * level:.0f}"] = (high - low).mean(rest)
     scores["variance"] = predictive.variance().mean(rest)
     return scores

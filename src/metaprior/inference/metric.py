@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics
 from metaprior.likelihoods import Categorical, Categories, Likelihood, check_labels
@@ -64,16 +64,18 @@ def check_classification(name: str, likelihood: Likelihood, way: int | None) -> 
 def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
     """Each example's weight in the column of its class; the columns sum to the classes' numbers of examples.
 
-    A label below 0 is hidden and in no column. Of one that is no class the row is NaN.
+    A label below 0 is hidden and in no column. One that is no class, or a weight below 0, makes all of it NaN: a row of
+    zeros times NaN may be compiled to zeros.
     """
     y, w = counted(support).y, weights(support)
     possible = check_labels(jnp.maximum(y, 0) if isinstance(y, Tracer) else np.maximum(y, 0), way)
-    return jax.nn.one_hot(y, way, dtype=w.dtype) * w[:, None] * (possible * jnp.ones_like(w))[:, None]
+    lost = jnp.isnan(w * possible).any()
+    return jnp.where(lost, jnp.nan, jax.nn.one_hot(y, way, dtype=w.dtype) * w[:, None])
 
 
-def present(logits: Float[Array, "n way"], there: Bool[Array, " way"]) -> Float[Array, "n way"]:
-    """The logits, with classes that are not there ruled out."""
-    return jnp.where(there, logits, ABSENT)
+def present(logits: Float[Array, "n way"], number: Float[Array, " way"]) -> Float[Array, "n way"]:
+    """The logits, with classes of which a support has no weight ruled out; NaN where the weight is."""
+    return jnp.where(number > 0, logits, jnp.where(jnp.isnan(number), jnp.nan, ABSENT))
 
 
 def unit(f: Float[Array, "n d"]) -> Float[Array, "n d"]:

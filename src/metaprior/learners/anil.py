@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from metaprior.inference.assemble import query_learner
 from metaprior.inference.gradient import Adaptation, make_optimizer
 from metaprior.inference.posteriors import PosteriorRule, point
-from metaprior.likelihoods import Categories, Likelihood
+from metaprior.likelihoods import Categories, Likelihood, check_labels
 from metaprior.named import passes_options_to
 from metaprior.options import InnerOptimizer, NonNegative, Positive, Whole, checked
-from metaprior.types import Batch, Learner, Model, Task
+from metaprior.types import Batch, Learner, Model, Task, counted, weights
 
 
 def _is_head(params: PyTree, head: str) -> PyTree:
@@ -106,8 +106,10 @@ def nil(
     def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Memory:
         way = jax.eval_shape(model.apply, params, support.x).shape[-1]
         features = unit(params, support.x)
-        weight = jnp.ones(features.shape[0]) if support.weight is None else support.weight
-        return Memory(features, support.y, weight, jnp.zeros(way))
+        labels = counted(support).y
+        weight = weights(support) * check_labels(labels, way)
+        # Of all examples: a row of zeros times NaN may be compiled to zeros.
+        return Memory(features, labels, jnp.where(jnp.isnan(weight).any(), jnp.nan, weight), jnp.zeros(way))
 
     def predict(params: PyTree, memory: Memory, x: PyTree, key: PRNGKeyArray) -> Categories:
         cosine = temperature * unit(params, x) @ memory.features.T

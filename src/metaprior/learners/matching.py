@@ -137,7 +137,7 @@ def matching(
         scale = temperature if params.log_temperature is None else jnp.exp(params.log_temperature)
         attention = jax.nn.softmax(unit(f) @ unit(memory.keys).T / scale + memory.log_weight)
         hot = memory.shares > 0
-        return present(jnp.log(attention @ hot + jnp.finfo(f.dtype).tiny), hot.any(0))
+        return present(jnp.log(attention @ hot + jnp.finfo(f.dtype).tiny), memory.shares.sum(0))
 
     learner = scored_by_query(init, adapt, logits)
     return learner._replace(adapt=tune) if tune_steps else learner

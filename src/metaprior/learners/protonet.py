@@ -123,8 +123,8 @@ def protonet(
     def logits(params: Metric | Gaussians, classes: Prototypes, x: PyTree) -> Float[Array, "n way"]:
         f = embed_query(embed, params.embedding, x, classes.beside)
         if isinstance(params, Gaussians):
-            return present(class_densities(params, classes, f), classes.shots > 0)
+            return present(class_densities(params, classes, f), classes.shots)
         scale = temperature if params.log_temperature is None else jnp.exp(params.log_temperature)
-        return present(-measure(f, classes.mean) / scale, classes.shots > 0)
+        return present(-measure(f, classes.mean) / scale, classes.shots)
 
     return scored_by_query(init, adapt, logits)

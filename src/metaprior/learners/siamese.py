@@ -54,7 +54,7 @@ def log_odds(params: Twins, a: Float[Array, "n d"], b: Float[Array, "m d"]) -> F
 def by_class(odds: Float[Array, "q n"], shares: Float[Array, "n way"]) -> Float[Array, "q way"]:
     """Log odds of the classes: the weighted mean over each one's examples."""
     count = shares.sum(0)
-    return present(odds @ shares / jnp.where(count > 0, count, 1), count > 0)
+    return present(odds @ shares / jnp.where(count > 0, count, 1), count)
 
 
 def verification(odds: Float[Array, "n n"], y: Array, weight: Float[Array, " n"]) -> tuple[Scalar, Scalar]:

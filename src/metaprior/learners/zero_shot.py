@@ -101,6 +101,6 @@ def zero_shot(
 
     def logits(params: Described, classes: Prototypes, x: PyTree) -> Float[Array, "q way"]:
         apart = squared_distance(embed(params.embedding, x), classes.prototypes)
-        return present(-apart / jnp.exp(params.log_temperature), classes.rows > 0)
+        return present(-apart / jnp.exp(params.log_temperature), classes.rows)
 
     return scored_by_query(init, adapt, logits)
