@@ -26,18 +26,17 @@ from metaprior.inference.curvature.rows import one_by_one
 from metaprior.inference.posteriors import CurvatureGaussian
 from metaprior.likelihoods import Categorical, Gaussian, Poisson
 from metaprior.networks import mlp
-from metaprior.types import Batch
+from metaprior.types import Batch, Call
 
 LIKELIHOODS = {"gaussian": Gaussian(0.3), "learned": Gaussian(None), "softmax": Categorical(), "poisson": Poisson()}
 
 
-def seen(name, inputs, outputs):
-    return outputs
+SEEN = Call(lambda name, inputs, outputs: outputs)
 
 
-def tanh_net(params, x, tap=seen):
-    h = jnp.tanh(tap("layer", x, x @ params["layer"]["w"] + params["layer"]["b"]))
-    return tap("head", h, h @ params["head"]["w"] + params["head"]["b"])
+def tanh_net(params, x, call=SEEN):
+    h = jnp.tanh(call.tap("layer", x, x @ params["layer"]["w"] + params["layer"]["b"]))
+    return call.tap("head", h, h @ params["head"]["w"] + params["head"]["b"])
 
 
 def normed_net(params, x):
@@ -227,16 +226,16 @@ def test_kfac_blocks_are_exact_for_one_example(name):
 def test_kfac_is_the_whole_fisher_of_one_linear_layer_and_of_each_layer_of_a_deep_linear_network():
     one = {"head": {"w": jax.random.normal(jax.random.key(0), (3, 4)), "b": jnp.ones(4)}}
 
-    def linear(p, x, tap=seen):
-        return tap("head", x, x @ p["head"]["w"] + p["head"]["b"])
+    def linear(p, x, call=SEEN):
+        return call.tap("head", x, x @ p["head"]["w"] + p["head"]["b"])
 
     batch = batch_of(1)
     exact = compiled(dual, linear, Categorical(), one, batch, 0.7).log_det()
     np.testing.assert_allclose(kfac(linear, Categorical(), one, batch, 0.7).log_det(), exact, rtol=1e-12)
 
-    def deep(p, x, tap=seen):
+    def deep(p, x, call=SEEN):
         for name in ("a", "b", "c"):
-            x = tap(name, x, x @ p[name]["w"])
+            x = call.tap(name, x, x @ p[name]["w"])
         return x
 
     keys = jax.random.split(jax.random.key(1), 3)
@@ -256,8 +255,8 @@ def test_kfac_log_det_golden():
     batch = Batch(jnp.array([[2.0, 0.0], [0.0, 6.0**0.5]]), None)
     params = {"head": {"w": jnp.zeros((2, 1))}}
 
-    def apply(p, x, tap=seen):
-        return tap("head", x, x @ p["head"]["w"])
+    def apply(p, x, call=SEEN):
+        return call.tap("head", x, x @ p["head"]["w"])
 
     # N A (x) G with N = 2 examples: A is a mean, so the nll's precision 2.5 makes it A (x) 5.
     fit = compiled(kfac, apply, Gaussian(2.5**-0.5), params, batch, 0.1**-0.5)
@@ -269,8 +268,8 @@ def test_kfac_sums_over_positions_and_weighs_examples():
     """A convolution is a layer at each position; an example of weight 2 is that example twice."""
     params = {"conv": {"w": jax.random.normal(jax.random.key(0), (1, 2, 3))}, "norm": {"gain": jnp.ones(3)}}
 
-    def apply(p, x, tap=seen):
-        s = tap("conv", x, x @ p["conv"]["w"].reshape(2, 3))
+    def apply(p, x, call=SEEN):
+        s = call.tap("conv", x, x @ p["conv"]["w"].reshape(2, 3))
         return jnp.tanh(s * p["norm"]["gain"]).mean(1)
 
     x = jax.random.normal(jax.random.key(2), (2, 5, 2))
@@ -303,7 +302,7 @@ def test_kfac_sums_over_positions_and_weighs_examples():
 
 def test_kfac_says_that_it_needs_taps():
     with pytest.raises(ValueError, match="tap"):
-        kfac(lambda p, x, tap: x @ p["head"]["w"], Gaussian(1.0), {"head": {"w": jnp.ones((3, 1))}}, batch_of(2), 1.0)
+        kfac(lambda p, x, call: x @ p["head"]["w"], Gaussian(1.0), {"head": {"w": jnp.ones((3, 1))}}, batch_of(2), 1.0)
 
 
 @pytest.mark.usefixtures("x64")

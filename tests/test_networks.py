@@ -1,20 +1,29 @@
 """Convolutional networks, and what a prediction depends on under each norm."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
+from metaprior.calibration import calibrate_softmax, temperature_scaled
+from metaprior.evaluation import evaluate
+from metaprior.inference.assemble import query_learner
 from metaprior.inference.curvature import kfac
-from metaprior.inference.normalised import settled
+from metaprior.inference.gradient import Adaptation
+from metaprior.inference.normalised import gathered, of_support, of_training
+from metaprior.inference.posteriors import laplace, point
 from metaprior.learners import make_learner, maml
 from metaprior.likelihoods import Categorical
 from metaprior.networks import conv4, conv6, resnet12
 from metaprior.networks.norm import NORMS, group_norm, moments
 from metaprior.networks.statistics import given, statistics_of
 from metaprior.tasks import class_pool
-from metaprior.types import Batch, Task
+from metaprior.training import Training, fit
+from metaprior.types import Attributes, Batch, Call, Model, Splits, Task, settled
 
 KEY = jax.random.key(0)
 WAY = 3
@@ -116,10 +125,51 @@ def test_whether_a_prediction_depends_on_the_other_queries(name, norm):
 
 
 def test_once_settled_running_statistics_make_queries_independent(pool):
-    model = small("running", blocks=2)
-    params = make_learner("protonet", model, Categorical()).init(KEY, TASK)
-    fixed = settled(model, params, pool, KEY, tasks=3)
-    assert not depends_on_other_queries(make_learner("protonet", fixed, Categorical()), params)
+    learner = make_learner("protonet", small("running", blocks=2), Categorical())
+    params = learner.init(KEY, TASK)
+    assert not depends_on_other_queries(settled(learner, params, pool, KEY), params)
+
+
+def test_running_statistics_mean_the_same_in_training_evaluation_and_calibration(pool):
+    """Validation judges the settled learner; one that is not settled is refused."""
+    model = conv4(2, filters=3, blocks=1, norm="running", head=False)
+    learner = make_learner("protonet", model, Categorical(), way=2)
+    training = Training(steps=2, meta_batch=2, chunk=2, validate_every=2, validation_tasks=3)
+    fitted = fit(learner, Splits(pool, pool, pool), training)
+    judged = settled(learner, fitted.params, pool, jax.random.key(training.seed))
+
+    def nll(key):
+        key_task, key = jax.random.split(key)
+        support, query = jax.tree.map(lambda leaf: leaf[0], pool.sample(key_task, 1))
+        predictive = judged.predict(fitted.params, judged.adapt(fitted.params, support, key), query.x, key)
+        return -predictive.log_prob(query.y).mean()
+
+    by_hand = np.mean([nll(k) for k in jax.random.split(jax.random.key(training.seed + 1), 3)])
+    np.testing.assert_allclose(fitted.history[-1]["validation/nll"], by_hand, rtol=1e-4)
+    assert evaluate(judged, fitted.params, pool, KEY, tasks=3).figures["accuracy"].mean > 0
+    warmer = settled(temperature_scaled(learner, 2.0), fitted.params, pool, jax.random.key(training.seed))
+    one = jax.tree.map(lambda leaf: leaf[0], pool.sample(KEY, 1))
+    plain, warm = (answer(at, fitted.params, one.support, one.query.x) for at in (judged, warmer))
+    np.testing.assert_allclose(warm, jax.nn.softmax(jnp.log(plain) / 2), rtol=1e-4)
+    for judge in (evaluate, calibrate_softmax):
+        for unsettled in (learner, temperature_scaled(learner, 2.0)):
+            with pytest.raises(ValueError, match=r"have not been gathered. Use learner = mp.settled\("):
+                judge(unsettled, fitted.params, pool, KEY, tasks=2)
+
+
+@pytest.mark.usefixtures("x64")
+def test_running_statistics_follow_what_a_learner_makes_of_the_network(pool):
+    """The first layer's are those of its outputs after the warp."""
+    model = conv4(2, filters=3, blocks=1, norm="running")
+    learner = of_training(lambda model: adapting_on(warped(model)), model)
+    params = learner.init(KEY, jax.tree.map(lambda leaf: leaf[0], pool.sample(KEY, 1)))
+    found = gathered(learner, model, params, pool, KEY, tasks=2)["block1"]
+    x = jnp.concatenate([b.x.reshape(-1, 8, 8, 1) for k in jax.random.split(KEY, 2) for b in pool.sample(k, 1)])
+    w = params["theta"]["block1"]["w"]
+    s = lax.conv_general_dilated(x.astype(float), w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    s = s @ params["warp"]["block1"]
+    np.testing.assert_allclose(found.mean, s.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(found.variance, s.var((0, 1, 2)), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +187,8 @@ def test_settled_statistics_are_those_of_all_examples_of_the_tasks(pool):
     w, x = params["block1"]["w"], x.astype(float)
     s = lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).reshape(-1, 3)
     expected = jnp.maximum((s - s.mean(0)) / jnp.sqrt(s.var(0) + 1e-5), 0).reshape(-1, 4, 2, 4, 2, 3).max((2, 4))
-    fixed = settled(model, params, pool, KEY, tasks=5)
+    learner = make_learner("protonet", model, Categorical(), way=2)
+    fixed = given(model, gathered(learner, model, params, pool, KEY, tasks=5))
     np.testing.assert_allclose(fixed.features(params, x), expected.reshape(len(x), -1), rtol=1e-7, atol=1e-9)
 
 
@@ -150,10 +201,118 @@ def test_task_norm_is_a_batch_in_which_the_support_alone_counts(padding):
     support, x = TASK.support, TASK.query.x
     params = learner.init(KEY, TASK)
     both = jnp.concatenate([support.x, x])
-    logits = model.apply(params, both, None, jnp.array([1.0] * 6 + [0] * 4))[6:]
+    logits = model.apply(params, both, Call(by=jnp.array([1.0] * 6 + [0] * 4)))[6:]
     if padding:
         support = Batch(jnp.concatenate([support.x, 9 * x[:2]]), jnp.zeros(8, int), jnp.array([1.0] * 6 + [0] * 2))
     np.testing.assert_allclose(answer(learner, params, support, x), jax.nn.softmax(logits), rtol=1e-9)
+
+
+def warped(model):
+    """Each linear map is followed by a matrix that phi does not move, as in MT-nets (Lee & Choi 2018)."""
+
+    def network(params, phi, x, call):
+        def tap(name, inputs, s):
+            s = s @ params["warp"][name]
+            return s if call.tap is None else call.tap(name, inputs, s)
+
+        return model.outputs(phi, x, call._replace(tap=tap))
+
+    def init(key, task):
+        theta = model.init(key, task.support.x)
+        keys = jax.random.split(key, len(theta))
+        widths = {name: layer["w"].shape[-1] for name, layer in theta.items()}
+        warp = {n: jax.random.normal(k, (c, c)) for (n, c), k in zip(widths.items(), keys, strict=True)}
+        return {"theta": theta, "warp": warp}
+
+    return Adaptation(model, init, lambda params: params["theta"], network, lambda _: optax.sgd(0.1))
+
+
+def widened(model):
+    """phi is a context, seen by the network as one more channel of each image, as in CAVIA (Zintgraf et al. 2019)."""
+
+    def wide(phi, x):
+        return jnp.concatenate([x, x * phi], -1)
+
+    return Adaptation(
+        model,
+        lambda key, task: model.init(key, wide(jnp.zeros(1), task.support.x)),
+        lambda params: jnp.ones(1),
+        lambda params, phi, x, call: model.outputs(params, wide(phi, x), call),
+        lambda _: optax.sgd(0.1),
+    )
+
+
+def scaled(model):
+    """phi is a gain and an offset of the images: a change of the inputs that leaves their shape."""
+    return Adaptation(
+        model,
+        lambda key, task: model.init(key, task.support.x),
+        lambda params: jnp.array([2.0, 1.0]),
+        lambda params, phi, x, call: model.outputs(params, x**2 * phi[0] + x * phi[1], call),
+        lambda _: optax.sgd(0.1),
+    )
+
+
+def adapting_on(adaptation, rule=None):
+    options = {"steps": 2, "test_steps": None, "first_order": False, "remat": False, "transductive": True}
+    return query_learner(adaptation, Categorical(), **options, posterior=rule or point())
+
+
+def adapting(adaptation, norm, rule=None):
+    """The learner of an adaptation, on a small network of that norm."""
+
+    def make(model):
+        return adapting_on(adaptation(model), rule)
+
+    model = small(norm, blocks=2)
+    return of_support(make, model) if norm == "task" else make(model)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("adaptation", [warped, widened, scaled])
+def test_task_norm_follows_whatever_a_learner_makes_of_the_network(adaptation):
+    of_batch, of_task = adapting(adaptation, "batch"), adapting(adaptation, "task")
+    params = of_batch.init(KEY, TASK)
+    support = TASK.support
+    # Support images in another batch are normalised as the support is.
+    here = answer(of_batch, params, support, support.x)
+    np.testing.assert_allclose(answer(of_task, params, support, support.x + 0), here, rtol=1e-9)
+    np.testing.assert_allclose(answer(of_task, params, support, support.x[1:3]), here[1:3], rtol=1e-9)
+    assert not depends_on_other_queries(of_task, params)
+    mine, theirs = (
+        jax.grad(lambda p, at=at: at.loss(p, Task(support, Batch(support.x + 0, support.y)), KEY)[0])(params)
+        for at in (of_task, of_batch)
+    )
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_curvature_by_layers_sees_the_same_network_under_task_norm():
+    of_batch, of_task = (adapting(warped, norm, laplace(curvature="kfac")) for norm in ("batch", "task"))
+    params, support = of_batch.init(KEY, TASK), TASK.support
+    here = answer(of_batch, params, support, support.x)
+    np.testing.assert_allclose(answer(of_task, params, support, support.x + 0), here, rtol=1e-9)
+    plain = answer(adapting(warped, "batch"), params, support, support.x)
+    assert abs(here - plain).max() > 1e-3
+
+
+def test_a_network_without_calls_says_so():
+    plain = small()
+    model = Model(plain.init, lambda params, x: plain.apply(params, x))
+    learner = make_learner("maml", model, Categorical(), posterior=laplace(curvature="kfac"))
+    with pytest.raises(ValueError, match=r"takes no `Call`.*curvature='dual'"):
+        learner.adapt(learner.init(KEY, TASK), TASK.support, KEY)
+    learner = make_learner("amortized_bml", model, Categorical(), local=True)
+    with pytest.raises(ValueError, match=r"takes no `Call`.*local=True"):
+        learner.adapt(learner.init(KEY, TASK), TASK.support, KEY)
+
+
+def test_task_norm_needs_a_support_of_examples():
+    learner = make_learner("zero_shot", small("task"), Categorical(), way=WAY)
+    task = Task(Batch(Attributes(jnp.eye(WAY)), jnp.arange(WAY)), TASK.query)
+    with pytest.raises(ValueError, match="'task' normalises queries by a support of examples"):
+        learner.loss(learner.init(KEY, task), task, KEY)
 
 
 @pytest.mark.usefixtures("x64")
@@ -208,7 +367,7 @@ def test_group_norm_is_of_an_example_and_its_group():
 def test_fixed_statistics_of_the_batch_itself_are_batch_norm():
     model = small()
     params = model.init(KEY, TASK.support.x)
-    fixed = given(model, statistics_of(model, params, TASK.query.x))
+    fixed = given(model, statistics_of(partial(model.apply, params), TASK.query.x))
     np.testing.assert_allclose(
         fixed.apply(params, TASK.query.x), model.apply(params, TASK.query.x), rtol=1e-4, atol=1e-5
     )
@@ -219,8 +378,9 @@ def test_bad_input_is_named(pool):
         resnet12(norm="batchnorm")
     with pytest.raises(ValueError, match="widths: came"):
         resnet12(widths=())
-    with pytest.raises(ValueError, match="make_learner"):
-        maml(small("task"), Categorical()).adapt(small("task").init(KEY, TASK.support.x), TASK.support, KEY)
+    for norm in ("task", "running"):
+        with pytest.raises(ValueError, match="make_learner"):
+            maml(small(norm), Categorical()).adapt(small(norm).init(KEY, TASK.support.x), TASK.support, KEY)
     particles = make_learner("bmaml", small("running"), Categorical())
     with pytest.raises(ValueError, match="hold none as it is"):
-        settled(small("running"), particles.init(KEY, TASK), pool, KEY)
+        settled(particles, particles.init(KEY, TASK), pool, KEY)

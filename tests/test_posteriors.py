@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from metaprior.inference.curvature import CURVATURES, descent_spectrum, lanczos
 from metaprior.inference.posteriors import POSTERIORS, Implied, implicit, laplace, point
 from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.types import Batch
+from metaprior.types import Batch, Call
 
 
 def linear(phi, x):
@@ -212,9 +212,9 @@ def test_linear_draws_have_the_closed_forms_moments():
     assert jnp.abs(networks.variance() / closed.variance() - 1).max() > 0.2  # tanh is not linear this far out
 
 
-def net(phi, x, tap=lambda name, inputs, s: s):
-    h = jnp.tanh(tap("layer", x, x @ phi["layer"]["w"]))
-    return tap("head", h, h @ phi["head"]["w"])
+def net(phi, x, call=Call(lambda name, inputs, s: s)):
+    h = jnp.tanh(call.tap("layer", x, x @ phi["layer"]["w"]))
+    return call.tap("head", h, h @ phi["head"]["w"])
 
 
 RULES = {

@@ -12,7 +12,7 @@ from metaprior.learners import LEARNERS, learned_optimizer, make_learner
 from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from metaprior.networks import conv4, from_equinox, from_flax, mlp
 from metaprior.training import Fitted, NonFiniteLoss, Training, TrainState, fit
-from metaprior.types import Attributes, Batch, Learner, Model, Predictive, Splits, Task, TaskSource
+from metaprior.types import Attributes, Batch, Learner, Model, Predictive, Splits, Task, TaskSource, settled
 
 if TYPE_CHECKING:
     from metaprior.estimators import MetaClassifier, MetaRegressor
@@ -57,6 +57,7 @@ __all__ = [
     "networks",
     "optimise",
     "point",
+    "settled",
     "tasks",
     "temperature_scaled",
 ]

@@ -10,7 +10,17 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.likelihoods import Categories, check_labels
 from metaprior.runtime import shared
-from metaprior.types import Learner, Predictive, TaskSource, counted, draw_task, group_count, group_order, weights
+from metaprior.types import (
+    Learner,
+    Predictive,
+    TaskSource,
+    check_settled,
+    counted,
+    draw_task,
+    group_count,
+    group_order,
+    weights,
+)
 
 BINS = 20
 LOST = 1e10  # stands for an nll that is not finite
@@ -235,7 +245,7 @@ def temperature_scaled(learner: Learner, temperature: float | Scalar) -> Learner
     def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Categories:
         return learner.predict(params, posterior, x, key).tempered(temperature)
 
-    return learner._replace(predict=predict)
+    return learner.changed(lambda other: temperature_scaled(other, temperature), predict=predict)
 
 
 def _asked(
@@ -243,6 +253,7 @@ def _asked(
     place: Int[Array, " tasks"], chunk: int,
 ) -> tuple[PyTree, Float[Array, " tasks"]]:  # fmt: skip
     """of(predictive, y, weight) of the queries of a task of each group in `place`, and how many queries each has."""
+    check_settled(learner)
 
     def one(drawn: tuple[PRNGKeyArray, Array]) -> tuple[PyTree, Scalar]:
         key_task, key_adapt, key_predict = jax.random.split(drawn[0], 3)

@@ -27,6 +27,7 @@ from metaprior.types import (
     Learner,
     Task,
     TaskSource,
+    check_settled,
     check_weight,
     counted,
     draw_task,
@@ -181,8 +182,10 @@ def evaluate(
             all along an episode has some.
 
     Raises:
-        ValueError: targets that cannot be, such as a label that is no class; weights below 0; no query that counts.
+        ValueError: targets that cannot be, such as a label that is no class; weights below 0; no query that counts; a
+            learner that has to be `settled` first.
     """
+    check_settled(learner)
     groups = group_count(source)
     tasks = (groups or TASKS) if tasks is None else tasks
     if tasks < 1:

@@ -23,7 +23,7 @@ from metaprior.likelihoods import Counts
 from metaprior.options import Count, NonNegative, OuterOptimizer, Positive, Seed, Whole, check_fields
 from metaprior.runtime import shared
 from metaprior.signals import interruptible
-from metaprior.types import Learner, Splits, Task, TaskSource, counted, weighted_mean
+from metaprior.types import Learner, Splits, Task, TaskSource, counted, settled, weighted_mean
 
 BLOCK_BYTES = 2**23  # of tasks drawn ahead: what stays in a processor's cache
 SAVE_EVERY = 10.0  # seconds: a checkpoint takes a tenth of one, as long as a chunk of meta-steps on a GPU
@@ -256,16 +256,20 @@ def block_length(tasks: Task, steps: int) -> int:
 
 
 @shared()
-def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSource], dict[str, Array]]:
-    """Compiled (params, source) -> mean query nll (and accuracy) of adapted posteriors on always the same tasks."""
+def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSource, TaskSource], dict[str, Array]]:
+    """Compiled (params, source, train) -> mean query nll (and accuracy) of adapted posteriors on always the same tasks.
 
-    def own_mean(shared: tuple[PyTree, TaskSource], keys: PRNGKeyArray) -> dict[str, Array]:
-        params, source = shared
+    train: the source of training tasks, by which a learner is `settled`.
+    """
+
+    def own_mean(shared: tuple[PyTree, TaskSource, TaskSource], keys: PRNGKeyArray) -> dict[str, Array]:
+        params, source, train = shared
+        judged = settled(learner, params, train, jax.random.key(training.seed))
 
         def one(key: PRNGKeyArray) -> dict[str, Array]:
             key_task, key = jax.random.split(key)
             task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
-            predictive = learner.predict(params, learner.adapt(params, task.support, key), task.query.x, key)
+            predictive = judged.predict(params, judged.adapt(params, task.support, key), task.query.x, key)
             query = counted(task.query)
             y = query.y
 
@@ -285,9 +289,9 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
     mean = mean_over_tasks(own_mean, task_mesh(training.validation_tasks))
 
     @jax.jit
-    def validate(params: PyTree, source: TaskSource) -> dict[str, Array]:
+    def validate(params: PyTree, source: TaskSource, train: TaskSource) -> dict[str, Array]:
         keys = jax.random.split(jax.random.key(training.seed + 1), training.validation_tasks)
-        return mean((params, source), keys)
+        return mean((params, source, train), keys)
 
     return validate
 
@@ -368,7 +372,7 @@ def fit(
             row |= {"train/skipped": float(steps - finite.sum())} if training.skip else {}
             validated = better = False
             if row["step"] % every == 0 or row["step"] == training.steps:
-                figures = jax.device_get(validate(state.params, splits.validation))
+                figures = jax.device_get(validate(state.params, splits.validation, splits.train))
                 row |= {f"validation/{k}": float(v) for k, v in figures.items()}
                 validated, better = True, row["validation/nll"] < lowest
                 if better:

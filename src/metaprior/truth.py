@@ -73,7 +73,7 @@ def linear_model(features: int) -> Model:
     def init(key: PRNGKeyArray, x: Array) -> PyTree:
         return {"head": 0.1 * jax.random.normal(key, (features, 1))}
 
-    return Model(init, lambda phi, x, tap=None: x @ phi["head"])
+    return Model(init, lambda phi, x: x @ phi["head"])
 
 
 def judge(

@@ -42,21 +42,55 @@ class Task(NamedTuple):
     query: Batch
 
 
+class Call(NamedTuple):
+    """How a network is called, besides its parameters and inputs.
+
+    tap: (name, inputs [n, ..., k], s [n, ..., o]) -> s; it is shown each linear map's inputs and outputs and may
+        replace the outputs. Curvatures look at a network through it, and learners change layers by it.
+    by: what batch norm goes by: each layer's statistics by its name, or weights [n] of the examples at hand in their
+        statistics; None: those examples, all alike.
+    """
+
+    tap: Callable[[str, Array, Array], Array] | None = None
+    by: Any = None
+
+
+PLAIN = Call()
+
+
 class Model(NamedTuple):
     """A network as two pure functions on a *batch* x: `init(key, x) -> params`, `apply(params, x) -> outputs`.
 
-    `features(params, x)` gives what the last layer (the head) sees; NIL, the metric learners and last-layer
-    posteriors need it, the others do not.
-
-    `statistics`: whose statistics its batch norm goes by: "batch" (of what comes together, or it has none), "task" (of
-    the support) or "running" (of training tasks). A model knows neither support nor training tasks, so with the last
-    two its functions take them as a further argument, which `networks/statistics.py` provides.
+    features: `features(params, x)` gives what the last layer (the head) sees; NIL, the metric learners and last-layer
+        posteriors need it, the others do not.
+    statistics: whose statistics its batch norm goes by: "batch" (of what comes together, or it has no batch norm),
+        "task" (of the support) or "running" (of training tasks). See `networks/statistics.py`.
+    calls: whether `apply` and `features` take a `Call` as a third argument.
+    support: the support whose statistics batch norm goes by, in a model that has been told it.
     """
 
     init: Callable[[PRNGKeyArray, PyTree], PyTree]
     apply: Callable[..., PyTree]
     features: Callable[..., Array] | None = None
     statistics: str = "batch"
+    calls: bool = False
+    support: Batch | None = None
+
+    def outputs(self, params: PyTree, x: PyTree, call: Call = PLAIN) -> PyTree:
+        """`apply` under a call.
+
+        Raises:
+            ValueError: something is asked of a model that takes no `Call`.
+        """
+        if call.tap is None and call.by is None:
+            return self.apply(params, x)
+        if not self.calls:
+            raise ValueError(
+                "model: its apply(params, x) takes no `Call`, so nothing can look into its layers or normalise them. "
+                "Use curvature='dual', 'diagonal' or 'lanczos' in place of 'kfac', leave out local=True, or use a "
+                "network of metaprior.networks."
+            )
+        return self.apply(params, x, call)
 
 
 @runtime_checkable
@@ -81,6 +115,10 @@ class Learner(NamedTuple):
     loss:    (params, task, key)         -> (scalar, metrics); `jax.grad` of it *is* the meta-gradient
     path:    (params, support, key)      -> posterior after 0, 1, ..., k inner steps (one more leading axis), for
              those learners that have inner steps
+    network: (params, support, key)      -> (x, call) -> outputs: the network that a task begins with, as this learner
+             calls it, where that is not the model under params
+    settle:  (params, source, key)       -> the learner to use after training, where that goes by statistics of
+             training tasks; None where training changes nothing but params
     """
 
     init: Callable[[PRNGKeyArray, Task], PyTree]
@@ -88,6 +126,34 @@ class Learner(NamedTuple):
     predict: Callable[[PyTree, PyTree, PyTree, PRNGKeyArray], Any]
     loss: Callable[[PyTree, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
     path: Callable[[PyTree, Batch, PRNGKeyArray], PyTree] | None = None
+    network: Callable[[PyTree, Batch, PRNGKeyArray], Callable[..., Array]] | None = None
+    settle: Callable[[PyTree, "TaskSource", PRNGKeyArray], "Learner"] | None = None
+
+    def changed(self, change: Callable[["Learner"], "Learner"], **functions: Any) -> "Learner":
+        """This learner with other functions; `change` makes the same change of the learner that it settles to."""
+        settle = self.settle
+        if settle is not None:
+            functions["settle"] = lambda params, source, key: change(settle(params, source, key))
+        return self._replace(**functions)
+
+
+def settled(learner: Learner, params: PyTree, source: "TaskSource", key: PRNGKeyArray) -> Learner:
+    """The learner to use with trained params: itself, or one whose batch norm goes by these training tasks.
+
+    Args:
+        source: of training tasks.
+        key: that draws them.
+    """
+    return learner if learner.settle is None else learner.settle(params, source, key)
+
+
+def check_settled(learner: Learner) -> None:
+    """A ValueError for a learner that has to be `settled` before it can be judged."""
+    if learner.settle is not None:
+        raise ValueError(
+            "learner: its batch norm goes by training tasks (norm='running'), whose statistics have not been gathered. "
+            "Use learner = mp.settled(learner, params, splits.train, key)."
+        )
 
 
 @runtime_checkable
@@ -197,6 +263,7 @@ def examples(batch: Batch) -> int:
     return jax.tree.leaves(batch.x)[0].shape[0]
 
 
-__all__ = ["Array", "Attributes", "Batch", "Bool", "Float", "GroupedSource", "Learner", "Model", "PRNGKeyArray",
-           "Predictive", "PyTree", "Scalar", "Splits", "Task", "TaskSource", "check_weight", "counted", "draw_task",
-           "examples", "group_count", "group_order", "weighted_mean", "weights"]
+__all__ = ["PLAIN", "Array", "Attributes", "Batch", "Bool", "Call", "Float", "GroupedSource", "Learner", "Model",
+           "PRNGKeyArray", "Predictive", "PyTree", "Scalar", "Splits", "Task", "TaskSource", "check_settled",
+           "check_weight", "counted", "draw_task", "examples", "group_count", "group_order", "settled", "weighted_mean",
+           "weights"]

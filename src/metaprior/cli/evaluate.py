@@ -18,8 +18,9 @@ from metaprior.cli.screen import screen
 from metaprior.evaluation import TASKS, Report, Units
 from metaprior.evaluation import evaluate as evaluate_learner
 from metaprior.files import check_output, write_atomically
-from metaprior.inference.normalised import settled
+from metaprior.inference.normalised import gathered
 from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from metaprior.networks.statistics import given
 from metaprior.plots import adaptation_curve, pit_histogram, reliability_diagram, save
 from metaprior.recipe import (
     Experiment,
@@ -72,7 +73,9 @@ def open_run(
         )
     params = run.params(init_state(experiment.learner, experiment.splits.train, experiment.training))
     if experiment.model.statistics == "running":
-        model = settled(experiment.model, params, experiment.splits.train, jax.random.key(experiment.training.seed))
+        gather = jax.jit(partial(gathered, experiment.learner, experiment.model))
+        statistics = gather(params, experiment.splits.train, jax.random.key(experiment.training.seed))
+        model = given(experiment.model, statistics)
         way = most_ways(recipe, experiment.preparation)
         learner = recipe_learner(recipe, model, experiment.likelihood, steps=steps, way=way, **posterior)
         experiment = experiment._replace(model=model, learner=learner)

@@ -1,6 +1,7 @@
 """A gradient-based learner from its parts: an adaptation, a meta-objective, and a rule for what is around phi_k."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +21,21 @@ from metaprior.inference.gradient import (
 )
 from metaprior.inference.posteriors import Implied, PosteriorRule
 from metaprior.likelihoods import Categorical, Gaussian, Likelihood
-from metaprior.types import Batch, Learner, Model, Task, weighted_mean
+from metaprior.types import PLAIN, Batch, Call, Learner, Model, Task, weighted_mean
 
 Loss = Callable[[PyTree, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
 
 
 class Adapted(NamedTuple):
-    """The posterior over phi and, where queries are judged one at a time, the support inputs beside them."""
+    """A task's posterior over phi.
+
+    context: the support's inputs, where each query is judged in a batch of its own beside them. params: theta as the
+    task began with it, where that differs from task to task (`Adaptation.local`).
+    """
 
     posterior: PyTree
-    context: PyTree
+    context: PyTree = None
+    params: PyTree = None
 
 
 def gradient_learner(
@@ -54,13 +60,13 @@ def gradient_learner(
         raise ValueError(f"steps: came {steps}, needs at least 0")
 
     def outputs(params: PyTree, context: PyTree) -> Callable:
-        def jointly(phi: PyTree, x: PyTree, tap: Any = None) -> Array:
-            return adaptation.outputs(params, phi, x) if tap is None else adaptation.outputs(params, phi, x, tap)
+        def jointly(phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
+            return adaptation.outputs(params, phi, x, call)
 
-        def singly(phi: PyTree, x: PyTree, tap: Any = None) -> Array:
+        def singly(phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
             def one(xi: PyTree) -> Array:
                 beside = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), context, xi)
-                return jointly(phi, beside, tap)[-1]
+                return jointly(phi, beside, call)[-1]
 
             return jax.lax.map(one, x)
 
@@ -85,22 +91,38 @@ def gradient_learner(
         around = posterior.infer(
             outputs(params, None), likelihood, at.phi, support, implied(params, support, at, k)
         )
-        return Adapted(around, None if transductive else support.x)
+        kept = None if adaptation.local is None else params
+        return Adapted(around, None if transductive else support.x, kept)
+
+    def begun(params: PyTree, support: Batch, key: PRNGKeyArray) -> PyTree:
+        return params if adaptation.local is None else adaptation.local(params, support, key)
 
     def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Adapted:
+        params = begun(params, support, key)
         fit = support_loss(adaptation, likelihood, params, support)
         at = descend(fit, adaptation.start(params), adaptation.optimizer(params), steps)
         return infer(params, support, at, steps)
 
     def path(params: PyTree, support: Batch, key: PRNGKeyArray) -> Adapted:
+        params = begun(params, support, key)
         fit = support_loss(adaptation, likelihood, params, support)
         course = trajectory(fit, adaptation.start(params), adaptation.optimizer(params), steps)
         return jax.vmap(lambda at, k: infer(params, support, at, k))(course, jnp.arange(steps + 1))
 
     def predict(params: PyTree, adapted: Adapted, x: PyTree, key: PRNGKeyArray) -> Any:
+        params = params if adapted.params is None else adapted.params
         return posterior.predict(outputs(params, adapted.context), likelihood, adapted.posterior, x, key)
 
-    return Learner(adaptation.init, adapt, predict, loss, path)
+    def begun_loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        here, key = jax.random.split(key)
+        return loss(begun(params, task.support, here), task, key)
+
+    def network(params: PyTree, support: Batch, key: PRNGKeyArray) -> Callable[..., Array]:
+        params = begun(params, support, key)
+        return partial(adaptation.outputs, params, adaptation.start(params))
+
+    whole = loss if adaptation.local is None else begun_loss
+    return Learner(adaptation.init, adapt, predict, whole, path, network)
 
 
 def query_learner(

@@ -6,6 +6,7 @@ gradient (first order), or around it (iMAML, Reptile).
 """
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.likelihoods import Likelihood
-from metaprior.types import Batch, Model, Task, counted, examples, weighted_mean, weights
+from metaprior.networks.statistics import by_support
+from metaprior.types import PLAIN, Batch, Call, Model, Task, counted, examples, weighted_mean, weights
 
 SEGMENTS = 4  # of a rematerialised descent, of each of its segments, and so on
 UNROLLED = 5  # inner steps up to this many are unrolled: XLA then fuses across them; more are a loop
@@ -24,34 +26,41 @@ UNROLLED = 5  # inner steps up to this many are unrolled: XLA then fuses across 
 class Adaptation(NamedTuple):
     """What is adapted, and by which optimiser.
 
+    model:     the network, which `network` calls
     init:      (key, task) -> params              theta and whatever else is meta-learned
     start:     (params) -> phi                    the task parameters before the first step
-    outputs:   (params, phi, x, tap=None) -> [n, c]
+    network:   (params, phi, x, call) -> [n, c]   how phi makes outputs; evaluated by `outputs`
     optimizer: (params) -> optax transformation   its learned rates, if any, are read from params
     penalty:   (params, phi, support) -> scalar   added to the mean support nll, e.g. a proximal term
     root:      (params) -> S                      where each update is -S S' gradient: shaped as phi, or a `steps.Root`
     by_tensor: each update is linear in the gradients and treats the elements of a tensor alike
+    local:     (params, support, key) -> params   theta as a task begins with it, which may depend on its support;
+               applied before everything else in `adapt`, `path` and `loss`
     """
 
+    model: Model
     init: Callable[[PRNGKeyArray, Task], PyTree]
     start: Callable[[PyTree], PyTree]
-    outputs: Callable[..., Array]
+    network: Callable[[PyTree, PyTree, PyTree, Call], Array]
     optimizer: Callable[[PyTree], optax.GradientTransformation]
     penalty: Callable[[PyTree, PyTree, Batch], Scalar] | None = None
     root: Callable[[PyTree], PyTree] | None = None
     by_tensor: bool = False
+    local: Callable[[PyTree, Batch, PRNGKeyArray], PyTree] | None = None
+
+    def outputs(self, params: PyTree, phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
+        """phi's outputs; batch norm goes by the support where the model was told one, however it is called."""
+        return by_support(partial(self.network, params, phi), self.model.support)(x, call)
 
 
 def adapt_all(model: Model, optimizer: optax.GradientTransformation) -> Adaptation:
     """Every parameter of the model is adapted, from a meta-learned initialisation, by a fixed optimiser."""
 
-    def outputs(params: PyTree, phi: PyTree, x: PyTree, tap: Any = None) -> Array:
-        return model.apply(phi, x) if tap is None else model.apply(phi, x, tap)
-
     return Adaptation(
+        model,
         init=lambda key, task: model.init(key, task.support.x),
         start=lambda params: params,
-        outputs=outputs,
+        network=lambda params, phi, x, call: model.outputs(phi, x, call),
         optimizer=lambda params: optimizer,
     )
 

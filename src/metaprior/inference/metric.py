@@ -156,4 +156,7 @@ def with_unseen(learner: Learner, way: int, concentration: float = 1.0) -> Learn
         known = weights(task.query) * there[jnp.clip(task.query.y, 0, way - 1)]
         return learner.loss(params, task._replace(query=task.query._replace(weight=known)), key)
 
-    return learner._replace(adapt=adapt, predict=predict, loss=loss)
+    def again(other: Learner) -> Learner:
+        return with_unseen(other, way, concentration)
+
+    return learner.changed(again, adapt=adapt, predict=predict, loss=loss)

@@ -1,6 +1,7 @@
-"""Learners over networks whose batch norm goes by the support (`of_support`) or by training tasks (`settled`)."""
+"""Learners over networks whose batch norm goes by the support (`of_support`) or by training tasks (`of_training`)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.gradient import joined
-from metaprior.networks.norm import Statistics
+from metaprior.networks.norm import AT_HAND, Statistics
 from metaprior.networks.statistics import beside, given, statistics_of
 from metaprior.types import Batch, Learner, Model, Task, TaskSource
 
@@ -27,7 +28,7 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
     """
 
     def at(support: Batch) -> Learner:
-        return make(beside(model, support.x, support.weight))
+        return make(beside(model, support))
 
     def init(key: PRNGKeyArray, task: Task) -> PyTree:
         return at(task.support).init(key, task)
@@ -51,21 +52,42 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
     return Learner(init, adapt, predict, loss, None if make(model).path is None else path)
 
 
-def settled(model: Model, params: PyTree, source: TaskSource, key: PRNGKeyArray, tasks: int = 100) -> Model:
-    """A "running" model under the statistics of `tasks` training tasks at a learner's trained params.
+def of_training(make: Callable[[Model], Learner], model: Model) -> Learner:
+    """The learner that `make` builds, normalised by the batch at hand in training and by training tasks afterwards.
+
+    `Learner.settle` gathers the statistics once params are trained.
+    """
+    learner = make(given(model, AT_HAND))
+
+    def settle(params: PyTree, source: TaskSource, key: PRNGKeyArray) -> Learner:
+        return make(given(model, jax.jit(partial(gathered, learner, model))(params, source, key)))
+
+    return learner._replace(settle=settle)
+
+
+def gathered(
+    learner: Learner, model: Model, params: PyTree, source: TaskSource, key: PRNGKeyArray, tasks: int = 100
+) -> dict[str, Statistics]:
+    """The statistics of `tasks` training tasks, of each layer of the network that a task begins with.
 
     Gathered once, after training (Ioffe & Szegedy 2015, algorithm 2), not followed on the way: each task is normalised
     by itself as it was in training, and the variance is that within tasks and that between their means.
-    Raises ValueError where the learner's params hold no parameters of this network as they are.
+
+    Raises:
+        ValueError: a learner whose params hold no parameters of this network as they are.
     """
 
     def one(key: PRNGKeyArray) -> dict[str, Statistics]:
-        data = joined(jax.tree.map(lambda leaf: leaf[0], source.sample(key, 1)))
-        return statistics_of(model, part_like(model, params, data.x), data.x, data.weight)
+        task = jax.tree.map(lambda leaf: leaf[0], source.sample(key, 1))
+        data = joined(task)
+        if learner.network is not None:
+            network = learner.network(params, task.support, key)
+        else:
+            network = partial(model.apply, part_like(model, params, data.x))
+        return statistics_of(network, data.x, data.weight)
 
-    each = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, tasks))
-    pooled = {name: Statistics(s.mean.mean(0), s.variance.mean(0) + s.mean.var(0)) for name, s in each.items()}
-    return given(model, pooled)
+    each = jax.lax.map(one, jax.random.split(key, tasks))
+    return {name: Statistics(s.mean.mean(0), s.variance.mean(0) + s.mean.var(0)) for name, s in each.items()}
 
 
 def part_like(model: Model, params: PyTree, x: PyTree) -> PyTree:

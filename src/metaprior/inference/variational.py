@@ -6,7 +6,6 @@ Beatson 2019; Zou & Lu 2020). Whether the meta-gradient flows through its steps 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import signature
 from itertools import count as count_from
 from typing import Any
 
@@ -20,7 +19,7 @@ from metaprior.inference.gradient import Descent, count, descend, make_optimizer
 from metaprior.inference.posteriors import predict
 from metaprior.likelihoods import Likelihood
 from metaprior.options import Count, InnerOptimizer, NonNegative, Whole, check_fields
-from metaprior.types import Batch, Learner, Model, Task
+from metaprior.types import Batch, Call, Learner, Model, Task
 
 Objective = Callable[[DiagonalGaussian, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
 
@@ -32,8 +31,9 @@ class Variational:
     steps, test_steps (None: as many): optimiser steps in training and on a new task. optimizer, rate: any of optax, or
     "natural" (see `natural_descent`), whose rate is the share of the way to its target that a step takes the precision.
     samples: reparametrised draws a step, one or mirrored pairs. kl_weight: 1 is Bayes' rule, less trusts the data more.
-    local: draw each linear map's outputs in place of its weights (Kingma, Salimans & Welling 2015), for networks with a
-    `tap`: less noise, but noise that depends on the order of the examples. remat: backward memory grows as log(steps).
+    local: draw each linear map's outputs in place of its weights (Kingma, Salimans & Welling 2015), for networks that
+    take a `Call`: less noise, but noise that depends on the order of the examples. remat: backward memory grows as
+    log(steps).
     """
 
     steps: Whole = 5
@@ -143,10 +143,8 @@ def local_outputs(
 
     All other weights, of convolutions and norms, are drawn once for all examples: their draws are shared between
     pixels, which outputs drawn one by one would not be. sign: -1 mirrors the draw. Raises ValueError for a network
-    without a `tap`.
+    that takes no `Call`.
     """
-    if "tap" not in signature(model.apply).parameters:
-        raise ValueError("local: needs a network whose apply takes a `tap`, as mlp and conv4 do")
     drawn, seen = q.sample(key, sign), count_from(1)
 
     def dense(name: str) -> bool:
@@ -165,7 +163,7 @@ def local_outputs(
         name: {k: q.mean[name][k] if dense(name) and k in ("w", "b") else v for k, v in layer.items()}
         for name, layer in drawn.items()
     }
-    return model.apply(layers, x, tap)
+    return model.outputs(layers, x, Call(tap))
 
 
 def free_energy(

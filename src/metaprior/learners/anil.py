@@ -17,7 +17,7 @@ from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Categories, Likelihood, check_labels
 from metaprior.named import passes_options_to
 from metaprior.options import InnerOptimizer, NonNegative, Positive, Whole, checked
-from metaprior.types import Batch, Learner, Model, Task, counted, weights
+from metaprior.types import Batch, Call, Learner, Model, Task, counted, weights
 
 
 def _is_head(params: PyTree, head: str) -> PyTree:
@@ -52,9 +52,8 @@ def anil(
     def start(params: PyTree) -> PyTree:
         return eqx.filter(params, _is_head(params, head))
 
-    def outputs(params: PyTree, phi: PyTree, x: PyTree, tap: Any = None) -> Array:
-        merged = eqx.combine(phi, params)
-        return model.apply(merged, x) if tap is None else model.apply(merged, x, tap)
+    def network(params: PyTree, phi: PyTree, x: PyTree, call: Call) -> Array:
+        return model.outputs(eqx.combine(phi, params), x, call)
 
     def init(key: PRNGKeyArray, task: Task) -> PyTree:
         params = model.init(key, task.support.x)
@@ -63,7 +62,7 @@ def anil(
 
     inner = make_optimizer(optimizer, rate, differentiated=not first_order)
     return query_learner(
-        Adaptation(init, start, outputs, lambda params: inner),
+        Adaptation(model, init, start, network, lambda params: inner),
         likelihood,
         steps=steps,
         test_steps=test_steps,

@@ -20,7 +20,7 @@ from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.layers import dense
 from metaprior.options import InnerOptimizer, NonNegative, Way, Whole, checked
-from metaprior.types import Batch, Learner, Model, Task
+from metaprior.types import Batch, Call, Learner, Model, Task
 
 
 class Tuned(NamedTuple):
@@ -53,12 +53,13 @@ def fine_tune(
     """
     inner = make_optimizer(optimizer, rate, differentiated=False)
     embed, loss = embedding(model), pretraining_loss(model, likelihood)
+    untold = model._replace(support=None)  # `embed` has its batch norm by the support itself
 
     def init(key: PRNGKeyArray, task: Task) -> PyTree:
         return model.init(key, task.support.x)
 
-    def outputs(params: PyTree, phi: Tuned, x: PyTree, tap: Any = None) -> Array:
-        return dense("head", phi.head, x if frozen else embed(phi.features, x), tap)
+    def network(params: PyTree, phi: Tuned, x: PyTree, call: Call) -> Array:
+        return dense("head", phi.head, x if frozen else embed(phi.features, x), call)
 
     def penalty(params: PyTree, phi: Tuned, support: Batch) -> Scalar:
         return l2 * half_square(phi.head, jax.tree.map(jnp.zeros_like, phi.head))
@@ -72,7 +73,7 @@ def fine_tune(
             return Tuned({"w": jnp.zeros((width, classes)), "b": jnp.zeros(classes)}, None if frozen else params)
 
         return gradient_learner(
-            Adaptation(init, start, outputs, lambda params: inner, penalty if l2 else None),
+            Adaptation(untold, init, start, network, lambda params: inner, penalty if l2 else None),
             likelihood,
             loss,
             steps=steps if test_steps is None else test_steps,

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics, gradient_learner
-from metaprior.inference.gradient import Adaptation, adapt_all, drawn, mean_nll, minibatches, support_loss
+from metaprior.inference.gradient import adapt_all, drawn, mean_nll, minibatches, support_loss
 from metaprior.inference.learned import P, log_sign, unrolled
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.likelihoods import Likelihood
@@ -103,43 +103,34 @@ def l2l(
         return Learned(theta, init_rule(there, units, depth))
 
     def begun(params: Learned, support: Batch, key: PRNGKeyArray) -> Learned:
-        return params if start == "learned" else params._replace(theta=model.init(key, support.x))
+        return params._replace(theta=model.init(key, support.x))
 
     def optimizer(params: Learned) -> optax.GradientTransformation:
         return learned_optimizer(params.rule, rate=rate, p=p)
 
-    adaptation = Adaptation(init, lambda params: params.theta, free.outputs, optimizer)
+    adaptation = free._replace(
+        init=init, start=lambda params: params.theta, optimizer=optimizer, local=begun if start == "random" else None
+    )
 
     def loss(params: Learned, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         support, query = task
-        key_start, key_data = jax.random.split(key)
-        params = begun(params, support, key_start)
         data = None
         if minibatch is not None:
-            data = minibatches(key_data, examples(support), min(minibatch, examples(support)), steps)
+            data = minibatches(key, examples(support), min(minibatch, examples(support)), steps)
 
         def fit(phi: PyTree, places: Int[Array, " n"] | None = None) -> Scalar:
             seen = support if places is None else drawn(support, places)
             return support_loss(adaptation, likelihood, params, seen)(phi)
 
         def judge(phi: PyTree) -> Scalar:
-            return mean_nll(likelihood, model.apply(phi, query.x), query)
+            return mean_nll(likelihood, adaptation.outputs(params, phi, query.x), query)
 
         at, values = unrolled(
             fit, judge, params.theta, optimizer(params), steps, unroll, first_order=first_order, data=data
         )
-        return values.mean(), fit_metrics(likelihood, model.apply(at.phi, query.x), query)
+        return values.mean(), fit_metrics(likelihood, adaptation.outputs(params, at.phi, query.x), query)
 
-    fitted = gradient_learner(
+    return gradient_learner(
         adaptation, likelihood, loss, steps=steps if test_steps is None else test_steps, posterior=posterior,
         transductive=transductive, descends=False,
     )  # fmt: skip
-
-    def adapt(params: Learned, support: Batch, key: PRNGKeyArray) -> PyTree:
-        return fitted.adapt(begun(params, support, key), support, key)
-
-    def path(params: Learned, support: Batch, key: PRNGKeyArray) -> PyTree:
-        assert fitted.path is not None
-        return fitted.path(begun(params, support, key), support, key)
-
-    return fitted._replace(adapt=adapt, path=path)

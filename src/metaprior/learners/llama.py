@@ -6,7 +6,7 @@ the data plus the prior's precision). The gradient covers both terms. objective=
 full, for which eta is 1/2: -log p(D | phi) - log p(phi | theta) + 1/2 log det(H / 2 pi).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 from metaprior.inference.assemble import fit_metrics, gradient_learner
 from metaprior.inference.curvature import CURVATURES, descent_spectrum, dual
 from metaprior.inference.gradient import (
-    Adaptation,
     adapt_all,
     count,
     descend,
@@ -30,7 +29,7 @@ from metaprior.inference.posteriors import PosteriorRule, laplace
 from metaprior.likelihoods import Likelihood
 from metaprior.named import lookup
 from metaprior.options import NonNegative, Positive, Whole, checked
-from metaprior.types import Batch, Learner, Model, Task
+from metaprior.types import PLAIN, Batch, Call, Learner, Model, Task
 
 
 class Prior(NamedTuple):
@@ -92,12 +91,10 @@ def llama(
     def pull(params: Prior, phi: PyTree, data: Batch) -> Scalar:
         return tau(params) * half_square(phi, params.theta) / count(data)
 
-    adaptation = Adaptation(
-        init, lambda params: params.theta, free.outputs, free.optimizer, pull if explicit else None
-    )
+    adaptation = free._replace(init=init, start=lambda params: params.theta, penalty=pull if explicit else None)
 
-    def outputs(phi: PyTree, x: PyTree, *tap: Any) -> Array:
-        return free.outputs(None, phi, x, *tap)
+    def outputs(phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
+        return free.outputs(None, phi, x, call)
 
     def log_det(params: Prior, phi: PyTree, batch: Batch, key: PRNGKeyArray) -> Scalar:
         """log det(I + H / tau) (implicit: of the posterior precision over the prior's), of the *summed* nll."""

@@ -108,7 +108,9 @@ def _adaptation(model: Model, units: int, rate: float, p: float) -> Adaptation:
         return MetaLSTM(model.init(here, task.support.x), init_cell(there, units, rate))
 
     free = adapt_all(model, optax.identity())
-    return Adaptation(init, lambda params: params.theta, free.outputs, lambda params: cell_optimizer(params.rule, p=p))
+    return free._replace(
+        init=init, start=lambda params: params.theta, optimizer=lambda params: cell_optimizer(params.rule, p=p)
+    )
 
 
 @checked
@@ -143,7 +145,7 @@ def gates(
 ) -> Gates:
     """The forget and input gates of every parameter while phi is fitted to a support (the paper's Figure 2)."""
     if model.statistics == "task":
-        model = beside(model, support.x, support.weight)
+        model = beside(model, support)
     adaptation = _adaptation(model, 1, 0.5, p)
     fit = support_loss(adaptation, likelihood, params, support)
     course = trajectory(fit, params.theta, adaptation.optimizer(params), steps).state

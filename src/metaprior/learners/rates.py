@@ -54,9 +54,6 @@ def _learner(
         theta = model.init(here, task.support.x)
         return Stepped(theta, init_rule(there, theta))
 
-    def outputs(params: Stepped, phi: PyTree, x: PyTree, tap: Any = None) -> Array:
-        return model.apply(phi, x) if tap is None else model.apply(phi, x, tap)
-
     def optimizer(params: Stepped) -> optax.GradientTransformation:
         def step(gradient: PyTree, t: Any, _: PyTree = None) -> tuple[PyTree, Any]:
             return update(params.rule, t, gradient), t + 1
@@ -65,9 +62,10 @@ def _learner(
 
     return query_learner(
         Adaptation(
+            model,
             init,
             lambda params: params.theta,
-            outputs,
+            lambda params, phi, x, call: model.outputs(phi, x, call),
             optimizer,
             root=root,
             by_tensor=root is None,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from metaprior.inference.normalised import of_support
+from metaprior.inference.normalised import of_support, of_training
 from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.bmaml import bmaml
@@ -79,7 +79,8 @@ READ_ATTRIBUTES = ("zero_shot",)
 def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any) -> Learner:
     """A learner by its registered name; unknown names and options are ValueErrors that suggest the nearest.
 
-    A model whose batch norm goes by the support (norm="task") is told the support in every function.
+    A model whose batch norm goes by the support (norm="task") is told the support in every function. One with
+    norm="running" makes a learner to be `settled` after training.
     """
 
     accept(Model, model, "model")
@@ -87,4 +88,5 @@ def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any
     def make(network: Model) -> Learner:
         return construct("learner", name, LEARNERS, network, likelihood, **options)
 
-    return of_support(make, model) if model.statistics == "task" else make(model)
+    told = {"task": of_support, "running": of_training}.get(model.statistics)
+    return make(model) if told is None else told(make, model)

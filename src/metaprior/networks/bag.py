@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metaprior.networks.layers import Tap, dense, dense_init
+from metaprior.networks.layers import dense, dense_init
 from metaprior.options import Count, Way, checked
-from metaprior.types import Model
+from metaprior.types import PLAIN, Call, Model
 
 
 def check_tokens(x: Array) -> None:
@@ -56,7 +56,7 @@ def bag(
             params[name] = dense_init(k, i, o)
         return params
 
-    def features(params: dict, x: Int[Array, "n length"], tap: Tap | None = None) -> Float[Array, "n d"]:
+    def features(params: dict, x: Int[Array, "n length"], call: Call = PLAIN) -> Float[Array, "n d"]:
         check_tokens(x)
         row = x % buckets
         weight = jnp.where(x > 0, jnp.exp(params["log_weight"][row]), 0)
@@ -67,11 +67,11 @@ def bag(
         scale = jax.lax.rsqrt((weight**2).sum(-1, keepdims=True) + jnp.finfo(weight.dtype).tiny)
         f = jnp.einsum("nl,nld->nd", weight * scale, seen)
         for name in names:
-            f = jax.nn.relu(dense(name, params[name], f, tap))
+            f = jax.nn.relu(dense(name, params[name], f, call))
         return f
 
-    def apply(params: dict, x: Int[Array, "n length"], tap: Tap | None = None) -> Array:
-        f = features(params, x, tap)
-        return dense("head", params["head"], f, tap) if head else f
+    def apply(params: dict, x: Int[Array, "n length"], call: Call = PLAIN) -> Array:
+        f = features(params, x, call)
+        return dense("head", params["head"], f, call) if head else f
 
-    return Model(init, apply, features)
+    return Model(init, apply, features, calls=True)

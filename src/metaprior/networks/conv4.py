@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.networks.conv import max_pool
-from metaprior.networks.layers import Tap, check_images, convolve, dense, dense_init, flat
-from metaprior.networks.norm import By, check_norm, norm_init, normalise, source_of
+from metaprior.networks.layers import check_images, convolve, dense, dense_init, flat
+from metaprior.networks.norm import check_norm, norm_init, normalise, source_of
 from metaprior.options import Count, Whole, checked
-from metaprior.types import Model
+from metaprior.types import PLAIN, Call, Model
 
 
 @checked
@@ -38,20 +38,20 @@ def conv4(
     names = [f"block{i + 1}" for i in range(blocks)]
     halving = names[: blocks if halvings is None else halvings]
 
-    def block(name: str, layer: dict[str, Array], x: Array, tap: Tap | None, by: By) -> Array:
+    def block(name: str, layer: dict[str, Array], x: Array, call: Call) -> Array:
         stride = 2 if downsample == "stride" and name in halving else 1
-        s = jax.nn.relu(normalise(norm, name, layer, convolve(name, layer, x, tap, stride), by))
+        s = jax.nn.relu(normalise(norm, name, layer, convolve(name, layer, x, call, stride), call.by))
         return max_pool(s) if downsample == "max_pool" and name in halving else s
 
-    def features(params: dict, x: Array, tap: Tap | None = None, by: By = None) -> Float[Array, "n d"]:
+    def features(params: dict, x: Array, call: Call = PLAIN) -> Float[Array, "n d"]:
         check_images(x)
         for name in names:
-            x = block(name, params[name], x, tap, by)
+            x = block(name, params[name], x, call)
         return x.mean((1, 2)) if readout == "mean" else flat(x)
 
-    def apply(params: dict, x: Array, tap: Tap | None = None, by: By = None) -> Array:
-        f = features(params, x, tap, by)
-        return dense("head", params["head"], f, tap) if head else f
+    def apply(params: dict, x: Array, call: Call = PLAIN) -> Array:
+        f = features(params, x, call)
+        return dense("head", params["head"], f, call) if head else f
 
     def init(key: PRNGKeyArray, x: Array) -> dict:
         keys = jax.random.split(key, blocks + 1)
@@ -61,11 +61,11 @@ def conv4(
             params[name] = {"w": w} | norm_init(filters, gain)
             width = filters
         if head:
-            size = jax.eval_shape(features, params, x, None, jnp.ones(x.shape[0])).shape[-1]
+            size = jax.eval_shape(features, params, x, Call(by=jnp.ones(x.shape[0]))).shape[-1]
             params["head"] = dense_init(keys[-1], size, outputs)
         return params
 
-    return Model(init, apply, features, source_of(norm))
+    return Model(init, apply, features, source_of(norm), calls=True)
 
 
 @checked

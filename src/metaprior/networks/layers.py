@@ -1,6 +1,6 @@
-"""The layers our networks are made of. A `tap` sees each linear map: K-FAC records and probes through it."""
+"""The layers our networks are made of. The `tap` of a `Call` sees each linear map."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 
 import jax
@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.networks.conv import conv2d, patches
 from metaprior.networks.product import product, rows
-
-Tap = Callable[[str, Array, Array], Array]
+from metaprior.types import PLAIN, Call
 
 
 def flat(x: Float[Array, "n *rest"]) -> Float[Array, "n d"]:
@@ -27,19 +26,19 @@ def dense_init(key: PRNGKeyArray, inputs: int, outputs: int, scale: float | None
     return {"w": w, "b": jnp.zeros(outputs)}
 
 
-def dense(name: str, layer: dict[str, Array], x: Float[Array, "n i"], tap: Tap | None = None) -> Float[Array, "n o"]:
+def dense(name: str, layer: dict[str, Array], x: Float[Array, "n i"], call: Call = PLAIN) -> Float[Array, "n o"]:
     """x w + b, seen by the tap."""
     s = product(x, layer["w"]) + rows(layer["b"], x.shape[0])
-    return s if tap is None else tap(name, x, s)
+    return s if call.tap is None else call.tap(name, x, s)
 
 
 def convolve(
-    name: str, layer: Mapping[str, Array], x: Float[Array, "n h w i"], tap: Tap | None = None, stride: int = 1
+    name: str, layer: Mapping[str, Array], x: Float[Array, "n h w i"], call: Call = PLAIN, stride: int = 1
 ) -> Float[Array, "n h2 w2 o"]:
     """The convolution with the layer's weights, same padding and no bias, seen by the tap."""
     w = layer["w"]
     s = conv2d(x, w, stride)
-    return s if tap is None else tap(name, patches(x, (w.shape[0], w.shape[1]), stride), s)
+    return s if call.tap is None else call.tap(name, patches(x, (w.shape[0], w.shape[1]), stride), s)
 
 
 def check_images(x: Array) -> None:

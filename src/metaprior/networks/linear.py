@@ -3,9 +3,8 @@
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from metaprior.networks.layers import Tap
 from metaprior.options import Count, NonNegative, checked
-from metaprior.types import Model
+from metaprior.types import PLAIN, Call, Model
 
 
 @checked
@@ -16,9 +15,9 @@ def linear(outputs: Count = 1, init_scale: NonNegative = 0.01) -> Model:
         inputs = x.reshape(x.shape[0], -1).shape[1]
         return {"head": {"w": init_scale * jax.random.normal(key, (inputs, outputs))}}
 
-    def apply(params: dict, x: Array, tap: Tap | None = None) -> Float[Array, "n o"]:
+    def apply(params: dict, x: Array, call: Call = PLAIN) -> Float[Array, "n o"]:
         x = x.reshape(x.shape[0], -1)
         s = x @ params["head"]["w"]
-        return s if tap is None else tap("head", x, s)
+        return s if call.tap is None else call.tap("head", x, s)
 
-    return Model(init, apply, lambda params, x: x.reshape(x.shape[0], -1))
+    return Model(init, apply, lambda params, x, call=PLAIN: x.reshape(x.shape[0], -1), calls=True)

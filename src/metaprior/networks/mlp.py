@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from metaprior.networks.layers import Tap, dense, dense_init, flat
+from metaprior.networks.layers import dense, dense_init, flat
 from metaprior.networks.norm import batch_norm
 from metaprior.networks.product import product
 from metaprior.options import Count, NonNegative, checked
-from metaprior.types import Model
+from metaprior.types import PLAIN, Call, Model
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu, "leaky_relu": jax.nn.leaky_relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid,
@@ -46,18 +46,18 @@ def mlp(
                 params[name]["shift"] = params[name].pop("b")
         return params
 
-    def features(params: dict, x: Array, tap: Tap | None = None) -> Array:
+    def features(params: dict, x: Array, call: Call = PLAIN) -> Array:
         x = flat(x)
         for name in names[:-1]:
             layer = params[name]
             if norm:
                 s = product(x, layer["w"])
-                x = act(batch_norm(s if tap is None else tap(name, x, s), layer["shift"]))
+                x = act(batch_norm(s if call.tap is None else call.tap(name, x, s), layer["shift"]))
             else:
-                x = act(dense(name, layer, x, tap))
+                x = act(dense(name, layer, x, call))
         return x
 
-    def apply(params: dict, x: Array, tap: Tap | None = None) -> Array:
-        return dense("head", params["head"], features(params, x, tap), tap)
+    def apply(params: dict, x: Array, call: Call = PLAIN) -> Array:
+        return dense("head", params["head"], features(params, x, call), call)
 
-    return Model(init, apply, features)
+    return Model(init, apply, features, calls=True)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 EPSILON = 1e-5
 NORMS = ("batch", "running", "task", "layer", "group", "none")
 OF_A_BATCH = NORMS[:3]  # their statistics are of many examples; the others' of one
+NOT_ITS_OWN = {"task": "the support", "running": "training tasks"}
 GROUP_CHANNELS = 16  # of one group; Wu & He 2018, table 3
 
 
@@ -28,9 +29,10 @@ class Statistics(NamedTuple):
     variance: Float[Array, " c"]
 
 
-# What a batch norm goes by: statistics for each layer by its name, the weights of the examples at hand, or (None) those
-# examples as they are.
-By = Mapping[str, Statistics] | Float[Array, " n"] | None
+AT_HAND = "at hand"
+# What a batch norm goes by: statistics for each layer by its name, the weights of the examples at hand, or AT_HAND,
+# those examples all alike. None is the last for norm="batch"; "running" and "task" have to be told.
+By = Mapping[str, Statistics] | Float[Array, " n"] | str | None
 
 
 def check_norm(norm: str) -> None:
@@ -41,7 +43,7 @@ def check_norm(norm: str) -> None:
 
 def source_of(norm: str) -> str:
     """What `Model.statistics` is under this norm: whose statistics somebody else has to provide."""
-    return norm if norm in ("running", "task") else "batch"
+    return norm if norm in NOT_ITS_OWN else "batch"
 
 
 def norm_init(width: int, gain: bool) -> dict[str, Array]:
@@ -54,16 +56,16 @@ def normalise(
 ) -> Float[Array, "n *space c"]:
     """The layer's norm of x, then its gain (if it has one) and shift.
 
-    Raises ValueError where the norm is "task" and nothing is said to go by: such a network does not know the support.
+    Raises ValueError where the norm is "task" or "running" and nothing is said to go by.
     """
     shift, gain = layer["shift"], layer.get("gain")
-    if norm == "task" and by is None:
+    if by is None and norm in NOT_ITS_OWN:
         raise ValueError(
-            "norm: 'task' goes by the support's statistics, which the network does not know; make the learner by "
-            "make_learner(name, model, ...), which tells it, or give the network norm='batch'"
+            f"norm: {norm!r} goes by the statistics of {NOT_ITS_OWN[norm]}, which the network does not know; make the "
+            "learner by make_learner(name, model, ...), which tells it, or give the network norm='batch'"
         )
     if norm in OF_A_BATCH:
-        if by is None:
+        if by is None or isinstance(by, str):
             return batch_norm(x, shift, gain)
         mean, variance = by[name] if isinstance(by, Mapping) else moments(x, by)
         x = (x - mean) * jax.lax.rsqrt(variance + EPSILON)

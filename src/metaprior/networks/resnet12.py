@@ -7,10 +7,10 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.networks.conv import max_pool
-from metaprior.networks.layers import Tap, check_images, convolve, dense, dense_init
-from metaprior.networks.norm import By, check_norm, norm_init, normalise, source_of
+from metaprior.networks.layers import check_images, convolve, dense, dense_init
+from metaprior.networks.norm import check_norm, norm_init, normalise, source_of
 from metaprior.options import Count, checked
-from metaprior.types import Model
+from metaprior.types import PLAIN, Call, Model
 
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 
@@ -35,25 +35,25 @@ def resnet12(
     blocks = [f"block{i + 1}" for i in range(len(widths))]
     leaky = partial(jax.nn.leaky_relu, negative_slope=0.1)
 
-    def layer(params: dict, name: str, x: Array, tap: Tap | None, by: By) -> Array:
-        return normalise(norm, name, params[name], convolve(name, params[name], x, tap), by)
+    def layer(params: dict, name: str, x: Array, call: Call) -> Array:
+        return normalise(norm, name, params[name], convolve(name, params[name], x, call), call.by)
 
-    def block(params: dict, name: str, x: Array, tap: Tap | None, by: By) -> Array:
+    def block(params: dict, name: str, x: Array, call: Call) -> Array:
         first, second, third = (f"{name}_{conv}" for conv in CONVOLUTIONS)
-        y = leaky(layer(params, first, x, tap, by))
-        y = leaky(layer(params, second, y, tap, by))
-        y = layer(params, third, y, tap, by) + layer(params, f"{name}_skip", x, tap, by)
+        y = leaky(layer(params, first, x, call))
+        y = leaky(layer(params, second, y, call))
+        y = layer(params, third, y, call) + layer(params, f"{name}_skip", x, call)
         return max_pool(leaky(y))
 
-    def features(params: dict, x: Array, tap: Tap | None = None, by: By = None) -> Float[Array, "n d"]:
+    def features(params: dict, x: Array, call: Call = PLAIN) -> Float[Array, "n d"]:
         check_images(x)
         for name in blocks:
-            x = block(params, name, x, tap, by)
+            x = block(params, name, x, call)
         return x.mean((1, 2))
 
-    def apply(params: dict, x: Array, tap: Tap | None = None, by: By = None) -> Array:
-        f = features(params, x, tap, by)
-        return dense("head", params["head"], f, tap) if head else f
+    def apply(params: dict, x: Array, call: Call = PLAIN) -> Array:
+        f = features(params, x, call)
+        return dense("head", params["head"], f, call) if head else f
 
     def init(key: PRNGKeyArray, x: Array) -> dict:
         check_images(x)
@@ -71,4 +71,4 @@ def resnet12(
             params["head"] = dense_init(key_head, width, outputs)
         return params
 
-    return Model(init, apply, features, source_of(norm))
+    return Model(init, apply, features, source_of(norm), calls=True)

@@ -5,7 +5,7 @@ function of parameters and examples (`statistics_of`), and a model that goes by 
 `beside`) with the same parameters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from metaprior.networks.norm import Statistics, moments
-from metaprior.types import Model
+from metaprior.types import PLAIN, Batch, Call, Model, examples
+
+Network = Callable[..., Array]  # (x, call) -> outputs, the network under some parameters
 
 
 def statistics_of(
-    model: Model, params: PyTree, x: PyTree, weight: Float[Array, " n"] | None = None
+    network: Network, x: PyTree, weight: Float[Array, " n"] | None = None
 ) -> dict[str, Statistics]:
     """Mean and variance of each layer's outputs, channel by channel, while the examples are normalised by themselves.
 
@@ -31,32 +33,66 @@ def statistics_of(
         seen[name] = moments(s, weight)
         return s
 
-    model.apply(params, x, record, weight)
+    network(x, Call(record, weight))
     return seen
 
 
-def given(model: Model, statistics: Mapping[str, Statistics]) -> Model:
-    """The model under fixed statistics: what it says of an example depends on no other."""
-    see = None if model.features is None else partial(model.features, by=statistics)
-    return Model(model.init, partial(model.apply, by=statistics), see)
+def given(model: Model, statistics: Mapping[str, Statistics] | str) -> Model:
+    """The model under fixed statistics, so that what it says of an example depends on no other; or under `AT_HAND`."""
+
+    def under(network: Network) -> Network:
+        def told(params: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
+            return network(params, x, Call(call.tap, statistics) if call.by is None else call)
+
+        return told
+
+    return _under(model, under)
 
 
-def beside(model: Model, x: PyTree, weight: Float[Array, " n"] | None = None) -> Model:
-    """The model under the statistics that the examples x have with the parameters of each call."""
+def _under(model: Model, under: Callable[[Network], Network], **told: Any) -> Model:
+    see = None if model.features is None else under(model.features)
+    return model._replace(apply=under(model.apply), features=see, statistics="batch", **told)
 
-    def by(params: PyTree, at: PyTree) -> Any:
-        # The examples themselves need no second pass: their statistics are those of the batch at hand.
-        if at is x:
-            return jnp.ones(jax.tree.leaves(x)[0].shape[0]) if weight is None else weight
-        return statistics_of(model, params, x, weight)
 
-    def apply(params: PyTree, at: PyTree, *tap: Any) -> Array:
-        return model.apply(params, at, *tap, by=by(params, at))
+def by_support(network: Network, support: Batch | None) -> Network:
+    """The network with its batch norm by the support's statistics, whatever it makes of its inputs and layers.
 
-    see = model.features
+    The support goes through the network together with the examples at hand, and it alone counts in the statistics. A
+    tap is shown the examples at hand. Without a support, or where statistics are given, nothing changes.
+    """
+    if support is None:
+        return network
+    n = examples(support)
+    weight = jnp.ones(n) if support.weight is None else support.weight
 
-    def features(params: PyTree, at: PyTree, *tap: Any) -> Array:
-        assert see is not None
-        return see(params, at, *tap, by=by(params, at))
+    def beside(x: PyTree, call: Call = PLAIN) -> Array:
+        if call.by is not None:
+            return network(x, call)
+        if x is support.x:  # the same values at half the cost
+            return network(x, call._replace(by=weight))
+        if jax.tree.structure(x) != jax.tree.structure(support.x):
+            raise ValueError(
+                "norm: 'task' normalises queries by a support of examples, but this support has other inputs than its "
+                "queries (attributes, for instance); use norm='batch', 'running', 'layer' or 'group'"
+            )
+        both = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), support.x, x)
+        by = jnp.concatenate([weight, jnp.zeros(jax.tree.leaves(x)[0].shape[0], weight.dtype)])
+        return network(both, Call(_of_rows_from(n, call.tap), by))[n:]
 
-    return Model(model.init, apply, None if see is None else features)
+    return beside
+
+
+def _of_rows_from(n: int, tap: Callable | None) -> Callable | None:
+    """The tap on the examples from the n-th on; the others pass."""
+    if tap is None:
+        return None
+    return lambda name, inputs, s: jnp.concatenate([s[:n], tap(name, inputs[n:], s[n:])])
+
+
+def beside(model: Model, support: Batch) -> Model:
+    """The model with its batch norm by the statistics that the support has under the parameters of each call."""
+
+    def under(network: Network) -> Network:
+        return lambda params, x, call=PLAIN: by_support(partial(network, params), support)(x, call)
+
+    return _under(model, under, support=support)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metaprior.networks.bag import check_tokens, table_init
-from metaprior.networks.layers import Tap, dense, dense_init
+from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import lstm_init, run_lstm
 from metaprior.options import Count, Way, checked
-from metaprior.types import Model
+from metaprior.types import PLAIN, Call, Model
 
 POOLS = ("mean", "last", "blank")
 BLANK = 1  # the number of the place that a cloze task leaves open
@@ -44,7 +44,7 @@ def token_lstm(
         }
         return params | ({"head": dense_init(keys[3], 2 * hidden, outputs)} if head else {})
 
-    def features(params: dict, x: Int[Array, "n length"], tap: Tap | None = None) -> Float[Array, "n d"]:
+    def features(params: dict, x: Int[Array, "n length"], call: Call = PLAIN) -> Float[Array, "n d"]:
         check_tokens(x)
         seen, there = params["table"][x % buckets], x > 0
 
@@ -58,8 +58,8 @@ def token_lstm(
         share = chosen / jnp.maximum(chosen.sum(-1, keepdims=True), 1)
         return jnp.einsum("nl,nld->nd", share, jnp.concatenate([forward, backward], -1))
 
-    def apply(params: dict, x: Int[Array, "n length"], tap: Tap | None = None) -> Array:
-        f = features(params, x, tap)
-        return dense("head", params["head"], f, tap) if head else f
+    def apply(params: dict, x: Int[Array, "n length"], call: Call = PLAIN) -> Array:
+        f = features(params, x, call)
+        return dense("head", params["head"], f, call) if head else f
 
-    return Model(init, apply, features)
+    return Model(init, apply, features, calls=True)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.curvature.rows import Outputs, as_scale, chunked, curvature_root, inner, normal_like
 from metaprior.likelihoods import Likelihood
-from metaprior.types import Batch, examples
+from metaprior.types import Batch, Call, examples
 
 
 class Factor(NamedTuple):
@@ -103,9 +103,9 @@ def kfac(
 ) -> Kfac:
     """K-FAC of the batch's summed nll at phi, a dict of layers {"w": [..., o], "b": [o]}, by r backward passes.
 
-    `outputs(phi, x, tap)` calls tap(name, inputs [n, ..., k], s [n, ..., o]) -> s at each linear map, whose layer is
-    phi[name]. One prior scale a layer is used, the root mean square where `scale` varies within it. `key` draws a sign
-    for each example: where a batch norm ties examples together these keep G unbiased, else they do nothing.
+    `outputs(phi, x, call)` calls call.tap(name, inputs [n, ..., k], s [n, ..., o]) -> s at each linear map, whose layer
+    is phi[name]. One prior scale a layer is used, the root mean square where `scale` varies within it. `key` draws a
+    sign for each example: where a batch norm ties examples together these keep G unbiased, else they do nothing.
     """
 
     def record(phi: PyTree) -> tuple[Array, dict[str, tuple[Array, Array]]]:
@@ -115,18 +115,21 @@ def kfac(
             seen[name] = (inputs, s)
             return s
 
-        return outputs(phi, batch.x, tap), seen
+        return outputs(phi, batch.x, Call(tap)), seen
 
     f, seen = record(phi)
     names = [n for n in seen if isinstance(phi, Mapping) and n in phi and phi[n].get("w") is not None]
     if not names:
         raise ValueError(
-            "curvature: K-FAC sees layers through outputs(phi, x, tap), and no layer of phi was tapped; call "
+            "curvature: K-FAC sees layers through outputs(phi, x, Call(tap)), and no layer of phi was tapped; call "
             "tap(name, inputs, s) at each linear map of the network, or use curvature='dual'"
         )
 
     def probed(probes: dict[str, Array]) -> Array:
-        return outputs(phi, batch.x, lambda name, _, s: s + probes[name] if name in probes else s)
+        def tap(name: str, _: Array, s: Array) -> Array:
+            return s + probes[name] if name in probes else s
+
+        return outputs(phi, batch.x, Call(tap))
 
     _, pull = jax.vjp(probed, {name: jnp.zeros_like(seen[name][1]) for name in names})
     signs = jax.random.rademacher(jax.random.key(0) if key is None else key, f.shape[:1], f.dtype)
