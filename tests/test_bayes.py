@@ -286,7 +286,7 @@ def test_local_reparametrisation_of_convolutions():
     model = conv4(3, filters=4, blocks=1)
     plain, local = (nll_draws(model, Categorical(), -2.0, x, y, local, 3000) for local in (False, True))
     np.testing.assert_allclose(plain.mean(), local.mean(), atol=5 * (plain.std() + local.std()) / 3000**0.5)
-    with pytest.raises(ValueError, match="local: needs a network"):
+    with pytest.raises(ValueError, match="local: needs a network that takes"):
         nll_draws(LINE, Gaussian(), -1.0, jnp.ones((1, 2)), jnp.ones((1, 1)), True, 1)
 
 

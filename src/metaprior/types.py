@@ -87,8 +87,8 @@ class Model(NamedTuple):
         if not self.calls:
             raise ValueError(
                 "model: its apply(params, x) takes no `Call`, so nothing can look into its layers or normalise them. "
-                "Use curvature='dual', 'diagonal' or 'lanczos' in place of 'kfac', leave out local=True, or use a "
-                "network of metaprior.networks."
+                "Use curvature='dual', 'diagonal' or 'lanczos' in place of 'kfac', or a network of "
+                "metaprior.networks."
             )
         return self.apply(params, x, call)
 

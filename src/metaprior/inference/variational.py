@@ -145,6 +145,8 @@ def local_outputs(
     pixels, which outputs drawn one by one would not be. sign: -1 mirrors the draw. Raises ValueError for a network
     that takes no `Call`.
     """
+    if not model.calls:
+        raise ValueError("local: needs a network that takes a `Call`, as those of metaprior.networks do; leave it out")
     drawn, seen = q.sample(key, sign), count_from(1)
 
     def dense(name: str) -> bool:
