@@ -432,7 +432,7 @@ def test_a_folder_that_cannot_be_made_is_said_before_any_work(tmp_path, path, sa
 
 def test_a_start_that_was_killed_is_started_again(tmp_path):
     Run.create(tmp_path / "run", {}, {"training.rate": 1.0}).close()
-    assert Run.resume(tmp_path / "run").started == {"asked": {"training.rate": 1.0}}
+    assert Run.resume(tmp_path / "run").started["asked"] == {"training.rate": 1.0}
     (tmp_path / "run" / "recipe.json").unlink()  # it is written last
     Run.create(tmp_path / "run", {}).close()
 

@@ -1,17 +1,20 @@
 """Checkpoints by orbax: atomic, the last two and the best two, refused where they do not fit."""
 
 import errno
+import hashlib
+import json
 import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
@@ -58,14 +61,24 @@ def check_fingerprint(saved: dict[str, str], needed: dict[str, str], where: Path
         )
 
 
+def digest_of(tree: PyTree) -> str:
+    """A hash of all leaves, with their paths, types and shapes."""
+    found = hashlib.sha256(json.dumps(fingerprint(tree)).encode())
+    for leaf in jax.tree.leaves(jax.device_get(tree)):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()[:32]
+
+
 class Checkpoints:
     """A folder of checkpoints, one subfolder a step; orbax writes each beside and renames it into place.
 
-    Reading changes nothing in the folder, so it is safe beside a process that saves. Only one process may save.
+    Each keeps its step, a hash of its arrays, whose bits nothing else guards, and the id of its run; one that is not
+    what they say counts as damaged. Reading changes nothing in the folder, so it is safe beside a process that saves.
+    Only one process may save.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int = 2, run: Callable[[], str | None] = lambda: None):
+        self.folder, self.keep, self._run = folder, keep, run
         self._keeper: ocp.CheckpointManager | None = None
 
     def steps(self) -> list[int]:
@@ -94,10 +107,22 @@ class Checkpoints:
             try:
                 with ocp.StandardCheckpointer() as reader:
                     path = self.folder.absolute() / str(step) / "default"
-                    return Restored(step, reader.restore(path, shapes), damaged)
+                    tree = reader.restore(path, shapes)
+                self._check(step, tree)
+                return Restored(step, tree, damaged)
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
                 damaged[step] = _first_line(error)
         return Restored(None, None, damaged)
+
+    def _check(self, step: int, tree: PyTree) -> None:
+        """A CheckpointError where the arrays are not those that were saved at this step by this run."""
+        noted = json.loads((self.folder / str(step) / "_CHECKPOINT_METADATA").read_text())["custom_metadata"] or {}
+        if noted.get("step", step) != step:
+            raise CheckpointError(f"it is a copy of meta-step {noted['step']}")
+        if (own := self._run()) is not None and noted.get("run", own) != own:
+            raise CheckpointError("it was saved by another run")
+        if "sha256" in noted and noted["sha256"] != digest_of(tree):
+            raise CheckpointError("its arrays are not those that were saved")
 
     def save(self, step: int, tree: PyTree) -> None:
         """Write a checkpoint; earlier ones stay whole if this fails."""
@@ -109,7 +134,8 @@ class Checkpoints:
             if shutil.disk_usage(self.folder).free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with _quiet():
-                keeper.save(step, args=ocp.args.StandardSave(tree), force=True)
+                noted = {"step": step, "sha256": digest_of(tree)} | ({"run": run} if (run := self._run()) else {})
+                keeper.save(step, args=ocp.args.StandardSave(tree), force=True, custom_metadata=noted)
             sync(self.folder)
         except (OSError, ValueError, RuntimeError) as error:
             for _ in range(RETRIES):  # what is still being written comes back once or twice

@@ -8,9 +8,9 @@ given the pool: their intervals speak of these classes, not of other ones. ECE, 
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from metaprior.calibration import BINS, brier, expected_error, maximum_error, re
 from metaprior.devices import everywhere, map_over_tasks, task_mesh
 from metaprior.files import write_atomically
 from metaprior.likelihoods import Categories, Counts, check_counts, check_labels, check_real
+from metaprior.options import Count, accept, shown
 from metaprior.tasks import preparation_of
 from metaprior.types import (
     Learner,
@@ -85,10 +86,28 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        table = json.loads(text)
-        table["figures"] = {k: Figure(**v) for k, v in table["figures"].items()}
-        table["curve"] = [{k: Figure(**v) for k, v in row.items()} for row in table["curve"]]
-        return cls(**{f.name: table[f.name] for f in fields(cls) if f.name in table})
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: other or damaged text, saying what is wrong with it.
+        """
+        table = accept(dict, json.loads(text), "a report")
+        if lacking := [name for name in ("kind", "tasks", "figures", "pooled", "curve") if name not in table]:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        kind = accept(Literal["classification", "regression"], table["kind"], "kind")
+        rows = {name: accept(list, table.get(name, []), name) for name in ("curve", "reliability", "pit", "notes")}
+        return cls(
+            kind,
+            accept(Count, table["tasks"], "tasks"),
+            _figures(table["figures"], "figures"),
+            _numbers(table["pooled"], "pooled"),
+            [_figures(row, "curve") for row in rows["curve"]],
+            [_numbers(row, "reliability") for row in rows["reliability"]],
+            list(_numbers(dict(enumerate(rows["pit"])), "pit").values()),
+            accept(str | None, table.get("target"), "target"),
+            accept(Count | None, table.get("groups"), "groups"),
+            list(accept(tuple[str, ...], rows["notes"], "notes")),
+        )
 
     def table(self, title: str = "") -> Table:
         """The report as a table to print."""
@@ -119,6 +138,26 @@ class Report:
             if step <= 10 or step % 10 == 0 or step == len(self.curve) - 1:
                 table.add_row(str(step), *(str(figure) for figure in row.values()))
         return table
+
+
+def _numbers(table: Any, name: str) -> dict[Any, float]:
+    """Numbers by name as JSON holds them; NaN and infinity are figures too, of tasks that diverged."""
+    for key, value in accept(dict, table, name).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name}.{key} must be a number, got {shown(value)}.")
+    return table
+
+
+def _figures(table: Any, name: str) -> dict[str, Figure]:
+    found = {}
+    for key, value in accept(dict, table, name).items():
+        part = dict(accept(dict, value, f"{name}.{key}"))
+        known = part.get("interval", 0.0) is not None
+        part = _numbers(part if known else part | {"interval": 0.0}, f"{name}.{key}")
+        if part.keys() != {"mean", "interval"}:
+            raise ValueError(f"{name}.{key} must have a mean and an interval, got {', '.join(part) or 'neither'}.")
+        found[key] = Figure(part["mean"], part["interval"] if known else None)
+    return found
 
 
 def _digits(value: float) -> str:

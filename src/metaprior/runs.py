@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -42,6 +43,7 @@ from metaprior.training import Restored, Training, TrainState
 from metaprior.types import Splits
 
 Row = dict[str, float]
+RESTORE = "put back the file that the training wrote, or train again"
 
 
 class RunExists(ValueError):
@@ -69,7 +71,10 @@ class Run:
         self._made: list[Path] = []  # folders that `create` made
         self.used: Chosen | None = None
         self._events: Events | None = None
-        self._last, self._best = (Checkpoints(folder / "checkpoints" / which) for which in ("last", "best"))
+        self._last, self._best = (
+            Checkpoints(folder / "checkpoints" / which, run=lambda: _started(folder).get("id"))
+            for which in ("last", "best")
+        )
 
     @classmethod
     def create(cls, folder: Path | str, recipe: dict[str, Any], asked: dict[str, Any] | None = None) -> "Run":
@@ -102,7 +107,8 @@ class Run:
                     made.append(path)
             run = cls(folder, Lock(folder / "lock", str(folder)))
             run._made = made
-            write_atomically(folder / "training.json", json.dumps({"asked": asked or {}}, indent=2) + "\n")
+            started = {"id": uuid.uuid4().hex[:16], "recipe": recipe_digest(recipe), "asked": asked or {}}
+            write_atomically(folder / "training.json", json.dumps(started, indent=2) + "\n")
             write_atomically(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
         except OSError as error:
             _remove(folder, made)
@@ -117,6 +123,14 @@ class Run:
             raise ValueError(f"run: {folder} holds no run (no recipe.json in it); give the folder that `train` wrote")
         return cls(folder)
 
+    def warn_if_edited(self) -> None:
+        """A warning where recipe.json is another than the run was trained by."""
+        if self.edited:
+            _warn(
+                f"{self.folder / 'recipe.json'}: was edited since the run was started, and is read as it stands now, "
+                "though the parameters were trained by what stood there before"
+            )
+
     @classmethod
     def resume(cls, folder: Path | str) -> "Run":
         """An existing run, to be trained on: locked for this process.
@@ -126,11 +140,19 @@ class Run:
             Locked: another process trains it; the message names it.
         """
         run = cls.open(folder)
+        if run.edited:
+            where = run.folder / "recipe.json"
+            raise OtherSettings(f"--resume: {where} was edited since the run was started; {RESTORE}")
         try:
             run._lock = Lock(run.folder / "lock", str(run.folder))
         except OSError as error:
             raise ValueError(f"--resume: {explained(error, folder)}") from error
         return run
+
+    @property
+    def edited(self) -> bool:
+        """Whether recipe.json is another than the run was started with, but for the length of the training."""
+        return self.started.get("recipe", own := recipe_digest(self.recipe)) != own
 
     def close(self) -> None:
         """End training: the lock is free for others. The end of the process does the same."""
@@ -157,19 +179,33 @@ class Run:
     @property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe that the run was started with."""
-        return self._json("recipe.json")
+        return _table(self.folder / "recipe.json")
 
     @property
     def started(self) -> dict[str, Any]:
         """How the run was started: `training` (its settings), `asked` (options over the recipe), `under` (see
-        `environment`; one entry a start or resume). Empty for runs of a version that kept none."""
-        return self._json("training.json") if (self.folder / "training.json").is_file() else {}
+        `environment`; one entry a start or resume), `id` (of the run, also in its checkpoints), `recipe` and
+        `preparation` (hashes of what it was started with). Empty for runs of a version that kept none."""
+        return _started(self.folder)
 
     @property
     def preparation(self) -> Preparation | None:
         """What turned the table of training into what the learner saw; None for tasks that are no tables."""
-        path = self.folder / "preparation.json"
-        return Preparation.from_json(path.read_text()) if path.is_file() else None
+        path, kept = self.folder / "preparation.json", self.started.get("preparation")
+        if not path.is_file():
+            if kept is not None:
+                raise ValueError(f"{path}: is missing; {RESTORE}")
+            return None
+        try:
+            text = path.read_text(encoding="utf-8")
+            found = Preparation.from_json(text)
+        except OSError as error:
+            raise ValueError(explained(error, path)) from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; {RESTORE}") from error
+        if kept is not None and kept != _digest(text):
+            raise ValueError(f"{path}: was edited since the run was trained on it; {RESTORE}")
+        return found
 
     def keep(self, preparation: Preparation) -> None:
         """Keep the table's preparation for all that reads the run later."""
@@ -180,9 +216,11 @@ class Run:
         path = self.folder / "metrics.jsonl"
         rows: dict[int, Row] = {}
         for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-            with suppress(ValueError, TypeError, KeyError):  # a line that a kill or a full disk cut short
+            # A line that a kill or a full disk cut short.
+            with suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError):
                 row = json.loads(line)
-                rows[int(row["step"])] = row
+                if all(isinstance(value, int | float) for value in row.values()):
+                    rows[int(row["step"])] = row
         return [rows[step] for step in sorted(rows)]
 
     def begin(
@@ -264,6 +302,12 @@ class Run:
         self.used = self.chosen(like, which)
         return self.used.params
 
+    @property
+    def newest(self) -> int | None:
+        """The meta-step of the newest checkpoint of those that validated best, or else of all; None without any."""
+        steps = self._best.steps() or self._last.steps()
+        return steps[-1] if steps else None
+
     def chosen(self, like: TrainState, which: str = "best") -> Chosen:
         """The parameters that validated best, or the last ones; `like` has the state's shapes.
 
@@ -319,6 +363,8 @@ class Run:
                 f"{self.folder}: goes on under other conditions than before ({'; '.join(changed)}), so its last bits "
                 "may differ from those of a run that never stopped"
             )
+        if (path := self.folder / "preparation.json").is_file():
+            started = {"preparation": _digest(path.read_text(encoding="utf-8"))} | started
         started = started | {"training": settings, "under": [*under, {"from": step} | now]}
         write_atomically(self.folder / "training.json", json.dumps(started, indent=2) + "\n")
         recipe = self.recipe
@@ -332,19 +378,24 @@ class Run:
 
     def _check(self, like: TrainState) -> None:
         if (self.folder / "state.json").is_file():
-            check_fingerprint(self._json("state.json"), fingerprint(like), self.folder)
+            check_fingerprint(_table(self.folder / "state.json"), fingerprint(like), self.folder)
 
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        try:
-            found = json.loads(path.read_text())
-        except OSError as error:
-            raise ValueError(explained(error, path)) from error
-        except ValueError as error:
-            raise ValueError(f"{path}: cannot be read as JSON ({error}); the run folder is damaged") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}; the run folder is damaged")
-        return found
+
+def _started(folder: Path) -> dict[str, Any]:
+    return _table(folder / "training.json") if (folder / "training.json").is_file() else {}
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(explained(error, path)) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); the run folder is damaged") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}; the run folder is damaged")
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -374,6 +425,18 @@ def digest(splits: Splits) -> str:
             found.update(f"{array.dtype}{array.shape}".encode())
             found.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
     return found.hexdigest()[:16]
+
+
+def recipe_digest(recipe: dict[str, Any]) -> str:
+    """A hash of a recipe's tables, but for the number of meta-steps, which a resume may change."""
+    training = recipe.get("training")
+    if isinstance(training, dict):
+        recipe = recipe | {"training": {k: v for k, v in training.items() if k != "steps"}}
+    return _digest(json.dumps(recipe, sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

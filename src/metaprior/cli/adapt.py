@@ -13,11 +13,13 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from metaprior.cli.evaluate import fitted_knobs, open_run, with_knobs
+from metaprior.cli.evaluate import knob_names, open_run, with_knobs
+from metaprior.cli.reports import calibrated_report, check_same
 from metaprior.cli.screen import screen
 from metaprior.files import beside, check_output
 from metaprior.likelihoods import Categories
 from metaprior.recipe import Recipe, most_ways
+from metaprior.runs import Run
 from metaprior.tasks import Examples, Preparation, encode_labels, read_columns, read_examples, read_texts
 from metaprior.tasks.columns import Columns, as_numbers
 from metaprior.types import Attributes, Batch
@@ -63,6 +65,17 @@ def adapt(
         if posterior in (None, "point"):
             raise ValueError("--draws needs a posterior to draw from: give --posterior implicit or laplace too.")
         options["draws"] = draws
+    kept = calibrated_report(Run.open(run), posterior, steps) if calibrated else None
+    if kept is not None:
+        # The scalars are right for the predictive that they were fitted for, and for no other.
+        fitted_for = {name: kept.settings[name] for name in ("draws", "linear") if kept.settings[name] is not None}
+        if draws is not None and draws != (needed := fitted_for.get("draws")):
+            raise ValueError(
+                f"--draws must be {needed} with --calibrated, as {kept.path} was fitted with so many, got {draws}; "
+                f"leave it out, or run `metaprior evaluate {run} --posterior {posterior} --calibrated --draws {draws}` "
+                "first."
+            )
+        options |= fitted_for
     opened, recipe, experiment, params = open_run(run, steps, blank=True, **options)
     like = jax.eval_shape(lambda: experiment.splits.train.sample(jax.random.key(0), 1)).support
     if isinstance(like.x, Attributes):
@@ -78,9 +91,10 @@ def adapt(
     else:
         given = _given(run, recipe, like, *_from_texts(recipe, encode, support, query))
     learner, key = experiment.learner, jax.random.key(seed)
-    if calibrated:
-        knobs, steps = fitted_knobs(opened.folder, posterior), experiment.evaluation.steps if steps is None else steps
-        learner = with_knobs(recipe, experiment, posterior, steps, options, knobs)
+    if kept is not None:
+        steps = experiment.evaluation.steps if steps is None else steps
+        check_same(kept, opened, params, steps, knob_names(recipe, experiment, posterior))
+        learner = with_knobs(recipe, experiment, posterior, steps, options, kept.settings["fitted"])
     shown = Batch(jnp.asarray(given.x), jnp.asarray(given.y))
     adapted = jax.jit(learner.adapt)(params, shown, key)
     predictive = jax.jit(learner.predict)(params, adapted, jnp.asarray(given.query), key)
@@ -95,7 +109,8 @@ def adapt(
     else:
         rows = target_rows(predictive if preparation is None else preparation.predictive(predictive), given.names)
     told = f"{len(given.x)} support examples, {len(given.names)} predictions"
-    _show(rows, f"{recipe.name}, {recipe.learner}: {told}" + (f" of {target}" if target else ""))
+    told += f" of {target}" if target else ""
+    _show(rows, f"{recipe.name}, {recipe.learner}: {told}", given.classes is None)
     if out is not None:
         with beside(out) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())
@@ -202,8 +217,9 @@ def target_rows(predictive: Any, names: list[str]) -> list[dict[str, Any]]:
     return [{"query": name} | {c: float(v[i]) for c, v in columns.items()} for i, name in enumerate(names)]
 
 
-def _show(rows: list[dict[str, Any]], title: str) -> None:
-    table = Table(title=title, title_justify="left", header_style="bold")
+def _show(rows: list[dict[str, Any]], title: str, interval: bool) -> None:
+    table = Table(title=title, title_justify="left", header_style="bold", caption_justify="left")
+    table.caption = "90 % interval: 5 % to 95 %" if interval else None
     for name in rows[0]:
         table.add_column(name, justify="left" if name in ("query", "prediction") else "right")
     digits = _digits(rows)

@@ -1,6 +1,7 @@
 """metaprior compare: the reports of several runs beside each other."""
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,9 +9,11 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
+from metaprior.cli.reports import Kept, command, name_in, read_report, reports_of
 from metaprior.cli.screen import screen
 from metaprior.evaluation import Report, title_of
 from metaprior.files import check_output, write_atomically
+from metaprior.options import Whole, accept
 from metaprior.plots import compared_curves, save
 from metaprior.recipe import own_table
 from metaprior.runs import Run, told_apart
@@ -30,23 +33,27 @@ def compare(
     """
     check_output(out, "--out")
     named = told_apart([Run.open(folder) for folder in runs])
-    reports = {name: report_of(run, report) for name, run in named.items()}
+    kept = {name: report_of(run, report) for name, run in named.items()}
+    reports = {name: one.report for name, one in kept.items()}
     if len(kinds := sorted({it.kind for it in reports.values()})) > 1:
         raise ValueError(f"runs: came reports of {' and of '.join(kinds)}, need to be of one kind")
     if len(targets := sorted({it.target or "no table" for it in reports.values()})) > 1:
         raise ValueError(f"runs: came reports on {' and on '.join(targets)}, need to be on one target")
-    found = {name: asdict(it) | trained(named[name]) for name, it in reports.items()}
+    for name, one in kept.items():
+        warn_if_older(one, named[name])
+    found = {name: asdict(it) | trained(named[name], judged_at(kept[name])) for name, it in reports.items()}
     console, shown = screen(), [n for n in SHOWN if any(n in it.figures or n in it.pooled for it in reports.values())]
     title = f"report-{report}" + "".join({f"; in units of {it.target}" for it in reports.values() if it.target})
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for column in ("learner", "steps", "min", "tasks", *map(title_of, shown)):
         table.add_column(column, justify="left" if column == "learner" else "right", no_wrap=True)
     for name, it in reports.items():
-        figures = [f"{it.figures[n]:.3f}" if n in it.figures else f"{it.pooled[n]:.4f}" for n in shown]
+        figures = [f"{it.figures[n]:.3f}" if n in it.figures else pooled(it, n) for n in shown]
         row = found[name]
         table.add_row(name, str(row["meta_steps"]), f"{row['minutes']:.1f}", str(it.tasks), *figures)
     console.print(table)
-    if len(protocols := {json.dumps(protocol(run), sort_keys=True) for run in named.values()}) > 1:
+    protocols = {json.dumps(protocol(run, kept[name]), sort_keys=True) for name, run in named.items()}
+    if len(protocols) > 1:
         console.print(f"note: the runs were judged on {len(protocols)} kinds of tasks")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "compared.json", json.dumps(found, indent=2) + "\n")
@@ -55,29 +62,54 @@ def compare(
     return 0
 
 
-def report_of(run: Run, name: str) -> Report:
-    """A report that `evaluate` wrote; ValueError with the command that writes it where there is none."""
-    path = run.folder / f"report-{name}.json"
-    if not path.is_file():
-        has = ", ".join(sorted(p.stem.removeprefix("report-") for p in run.folder.glob("report-*.json"))) or "none"
-        raise ValueError(f"report: {run.folder} holds no {path.name} (it has {has}); run `metaprior evaluate` first")
-    text = path.read_text()
-    if run.preparation is not None and "target" not in json.loads(text):
-        raise ValueError(f"report: {path} is of an older version, in other units; run `metaprior evaluate` again")
-    return Report.from_json(text)
+def pooled(report: Report, name: str) -> str:
+    """A figure without an interval; one that only other reports have is left open."""
+    return f"{report.pooled[name]:.4f}" if name in report.pooled else "-"
 
 
-def trained(run: Run) -> dict[str, Any]:
-    """The meta-step of the parameters that are judged, those that validated best, and the minutes up to it."""
+def report_of(run: Run, name: str) -> Kept:
+    """A report of a run (see `read_report`); where all of a run's are others, the error names them."""
+    if not (run.folder / f"report-{name}.json").is_file() and (others := reports_of(run)):
+        raise ValueError(
+            f"--report {name}: {run.folder} holds no report-{name}.json (it has {', '.join(others)}); give --report "
+            f"{others[0]}, or run `{command(run, name)}` first"
+        )
+    run.warn_if_edited()
+    return read_report(run, name)
+
+
+def judged_at(kept: Kept) -> int | None:
+    """The meta-step of the checkpoint that a report judged; None if it does not say."""
+    step = kept.settings.get("checkpoint", {}).get("step")
+    return None if step is None else accept(Whole, step, f"{kept.path}: settings.checkpoint.step")
+
+
+def warn_if_older(kept: Kept, run: Run) -> None:
+    """A warning, with both meta-steps, where a run was trained on since its report."""
+    then, now = judged_at(kept), run.newest
+    if then is not None and now is not None and then != now:
+        again = command(run, name_in(kept.path))
+        warnings.warn(
+            f"{kept.path} judged meta-step {then}, but what the run has now is of meta-step {now}; run `{again}` again",
+            stacklevel=2,
+        )
+
+
+def trained(run: Run, step: int | None = None) -> dict[str, Any]:
+    """The meta-step of the parameters that are judged, and the minutes up to it.
+
+    step: None takes the one that validated best.
+    """
     rows = run.metrics()
-    validated = [row for row in rows if "validation/nll" in row] or rows[-1:]
-    step = int(min(validated, key=lambda row: row.get("validation/nll", 0.0))["step"]) if validated else 0
-    return {"meta_steps": step, "minutes": sum(row["seconds"] for row in rows if row["step"] <= step) / 60}
+    if step is None:
+        validated = [row for row in rows if "validation/nll" in row] or rows[-1:]
+        step = int(min(validated, key=lambda row: row.get("validation/nll", 0.0))["step"]) if validated else 0
+    return {"meta_steps": step, "minutes": sum(row.get("seconds", 0.0) for row in rows if row["step"] <= step) / 60}
 
 
-def protocol(run: Run) -> dict[str, Any]:
+def protocol(run: Run, kept: Kept) -> dict[str, Any]:
     """What makes figures comparable: the tasks that are judged, whatever a learner drew to train on."""
-    tasks = own_table(run.recipe["tasks"], "")
-    return {name: value for name, value in tasks.items() if name not in ("query", "train_way")} | {
-        "seed": run.recipe.get("evaluation", {}).get("seed")
-    }
+    tasks, settings = own_table(run.recipe["tasks"], ""), kept.settings
+    seed = settings.get("seed", run.recipe.get("evaluation", {}).get("seed"))
+    judged = {"seed": seed, "split": settings.get("split"), "set": settings.get("set")}
+    return {name: value for name, value in tasks.items() if name not in ("query", "train_way")} | judged

@@ -14,6 +14,7 @@ import tyro
 from rich.table import Table
 
 from metaprior.calibration import Calibration, calibrate, calibrate_softmax, temperature_scaled
+from metaprior.cli.reports import judged, name_of
 from metaprior.cli.screen import screen
 from metaprior.evaluation import TASKS, Report, Units
 from metaprior.evaluation import evaluate as evaluate_learner
@@ -54,6 +55,7 @@ def open_run(
     the table itself need not be there.
     """
     run = Run.open(folder)
+    run.warn_if_edited()
     recipe = with_overrides(recipe_of(run), None, parse_overrides(overrides))
     configure(float64=training_of(recipe).float64)
     steps = evaluation_of(recipe).steps if steps is None else steps
@@ -90,6 +92,12 @@ def starting_knobs(posterior: str | None, likelihood: Likelihood) -> dict[str, f
     return knobs
 
 
+def knob_names(recipe: Recipe, experiment: Experiment, posterior: str | None) -> set[str]:
+    """The scalars that `--calibrated` fits."""
+    of_classes = keeps_unseen(recipe) or isinstance(experiment.likelihood, Categorical | Bernoulli)
+    return {*starting_knobs(posterior, experiment.likelihood), *(["softmax_temperature"] if of_classes else [])}
+
+
 def with_knobs(
     recipe: Recipe, experiment: Experiment, posterior: str | None, steps: int | None, options: dict[str, Any],
     knobs: dict[str, Any],
@@ -110,15 +118,6 @@ def with_knobs(
             recipe, experiment.model, experiment.likelihood, steps=steps, way=way, softmax_temperature=scale
         )
     return learner if scale is None else temperature_scaled(learner, scale)
-
-
-def fitted_knobs(folder: Path, posterior: str | None) -> dict[str, float]:
-    """What `evaluate --calibrated` fitted for this posterior of the run in `folder`."""
-    report = folder / f"report-{posterior or 'own'}-calibrated.json"
-    if not report.is_file():
-        command = f"metaprior evaluate {folder} --calibrated" + (f" --posterior {posterior}" if posterior else "")
-        raise ValueError(f"--calibrated: {folder} holds no {report.name}; run `{command}` first")
-    return json.loads(report.read_text())["settings"]["fitted"]
 
 
 def _fitted(
@@ -228,12 +227,11 @@ def evaluate(
         course=course,
         metrics=settings.metrics,
     )
-    marks = ["calibrated"] * bool(fitted) + [split] * (split != "test")
-    marks += [re.sub(r"[^\w.=]+", "_", option) for option in changed]
-    name = "-".join(["report", posterior or "own", *marks])
+    name = f"report-{name_of(posterior, calibrated=bool(fitted), split=split, changed=changed)}"
     told = _outsiders(learner, params, recipe, experiment, split, number, settings.seed if seed is None else seed)
-    asked = {"posterior": posterior, "draws": draws, "fitted": fitted, "split": split, "set": set}
-    asked |= {"checkpoint": {"which": opened.used.which, "step": opened.used.step}} if opened.used else {}
+    asked = {"posterior": posterior, "draws": options.get("draws"), "linear": options.get("linear"), "steps": steps}
+    asked |= {"fitted": fitted, "split": split, "set": set, "seed": settings.seed if seed is None else seed}
+    asked |= {"checkpoint": judged(opened, params)}
     kind = "official runs" if split == "one_shot" else "tasks"
     try:
         _keep(opened, name, report, asked, told)

@@ -67,6 +67,14 @@ class Column:
                 stacklevel=3,
             )
 
+    def check(self) -> None:
+        """A ValueError unless its parts fit together."""
+        _check_kind(self.name, self.kind, ("number", "truth value", "category"))
+        width = {"category": len(self.levels), "truth value": 1}.get(self.kind)
+        _check_scaling(self.name, self.mean, self.deviation, width)
+        if len(set(self.levels)) < len(self.levels) or not all(isinstance(level, str) for level in self.levels):
+            raise ValueError(f"levels of {self.name!r} must be different texts, got {list(self.levels)}")
+
     @property
     def features(self) -> list[str]:
         """The name of each feature that the column makes."""
@@ -111,6 +119,13 @@ class Target:
     classes: tuple[Any, ...] = ()
     mean: Floats = (0.0,)
     deviation: Floats = (1.0,)
+
+    def check(self) -> None:
+        """A ValueError unless its parts fit together."""
+        _check_kind(self.name, self.kind, ("number", "count", "class"))
+        _check_scaling(self.name, self.mean, self.deviation)
+        if (self.kind == "class") != bool(self.classes) or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"{self.name!r} of kind {self.kind} came with classes {self.classes}")
 
     def codes(self, values: np.ndarray, name: str, columns: Columns, argument: str = "target") -> np.ndarray:
         """The run's code of each label.
@@ -307,9 +322,28 @@ class Preparation:
             table = json.loads(text)
             columns = tuple(Column(**_tuples(column)) for column in table["columns"])
             groups = None if table["groups"] is None else tuple(map(tuple, table["groups"]))
-            return cls(columns, Target(**_tuples(table["target"])), table["group"], groups)
+            found = cls(columns, Target(**_tuples(table["target"])), table["group"], groups)
+            for column in (*columns, found.target):
+                column.check()
+            if len(set(names := [*(column.name for column in columns), found.target.name])) < len(names):
+                raise ValueError(f"a name stands twice in {', '.join(names)}")
+            return found
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"preparation: damaged ({type(error).__name__}: {error}); train the run again") from error
+            raise DataError(f"preparation: damaged ({type(error).__name__}: {error})") from error
+
+
+def _check_kind(name: Any, kind: Any, kinds: tuple[str, ...]) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a column's name must be text, got {name!r}")
+    if kind not in kinds:
+        raise ValueError(f"{name!r} must be of kind {' or '.join(kinds)}, got {kind!r}")
+
+
+def _check_scaling(name: str, mean: Floats, deviation: Floats, width: int | None = None) -> None:
+    if not len(mean) == len(deviation) == (len(mean) if width is None else width) > 0:
+        raise ValueError(f"{name!r} has {len(mean)} means and {len(deviation)} deviations, needs {width or 'as many'}")
+    if not (np.isfinite(mean).all() and np.isfinite(deviation).all() and min(deviation) > 0):
+        raise ValueError(f"{name!r} must have finite means and deviations above 0")
 
 
 def _tuples(table: dict[str, Any]) -> dict[str, Any]:
