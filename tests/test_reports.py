@@ -68,7 +68,8 @@ def test_scalars_hold_for_their_own_steps_and_draws(run, capsys):
     shutil.copy(run / "report-implicit-calibrated-steps=3.json", path)
     capsys.readouterr()
     adapt(*CALIBRATED, code=2)
-    assert "fitted for inner steps: 3; the run's recipe now asks for the learner's own number" in capsys.readouterr().err
+    said = "fitted for inner steps: 3; the run's recipe now asks for the learner's own number"
+    assert said in capsys.readouterr().err
 
 
 def edit(path, change):
@@ -80,7 +81,8 @@ def edit(path, change):
 DAMAGE = {
     "settings.fitted.noise must be a finite number above 0, got nan":
         lambda t: t["settings"]["fitted"].update(noise=float("nan")),
-    "settings.fitted.noise must be a finite number above 0, got 'x'": lambda t: t["settings"]["fitted"].update(noise="x"),
+    "settings.fitted.noise must be a finite number above 0, got 'x'":
+        lambda t: t["settings"]["fitted"].update(noise="x"),
     "settings.fitted.noise must be a finite number above 0, got -1": lambda t: t["settings"]["fitted"].update(noise=-1),
     "its settings lack fitted": lambda t: t["settings"].pop("fitted"),
     "has fitted temperature, but this run needs noise, temperature": lambda t: t["settings"]["fitted"].pop("noise"),

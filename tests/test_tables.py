@@ -568,17 +568,42 @@ def test_a_word_is_no_number_for_a_gaussian(tmp_path):
     labels=st.lists(st.integers() | st.text(), max_size=3, unique=True),
 )
 def test_preparations_are_kept_to_the_last_bit(numbers, names, labels):
+    spread = tuple(abs(number) or 1.0 for number in numbers)
     columns = (
-        Column(names[0], "number", (), tuple(numbers), tuple(numbers)),
-        Column(names[1], "category", tuple(names)),
+        Column(names[0], "number", (), tuple(numbers), spread),
+        Column(names[1], "category", tuple(names), (0.1,) * len(names), (0.3,) * len(names)),
     )
-    target = Target(names[0], "class" if labels else "number", tuple(labels), tuple(numbers), tuple(numbers))
+    name = "".join(names) + "'s"
+    target = Target(name, "class" if labels else "number", tuple(labels), tuple(numbers), spread)
     prep = Preparation(columns, target, names[1], (tuple(labels), (), ("x",)))
     again = Preparation.from_json(prep.to_json())
     assert again == prep
     assert again.groups == prep.groups
     with pytest.raises(DataError, match="preparation: damaged"):
         Preparation.from_json(prep.to_json()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"kind": "numbr"}, "must be of kind number or truth value or category, got 'numbr'"),
+        ({"mean": [1.0, 2.0]}, "'a' has 2 means and 1 deviations"),
+        ({"mean": [float("nan")]}, "finite"),
+        ({"deviation": [0.0]}, "above 0"),
+        ({"deviation": ["x"]}, "damaged"),
+        ({"name": 3}, "name must be text, got 3"),
+        ({"name": "y"}, "a name stands twice"),
+        ({"kind": "category", "levels": ["u", "u"], "mean": [0, 0], "deviation": [1, 1]}, "must be different texts"),
+        ({"kind": "category", "levels": ["u"], "mean": [0, 0], "deviation": [1, 1]}, "needs 1"),
+        ({"other": 1}, "other"),
+    ],
+)
+def test_a_preparation_whose_parts_do_not_fit_is_damaged(part, says):
+    table = json.loads(Preparation((Column("a", "number"),), Target("y", "number")).to_json())
+    table["columns"][0] |= part
+    with pytest.raises(DataError, match="preparation: damaged") as error:
+        Preparation.from_json(json.dumps(table))
+    assert says in str(error.value)
 
 
 def test_pictures_are_in_the_units_of_the_table():
