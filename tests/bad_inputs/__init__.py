@@ -1,8 +1,9 @@
 """Bad inputs as data: what is given, and the verdict that it must get. `tests/test_bad_inputs.py` runs them all."""
 
-from bad_inputs import files, options, python, recipes, tables
+from bad_inputs import files, options, pictures, python, recipes, tables
 from bad_inputs.judging import Case, judge
 
-CASES: list[Case] = [*options.cases(), *recipes.cases(), *tables.cases(), *files.cases(), *python.cases()]
+PARTS = (options, recipes, tables, files, pictures, python)
+CASES: list[Case] = [case for part in PARTS for case in part.cases()]
 
 __all__ = ["CASES", "Case", "judge"]

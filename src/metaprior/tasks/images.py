@@ -70,11 +70,14 @@ def images(
         names, counts = np.unique([picture.group for picture in pictures], return_counts=True)
         return {"images": decode_pictures(pictures, shape, channels), "counts": counts, "names": names}
 
-    identity = {"version": 1, "shape": shape, "channels": channels, "origin": fingerprint(path)}
+    identity = {"version": 2, "shape": shape, "channels": channels, "origin": fingerprint(path)}
     arrays = cached(f"images-{Path(path).stem}-{height}x{width}", identity, build)
     names, counts = [str(name) for name in arrays["names"]], np.asarray(arrays["counts"])
-    if names == [""]:
-        raise DataError(f"{path}: came pictures without classes, needs them in folders by class (or labels in the NPZ)")
+    if "" in names:
+        raise DataError(
+            f"{path}: came {counts[names.index('')]} pictures without classes, needs each in a folder named by its "
+            "class (or labels in the NPZ)"
+        )
     parts = _shared_out(names, split, seed)
     if drop_small:
         least = (shot + query, shot + test_query, shot + test_query)

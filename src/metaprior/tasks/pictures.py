@@ -5,6 +5,7 @@ import io
 import os
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,10 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.columns import missing
 from metaprior.tasks.limits import check_expansion, check_member, check_pixels, check_regular, open_arrays, open_zip
 from metaprior.tasks.store import DAMAGE, reading
 
@@ -49,8 +51,7 @@ def find_pictures(path: str | Path) -> list[Picture]:
         parts = [(part, path / f"{part}.npz") for part in ("train", "val", "test")]
         if all(file.is_file() for _, file in parts):
             return [picture for part, file in parts for picture in _from_npz(file, f"{part}/")]
-        files = [file for file in sorted(path.rglob("*")) if _is_picture(file.relative_to(path).as_posix())]
-        files = [file for file in files if not file.is_dir()]
+        files = [file for file in sorted(_files(path)) if _is_picture(file.relative_to(path).as_posix())]
         found = [(file.relative_to(path).as_posix(), str(file), partial(_read_file, file)) for file in files]
     else:
         with reading(path):
@@ -59,9 +60,31 @@ def find_pictures(path: str | Path) -> list[Picture]:
             if path.suffix.lower() in SUFFIXES:
                 return [Picture("", str(path), partial(_read_file, path))]
             found = list(_from_archive(path))
+        _check_names(path, [name for name, _, _ in found])
     if not found:
         raise DataError(f"{path}: came no picture ({', '.join(sorted(SUFFIXES))}), needs folders of pictures by class")
     return _grouped(found)
+
+
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
+    """All files below a folder; links to folders are followed, but not in circles."""
+    real = folder.resolve()
+    if real not in above:
+        for path in folder.iterdir():
+            if path.is_dir():
+                yield from _files(path, (*above, real))
+            else:
+                yield path
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    """Names in an archive must be of different files, inside the folder that it would be unpacked to."""
+    for name, times in Counter(names).items():
+        parts = PurePosixPath(name)
+        if times > 1:
+            raise DataError(f"{path}: holds {name} {times} times; unpack it and pack it again.")
+        if parts.is_absolute() or ".." in parts.parts:
+            raise DataError(f"{path}: holds {name}, a path that leads out of the archive; pack it again without.")
 
 
 def _read_file(path: Path) -> bytes:
@@ -86,11 +109,14 @@ def _grouped(found: Iterable[tuple[str, str, Callable[[], bytes]]]) -> list[Pict
 def _from_archive(path: Path) -> Iterable[tuple[str, str, Callable[[], bytes]]]:
     if zipfile.is_zipfile(path):
         with open_zip(path) as checked:
-            members = sorted((m.filename, m.file_size) for m in checked.infolist() if _is_picture(m.filename))
+            members = [m for m in checked.infolist() if _is_picture(m.filename) and not m.is_dir()]
         archive = zipfile.ZipFile(path)  # left open: its pictures are read later
-        for name, size in members:
-            check_member(f"{path}: {name}", size)
-            yield name, f"{path}: {name}", partial(archive.read, name)
+        for member in sorted(members, key=lambda member: member.filename):
+            place = f"{path}: {member.filename}"
+            if member.flag_bits & 1:
+                raise DataError(f"{place} is encrypted; unpack the archive with its password first.")
+            check_member(place, member.file_size)
+            yield member.filename, place, partial(archive.read, member)
     elif tarfile.is_tarfile(path):
         # A compressed tar can only be read in its own order, so the encoded files are taken into memory at once.
         with tarfile.open(path) as archive:
@@ -114,23 +140,39 @@ def _from_npz(path: Path, prefix: str) -> list[Picture]:
     labels = arrays.get("labels")
     if "jpeg" in arrays and "offsets" in arrays:
         data, edges = arrays["jpeg"], arrays["offsets"]
+        if data.dtype != np.uint8 or data.ndim != 1 or not _are_edges(edges, len(data)):
+            raise DataError(f"{path}: offsets must be rising places in jpeg, which is uint8 [bytes]; it is damaged.")
         reads = [partial(_slice, data, a, b) for a, b in pairwise(edges)]
     elif "images" in arrays:
         images = arrays["images"]
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise DataError(f"{path}: images came {images.dtype} {images.shape}, needs uint8 [n, h, w] or [n, h, w, c]")
+        whole = images.dtype == np.uint8 and images.ndim in (3, 4) and 0 not in images.shape[1:]
+        if not whole or images.shape[3:] not in ((), (1,), (3,), (4,)):
+            needed = "uint8 [n, h, w] or [n, h, w, c] with c = 1, 3 or 4"
+            raise DataError(f"{path}: images came {images.dtype} {images.shape}, needs {needed}")
         reads = [partial(images.__getitem__, i) for i in range(len(images))]
     else:
         raise DataError(f"{path}: came arrays {', '.join(arrays) or 'of other names'}, needs images (or jpeg, offsets)")
-    if labels is not None and len(labels) != len(reads):
-        raise DataError(f"{path}: labels came {len(labels)} for {len(reads)} pictures, needs one a picture")
-    names = [""] * len(reads) if labels is None else _class_names(labels, arrays.get("wnids"))
+    if not reads:
+        raise DataError(f"{path}: came no picture, needs one at least")
+    if labels is not None and labels.shape != (len(reads),):
+        raise DataError(f"{path}: labels came {labels.shape} for {len(reads)} pictures, needs one a picture")
+    names = [""] * len(reads) if labels is None else _class_names(path, labels, arrays.get("wnids"))
     rows = enumerate(zip(names, reads, strict=True))
     return [Picture(prefix + name, f"{path}[{i}]", read) for i, (name, read) in rows]
 
 
-def _class_names(labels: np.ndarray, wnids: np.ndarray | None) -> list[str]:
+def _are_edges(edges: np.ndarray, size: int) -> bool:
+    whole = edges.dtype.kind in "iu" and edges.ndim == 1 and len(edges) > 0
+    return whole and edges[0] >= 0 and edges[-1] <= size and bool((np.diff(edges.astype(np.int64)) > 0).all())
+
+
+def _class_names(path: Path, labels: np.ndarray, wnids: np.ndarray | None) -> list[str]:
+    lost = labels == "" if labels.dtype.kind in "US" else missing(labels)
+    if lost.any():
+        raise DataError(f"{path}: labels has none at {int(np.flatnonzero(lost)[0])} ({lost.sum()} such pictures).")
     if wnids is not None:
+        if labels.dtype.kind not in "iu" or wnids.ndim != 1 or labels.min() < 0 or labels.max() >= len(wnids):
+            raise DataError(f"{path}: labels must be places in wnids, which has {len(wnids)} names.")
         return [str(name) for name in wnids[labels]]
     if labels.dtype.kind in "iu":
         width = len(str(int(labels.max())))
@@ -149,7 +191,7 @@ def decode_picture(picture: Picture, size: tuple[int, int] | None, channels: int
         opened = _as_image(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
         with opened as image:
             check_pixels(picture.place, image.size)
-            image = image.convert(MODES[channels])
+            image = _plain(ImageOps.exif_transpose(image), channels, picture.place)
             if size is not None and image.size != (size[1], size[0]):
                 image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
             array = np.asarray(image)
@@ -161,6 +203,19 @@ def decode_picture(picture: Picture, size: tuple[int, int] | None, channels: int
             "truncated: delete it or download it again"
         ) from error
     return array.reshape(*array.shape[:2], channels)
+
+
+def _plain(image: Image.Image, channels: int, place: str) -> Image.Image:
+    """The picture with this many channels of 8 bits, as it looks on white paper."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        wide = np.asarray(image).astype(np.uint32)  # convert() would cut 16 bits at 255
+        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "La", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"):
+        raise DataError(f"{place} has pixels of mode {image.mode}, whose white is not known; save it as an 8-bit PNG.")
+    if channels < 4 and ("A" in image.mode or "a" in image.mode or "transparency" in image.info):
+        seen = image.convert("RGBA")  # ink on nothing is often black on transparent black
+        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return image.convert(MODES[channels])
 
 
 def _as_image(array: np.ndarray) -> Image.Image:
@@ -196,7 +251,7 @@ def check_channels(channels: int) -> None:
 def fingerprint(path: str | Path) -> Any:
     """What identifies the present state of a file or of all pictures of a folder."""
     path = Path(path).expanduser()
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else sorted(file for file in _files(path) if file.is_file())
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()

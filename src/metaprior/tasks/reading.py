@@ -92,11 +92,11 @@ def _from_columns(columns: Columns, path: Path, target: str | None, features: li
     if features is None:
         features = ["x"] if "x" in columns and path.suffix == ".npz" else [c for c in columns if c != name]
     if path.suffix == ".npz" and features == ["x"]:
-        x, named = _array(columns.find("x", "features"), path), None
+        x, named = _array(columns.find("x", "features"), columns, path), None
     else:
         x, named = _design(columns, features)
-    if goal is not None and len(goal) != len(x):
-        raise DataError(f"{path}: came {len(goal)} labels for {len(x)} examples, needs one an example")
+    if goal is not None and goal.shape[:1] != (len(x),):
+        raise DataError(f"{path}: came labels {goal.shape} for {len(x)} examples, needs one an example")
     labels = None
     if goal is not None and name is not None:
         labels = as_ids(goal, name, columns, "target") if goal.ndim == 1 else list(goal)
@@ -117,14 +117,18 @@ def _design(columns: Columns, features: list[str]) -> tuple[np.ndarray, list[str
     return np.concatenate(blocks, 1), names
 
 
-def _array(x: np.ndarray, path: Path) -> np.ndarray:
+def _array(x: np.ndarray, columns: Columns, path: Path) -> np.ndarray:
     if x.dtype.kind not in "fiub":
         raise DataError(f"{path}: x came {x.dtype}, needs numbers")
+    if x.ndim == 0 or 0 in x.shape:
+        raise DataError(f"{path}: x came {x.shape}, needs a row an example, one at least")
     bad = np.argwhere(~np.isfinite(x.astype(float)))
     if len(bad):
         row, *rest = bad[0].tolist()
         raise DataError(f"{path}: x came a NaN in row {row}, column {rest}; fill it in or leave the row out")
-    scaled = x.astype(np.float32) / 255 if x.dtype == np.uint8 and x.ndim > 2 else x.astype(np.float32)
+    flat = x.reshape(len(x), -1).astype(float)
+    scaled = cast(flat, flat, "x", columns, "features").astype(np.float32).reshape(x.shape)
+    scaled = scaled / 255 if x.dtype == np.uint8 and x.ndim > 2 else scaled
     return scaled[:, None] if scaled.ndim == 1 else scaled
 
 

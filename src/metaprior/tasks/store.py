@@ -25,7 +25,7 @@ from metaprior.tasks.limits import check_regular, open_arrays
 
 Arrays = dict[str, np.ndarray]
 
-DAMAGE = (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile)
+DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile)
 
 
 def data_folder(name: str) -> Path | None:
