@@ -27,6 +27,9 @@ from metaprior.types import Learner, Model, Splits
 
 TABLES = ("tasks", "network", "likelihood", "augmentation", "training", "evaluation")  # whose options can be set
 
+NUMBERS = ("number", "count")
+TARGETS = {"categorical": ("class",), "bernoulli": ("class",), "poisson": ("count",)}  # of likelihoods not of numbers
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -234,6 +237,11 @@ def build(
     sources = task_sources(own_table(recipe.tasks, recipe.learner), kind, preparation) if splits is None else splits
     preparation = preparation_of(sources.train) or preparation
     likelihood = component("likelihood", own_table(recipe.likelihood, recipe.learner), LIKELIHOODS)
+    if preparation is not None and (target := preparation.target).kind not in TARGETS.get(str(kind), NUMBERS):
+        raise ValueError(
+            f"likelihood: {kind} does not fit target {target.name!r}, which was prepared as a {target.kind}; set the "
+            "likelihood that the run was trained with"
+        )
     network = dict(recipe.network)
     way = most_ways(recipe, preparation)
     if preparation is not None and kind == "bernoulli":

@@ -63,7 +63,7 @@ class Columns(dict[str, np.ndarray]):
         """One column; a wide one may be spread over columns name[0], name[1], ...
 
         Raises:
-            DataError: no such column, listing those there are and the nearest.
+            DataError: no such column, listing those there are and the nearest; or one without rows.
         """
         if name not in self and f"{name}[0]" in self:
             wide = [f"{name}[{i}]" for i in range(len(self)) if f"{name}[{i}]" in self]
@@ -71,6 +71,9 @@ class Columns(dict[str, np.ndarray]):
         if name not in self:
             listed = ", ".join(self) if len(self) <= 20 else f"{', '.join(list(self)[:20])}, ..."
             raise DataError(f"{argument}: came column {name!r}, needs one of {listed}{nearest(name, list(self))}")
+        if not self[name].ndim or not len(self[name]):
+            came = "no rows" if self[name].ndim else "a single value"
+            raise DataError(f"{argument}: column {name!r} holds {came}; give a row an example, one at least.")
         return self[name]
 
 
