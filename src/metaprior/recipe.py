@@ -186,9 +186,10 @@ def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[s
 def parse_value(text: str) -> Any:
     """A TOML value: 3, 0.1, true, [40, 40]; anything else is a word."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return found["value"] if len(found) == 1 else text  # a second line would be lost
 
 
 def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -201,7 +202,8 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 def own_table(table: dict[str, Any], learner: str) -> dict[str, Any]:
     """A table's common entries, and over them what its subtable of the learner's name says."""
-    return {k: v for k, v in table.items() if not isinstance(v, dict)} | table.get(learner, {})
+    own = accept(dict, table.get(learner, {}), f"the subtable of {learner}")
+    return {k: v for k, v in table.items() if not (isinstance(v, dict) and k in LEARNERS)} | own
 
 
 def training_of(recipe: Recipe) -> Training:

@@ -60,8 +60,9 @@ def train(
     if not recipe.endswith(".toml"):
         lookup("recipe", recipe, dict.fromkeys(recipe_names()))
     overrides = parse_overrides(set)
-    overrides |= {} if steps is None else {"training.steps": steps}
-    overrides |= {} if seed is None else {"training.seed": seed}
+    for option, value in {"steps": steps, "seed": seed}.items():
+        if value is not None and (other := overrides.setdefault(f"training.{option}", value)) != value:
+            raise ValueError(f"--{option} {value}: --set training.{option}={other} says otherwise; leave one out.")
     chosen = with_overrides(load_recipe(recipe), learner, overrides)
     folder = out or Path("runs") / _one_name(f"{chosen.name}-{chosen.learner}")
     if resume:
