@@ -383,7 +383,7 @@ def test_every_gradient_learner_owns_a_posterior(name, rule):
 def test_what_follows_no_gradient_implies_no_posterior(name):
     case = regression(name, posterior=implicit())
     tasks, params = case.start
-    with pytest.raises(ValueError, match="imply no prior; use 'laplace'"):
+    with pytest.raises(ValueError, match=r"must be 'laplace' or 'point' .* imply no prior"):
         case.learner.adapt(params, first(tasks).support, jax.random.key(8))
 
 

@@ -1,24 +1,37 @@
 """The scikit-learn face: groups in, error bars out."""
 
 import pickle
+import re
 import time
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn
+from scipy.sparse import csr_matrix
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import cross_val_predict
 
 from metaprior.estimators import MetaClassifier, MetaRegressor
 from metaprior.inference.posteriors import laplace
 from metaprior.programs import Setting, size_of
+from metaprior.tasks.columns import Columns
+from metaprior.tasks.preparation import Column
 from metaprior.training import Training
 from metaprior.types import Batch, Task
 
 QUICK = Training(steps=300, meta_batch=8, chunk=100, validate_every=100, validation_tasks=20, rate=1e-2, clip_norm=1.0)
+
+
+def shortly(learner="maml", **settings):
+    """An estimator whose training is too short to learn anything."""
+    few = Training(steps=2, meta_batch=2, chunk=2, validation_tasks=2)
+    return MetaRegressor(learner, hidden=(8,), training=few, **settings)
 
 
 def lines(seed, groups=50, rows=10, noise=0.1):
@@ -95,7 +108,7 @@ def test_classes_of_any_kind():
 def test_bad_input_is_named(regressor):
     with pytest.raises(ValueError, match=r"coverage must be a number between 0 and 1, e\.g\. 0\.9, got 90"):
         regressor.predict_interval([[0.0]], coverage=90)
-    with pytest.raises(ValueError, match="groups: came 1 for 2 rows"):
+    with pytest.raises(ValueError, match="groups must have one value for each of the 2 rows of X, got 1"):
         regressor.predict([[0.0], [1.0]], ["a"])
     with pytest.raises(ValueError, match="features"):
         regressor.predict([[0.0, 1.0]])
@@ -249,7 +262,7 @@ def test_scikit_learns_errors():
         (lambda: MetaRegressor().fit(x, y, gaps), "groups: came a missing value in row 1"),
         (lambda: MetaRegressor().fit(x, y, np.ones((100, 2))), r"groups must be one value a row, got shape \(100, 2\)"),
         (lambda: MetaRegressor().fit(x, y, None), "groups must be one value a row, got None"),
-        (lambda: MetaRegressor().fit(x, y, group[:5]), "groups: came 5 for 100 rows"),
+        (lambda: MetaRegressor().fit(x, y, group[:5]), "one value for each of the 100 rows of X, got 5"),
         (lambda: MetaClassifier().fit(x, ["a"] * 100, group), "y must have at least 2 classes, got one: 'a'"),
         (lambda: MetaClassifier().fit(x, [None] * 100, group), "y: came a missing value in row 0"),
     ):
@@ -299,3 +312,117 @@ def test_a_posterior_in_a_table_and_one_that_cannot_be_kept():
     assert np.isfinite(model.predict(x, group)).all()
     with pytest.raises(ValueError, match="options: rate must be hashable"):
         MetaRegressor("maml", options={"rate": np.ones(2)}, training=quick).fit(x, y, group)
+
+def test_an_answer_of_the_prior_to_a_forgotten_group_is_told(regressor):
+    x, y, group = lines(0)
+    for ask in (lambda: regressor.predict(x), lambda: regressor.predict_interval(x), lambda: regressor.score(x, y)):
+        with pytest.warns(RuntimeWarning, match=r"no groups were given, so the prior answers .* groups=\['new'\]"):
+            ask()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new = regressor.predict(x[:9], ["new"] * 9)  # a group that has shown nothing is no mistake
+        regressor.adapt(x[:3], y[:3]).predict(x[:9])
+    with pytest.warns(RuntimeWarning, match="no groups"):
+        np.testing.assert_array_equal(new, regressor.predict(x[:9]))
+    # cross_val_predict passes params to `fit` alone: the one way in which the groups were lost without a word.
+    with pytest.warns(RuntimeWarning, match="cross_val_predict never passes them"):
+        cross_val_predict(shortly(), x, y, cv=2, params={"groups": group})
+    with pytest.raises(ValueError, match="groups must be one value a row, got None; cross_val_score and GridSearchCV"):
+        cross_val_predict(shortly(), x, y, cv=2, groups=group)
+
+
+def test_the_docs_cross_validation_runs():
+    text = (Path(__file__).parent.parent / "docs" / "estimators.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict = {}
+    with sklearn.config_context(), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for block in blocks:
+            exec(compile(block.replace("steps=1000", "steps=200"), "docs/estimators.md", "exec"), names)
+    assert len(names["scores"]) == 3
+    assert (names["scores"] > 0.5).all()
+    assert names["search"].best_params_["shot"] in (3, 6)
+    out, y = names["out_of_fold"], names["y"]
+    assert ((out - y) ** 2).mean() < 0.3 * y.var()
+
+
+def test_what_is_far_from_training_is_warned_of():
+    x, y, group = lines(0)
+    frame = pd.DataFrame({"age": x[:, 0], "site": 7.0})
+    model = shortly().fit(frame, y, group)
+    for ask in (lambda rows: model.predict(rows, group[:4]), lambda rows: model.adapt(rows, y[:4])):
+        with pytest.warns(UserWarning, match=r"X: column 'age' has .* in row 0 .* deviations from what training had"):
+            ask(frame[:4] + [1e4, 0])
+        with pytest.warns(UserWarning, match=r"'site' has 8 in row 0 \(4 such rows\), but the one value 7 in training"):
+            ask(frame[:4] + [0, 1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ask(frame[:4])
+    with pytest.warns(UserWarning, match="y: column 'y' has .* deviations from what training had"):
+        model.adapt(frame[:4], y[:4] * 1e4)
+    nameless = shortly().fit(frame.to_numpy(), y, group)
+    with pytest.warns(UserWarning, match=r"column 'x\[1\]' has 8 in row 0, but the one value 7"):
+        nameless.predict([[0.0, 8.0]], [0])
+    # What is not scaled has no deviations to be far in.
+    assert Column("a", "number").warn_of_strange(np.full((1, 1), 1e3), Columns({"a": np.ones(1)})) is None
+
+
+def test_every_odd_input_is_right_or_an_error_of_scikit_learns_form():
+    x, y, group = lines(0, groups=20)
+    frame = pd.DataFrame({"a": x[:, 0], "b": x[:, 0] ** 2})
+    model, shown = shortly().fit(frame, y, group), {"groups": group}
+    for bad, message in (
+        (lambda: model.score(frame, y, **shown, sample_weight=np.ones(5)), r"sample_weight.shape == \(5,\), expected"),
+        (lambda: model.score(frame, y, sample_weight=-np.ones(200), **shown), "Negative values"),
+        (lambda: model.predict(frame, group[:5]), "groups must have one value for each of the 200 rows of X, got 5"),
+        (lambda: model.predict(frame, np.where(group == 1, np.nan, group)), "groups: came a missing value in row 10"),
+        (lambda: model.predict(frame, "a"), "groups must be one value a row"),
+        (lambda: model.predict(frame[["b", "a"]], group), "must be in the same order as they were in fit"),
+        (lambda: model.predict(frame[["a"]], group), "now missing"),
+        (lambda: model.predict(np.ones((3, 3)), [1, 2, 3]), "X has 3 features"),
+        (lambda: model.predict(frame[:0], []), "0 sample"),
+        (lambda: shortly().fit(frame, None, group), "requires y to be passed"),
+        (lambda: shortly().fit(frame, np.array(["high"] * 200, object), group), "could not convert string to float"),
+        (lambda: shortly().fit(frame, np.stack([y, y], 1), group), "1d array"),
+        (lambda: shortly().fit(frame.assign(c="u"), y, group), "could not convert string to float"),
+        (lambda: model.set_params(steps=3), "Invalid parameter 'steps'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bad()
+    with pytest.raises(TypeError, match="Sparse data was passed for X"):
+        shortly().fit(csr_matrix(x), y, group)
+    answer = model.predict(frame, group)
+    # The same numbers in other clothes.
+    clothed = frame.astype("Float64"), pd.Series(y, dtype="Float64"), pd.Series(group, dtype="Int64")
+    for other in (
+        shortly().fit(*clothed).predict(clothed[0], clothed[2]),
+        shortly().fit(frame, y.astype(object), group).predict(frame, group.astype(float)),
+        shortly().fit(frame, y, group).predict(frame, pd.Series(group).astype("category")),
+        clone(model).set_params(shot=3).set_params(shot=5).fit(frame, y, group).predict(frame, group),
+    ):
+        np.testing.assert_array_equal(other, answer)
+    # A prior that is fitted anew forgets the group that the old one had been adapted to.
+    again = model.adapt(frame[:3], y[:3]).fit(frame, y, group)
+    with pytest.warns(RuntimeWarning, match="no groups"):
+        np.testing.assert_array_equal(again.predict(frame), model.predict(frame, ["new"] * 200))
+
+
+def test_learners_whose_steps_imply_no_prior_have_laplaces_posterior():
+    x, y, group = lines(0, groups=20)
+    model = shortly(learner="l2l", options={"steps": 4, "unroll": 2}).fit(x, y, group)
+    assert model.knobs_.keys() == {"precision", "noise"}
+    assert np.isfinite(model.predict(x, group, return_std=True)).all()
+    with pytest.raises(ValueError, match="posterior must be 'laplace' or 'point' for this learner, got 'implicit'"):
+        shortly(learner="l2l", options={"posterior": "implicit", "steps": 4, "unroll": 2}).fit(x, y, group)
+
+
+def test_classes_without_a_shown_row_share_their_mass_evenly():
+    # Four classes, six rows of two of them: 1 / (6 + 4) for either other, whatever the shares in training.
+    setting = Setting("protonet", (4,), (), 4, True)
+    support = Batch(jnp.ones((6, 2)), jnp.array([0, 0, 0, 0, 0, 1]))
+    learner = setting.build({"softmax_temperature": 1.0})
+    params = learner.init(jax.random.key(0), Task(support, support))
+    p = learner.predict(params, learner.adapt(params, support, None), jnp.ones((5, 2)), None).mean()
+    np.testing.assert_allclose(p[:, 2:], 0.1, rtol=1e-5)
+    np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)

@@ -26,7 +26,7 @@ from metaprior.calibration import (
     reliability,
     temperature_scaled,
 )
-from metaprior.evaluation import Figure, Report, evaluate, figure_of
+from metaprior.evaluation import Figure, Report, evaluate, figure_of, summarise
 from metaprior.inference.posteriors import implicit
 from metaprior.learners import maml
 from metaprior.likelihoods import Categories, Counts, Gaussian, Normals
@@ -403,3 +403,24 @@ def test_answers_that_are_nan_are_not_scored_as_answers():
     lost = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
     figures = evaluate(learner, lost, splits.test, jax.random.key(1), tasks=4).figures
     assert all(np.isnan(figures[name].mean) for name in ("mse", "nll", "coverage_50", "coverage_95"))
+
+
+def test_the_correlation_with_a_constant_width_is_undefined():
+    random = np.random.default_rng(0)
+    error, weight = random.exponential(size=(3, 7)), np.ones((3, 7))
+
+    def report_of(variance):
+        scores = {"mse": error, "nll": np.zeros((3, 7)), "variance": variance, "pit": random.uniform(size=(3, 7, 1))}
+        return summarise(scores, {}, weight)
+
+    name = "variance_error_correlation"
+    # As float32 rounds a width that depends on nothing.
+    rounded = (0.3 * (1 + 1e-7 * random.normal(size=(3, 7)))).astype(np.float32)
+    for constant in (np.full((3, 7), 0.3), rounded):
+        report = report_of(constant)
+        assert report.pooled[name] is None
+        assert json.loads(report.to_json())["pooled"][name] is None
+        assert Report.from_json(report.to_json()) == report
+        cells = [list(column.cells) for column in report.table().columns]
+        assert cells[1][cells[0].index("variance error correlation")] == "-"
+    assert report_of(error**2).pooled[name] == pytest.approx(1)

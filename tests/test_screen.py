@@ -6,6 +6,7 @@ import pytest
 from rich.table import Table
 
 from metaprior.cli import main
+from metaprior.cli.progress import Progress
 from metaprior.cli.screen import screen
 from metaprior.evaluation import Figure, Report
 from metaprior.plots import compared_curves
@@ -41,3 +42,12 @@ def test_a_name_is_drawn_as_it_stands(name):
     figure.canvas.draw()
     # What matplotlib takes for a formula is none here, and it gives back what was written.
     assert shown._preprocess_math(shown.get_text()) == (name, False)
+
+
+@pytest.mark.parametrize(("target", "told"), [("[b]x", "on standardised [b]x: mse 0.2500"), (None, "| mse 0.2500")])
+def test_figures_of_a_standardised_target_say_so(target, told):
+    file = io.StringIO()
+    with Progress(1, screen(file=file), target) as progress:
+        progress.report({"step": 1, "steps_per_second": 2.0, "train/mse": 0.25, "validation/nll": 1.0})
+    assert told in file.getvalue()
+    assert ("standardised" in file.getvalue()) == (target is not None)

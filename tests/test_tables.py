@@ -181,7 +181,7 @@ def test_values_far_from_training_are_told(prices, tmp_path, capsys):
     query = [row | {"day": "0"} for row in made()[:2]]
     adapted(folder, written(tmp_path / "s.csv", made()[:3]), written(tmp_path / "q.csv", query))
     said = " ".join(capsys.readouterr().err.split())
-    assert "column 'day' has [0.0] in row 0" in said
+    assert "column 'day' has 0 in row 0" in said
     assert "check its units" in said
 
 
@@ -650,7 +650,7 @@ def test_what_was_constant_in_training_has_no_effect_and_other_values_of_it_are_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = prep.encode(same, strict=True)
-    with pytest.warns(UserWarning, match=r"'size' has \[1050.0\] .* but the one value \[1000.0\] in training"):
+    with pytest.warns(UserWarning, match=r"'size' has 1050 .* but the one value 1000 in training"):
         found = prep.encode(other, strict=True)
     np.testing.assert_array_equal(found, expected)
     assert prep.from_json(prep.to_json()) == prep

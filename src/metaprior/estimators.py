@@ -17,7 +17,7 @@ from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from metaprior.calibration import calibrate
 from metaprior.options import Count, Seed, accept, parameters_of
@@ -25,11 +25,16 @@ from metaprior.programs import SIZES, Setting, builder, compiled, frozen, kept, 
 from metaprior.tasks.arrays import ArrayTasks, array_tasks
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.labels import encode_labels
+from metaprior.tasks.preparation import Preparation
 from metaprior.tasks.scaling import Scaling
 from metaprior.training import Training, fit
 from metaprior.types import Batch
 
 TOGETHER = 32  # groups a compiled call answers for, where there are several
+CROSS_VALIDATION = (
+    "cross_val_score and GridSearchCV pass groups on with metadata routing, cross_val_predict never passes them to "
+    "predict: see docs/estimators.md"
+)
 
 
 class Group(NamedTuple):
@@ -43,7 +48,7 @@ class Group(NamedTuple):
 class _MetaEstimator(BaseEstimator):
     _classes: bool
     classes_: np.ndarray
-    scaling_: Scaling
+    preparation_: Preparation
     group_: tuple[np.ndarray, np.ndarray]
 
     def __init__(
@@ -74,11 +79,13 @@ class _MetaEstimator(BaseEstimator):
         row train nothing, but are predicted.
 
         Args:
-            X: features [N, d], an array or a DataFrame. y: targets [N]. groups: [N], any hashable values.
+            X: features [N, d], an array or a DataFrame. y: targets [N]. groups: [N], any hashable values; needed, so
+                ask for them by metadata routing (`set_fit_request(groups=True)`) in cross-validation.
 
         Raises:
             ValueError: what scikit-learn's estimators raise; too few groups; missing groups.
         """
+        self.__dict__.pop("group_", None)  # of an adapted estimator that is fitted anew
         for name, parameter in parameters_of(type(self)).items():
             accept(parameter.annotation, getattr(self, name), name)
         X, targets = self._checked(X, y, ensure_min_samples=2)
@@ -89,10 +96,11 @@ class _MetaEstimator(BaseEstimator):
         splits = array_tasks(
             X, targets, ids, shot=self.shot, query=self.query, split=self.split, seed=self.seed, small="drop",
             standardise=True, classification=self._classes, shots="uniform",
+            columns=getattr(self, "feature_names_in_", None),
         )  # fmt: skip
         assert isinstance(splits.train, ArrayTasks)
-        assert splits.train.scaling is not None
-        self.scaling_ = splits.train.scaling
+        assert splits.train.preparation is not None
+        self.preparation_ = splits.train.preparation
         # Programs are shared between fits: what they are compiled for must not hold this table's scaling.
         splits = splits._make(replace(source, preparation=None) for source in splits)  # type: ignore[type-var]
         outputs = len(self.classes_) if self._classes else 1
@@ -113,8 +121,16 @@ class _MetaEstimator(BaseEstimator):
         self.groups_ = dict(zip(names, pairwise([0, *ends]), strict=True))
         return self
 
+    @property
+    def scaling_(self) -> Scaling:
+        """How features and targets are standardised, by the groups that trained."""
+        return self.preparation_.scaling
+
     def adapt(self, X: Any, y: Any) -> Self:
-        """This estimator for one more group, of these rows: `predict(X)` without groups then answers for it."""
+        """This estimator for one more group, of these rows: `predict(X)` without groups then answers for it.
+
+        The prior stays as it was fitted, and so does this estimator: a new one is returned.
+        """
         check_is_fitted(self)
         X, targets = self._checked(X, y, reset=False)
         adapted = type(self)(**self.get_params(deep=False))
@@ -139,14 +155,19 @@ class _MetaEstimator(BaseEstimator):
         scored = np.sort(np.concatenate([group.asked for group in asked]))
         return scored, targets[scored], self._answers(X, asked, ("mean",))["mean"][scored]
 
-    def _checked(self, X: Any, y: Any = None, **options: Any) -> Any:
-        """scikit-learn's checks of X and y, in float64."""
+    def _checked(self, X: Any, y: Any = "no_validation", **options: Any) -> Any:
+        """scikit-learn's checks of X and, if given, of y, in float64; then warns of what is far from training."""
+        given = not (isinstance(y, str) and y == "no_validation")
         try:
-            if y is None:
-                return validate_data(self, X, dtype=float, **options)
-            return validate_data(self, X, y, dtype=float, y_numeric=not self._classes, **options)
-        except TypeError as error:  # pandas' NA is no number
+            numeric = {"y_numeric": not self._classes} if given else {}
+            checked: Any = validate_data(self, X, y, dtype=float, **numeric, **options)
+        except TypeError as error:
+            if "NAType" not in str(error):  # pandas' NA is no number
+                raise
             raise ValueError(f"X and y must be numbers without missing values ({error}).") from error
+        if not options.get("reset", True):
+            self.preparation_.warn_of_strange(*(checked if given else (checked,)), stacklevel=4)
+        return checked
 
     def _encode(self, y: Any) -> np.ndarray:
         return y
@@ -156,11 +177,12 @@ class _MetaEstimator(BaseEstimator):
         values = groups if isinstance(groups, list | tuple) else np.asarray(groups)
         if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
             values = values[:, 0]
-        if groups is None or (isinstance(values, np.ndarray) and values.ndim != 1):
-            came = "None" if groups is None else f"shape {np.shape(values)}"
-            raise ValueError(f"groups must be one value a row, got {came}.")
+        if groups is None:
+            raise ValueError(f"groups must be one value a row, got None; {CROSS_VALIDATION}.")
+        if isinstance(values, np.ndarray) and values.ndim != 1:
+            raise ValueError(f"groups must be one value a row, got shape {np.shape(values)}.")
         if len(values) != rows:
-            raise DataError(f"groups: came {len(values)} for {rows} rows of X, needs one a row")
+            raise DataError(f"groups must have one value for each of the {rows} rows of X, got {len(values)}.")
         if lost := _missing(values):
             raise DataError(f"groups: came a missing value in row {lost[0]}; fill it in or leave the row out")
         return encode_labels(values)
@@ -169,6 +191,14 @@ class _MetaEstimator(BaseEstimator):
         """The rows of each group in turn, and what it has shown."""
         shown, targets = self.rows_
         if groups is None:
+            if not hasattr(self, "group_"):
+                warnings.warn(
+                    "no groups were given, so the prior answers for every row. Pass groups, or adapt(X, y) first; for "
+                    "a group that has shown nothing, pass a new name, e.g. groups=['new'] * len(X). Note that "
+                    f"{CROSS_VALIDATION}.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
             own, known = getattr(self, "group_", (shown[:0], targets[:0]))
             return [Group(own, known, np.arange(len(X)))]
         ids, names = self._ids(groups, len(X))
@@ -246,6 +276,13 @@ def _parts(ids: np.ndarray) -> list[np.ndarray]:
     return np.split(np.argsort(ids, kind="stable"), np.cumsum(np.bincount(ids))[:-1])
 
 
+def _weights(sample_weight: Any, X: Any, rows: np.ndarray) -> np.ndarray | None:
+    """The weights of the rows that are scored."""
+    if sample_weight is None:
+        return None
+    return _check_sample_weight(sample_weight, X, ensure_non_negative=True)[rows]
+
+
 def _missing(values: Any) -> list[int]:
     """Which values are None, NaN or pandas' NA."""
     return [i for i, v in enumerate(values) if v is None or type(v).__name__ in ("NAType", "NaTType") or v != v]
@@ -293,7 +330,7 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
         it may be the very rows to be scored. Without groups, the adapted group or the prior predicts all rows.
         """
         rows, targets, mean = self._scored(X, y, groups, support_rows)
-        weight = None if sample_weight is None else np.asarray(sample_weight)[rows]
+        weight = _weights(sample_weight, X, rows)
         return float(r2_score(targets, self.scaling_.targets(mean)[:, 0], sample_weight=weight))
 
 
@@ -337,5 +374,5 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
     ) -> float:
         """The accuracy on rows that were not shown; arguments as `MetaRegressor.score`."""
         rows, targets, p = self._scored(X, y, groups, support_rows)
-        weight = None if sample_weight is None else np.asarray(sample_weight)[rows]
+        weight = _weights(sample_weight, X, rows)
         return float(accuracy_score(targets, p.argmax(-1), sample_weight=weight))

@@ -60,7 +60,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found. `pooled` are figures without an interval; `curve` has a row an inner step.
+    """What `evaluate` found. `pooled` are figures without an interval, None where undefined, as the correlation of
+    variance and error is where all variances are one; `curve` has a row an inner step.
 
     `target` names the column of a table that was predicted: errors, widths and NLL are in its own units. `groups` is
     the number of groups that the tasks come from, None where each task is a draw of its own. `notes` are sentences on
@@ -70,7 +71,7 @@ class Report:
     kind: str
     tasks: int
     figures: dict[str, Figure]
-    pooled: dict[str, float]
+    pooled: dict[str, float | None]
     curve: list[dict[str, Figure]] = field(default_factory=list)
     reliability: list[dict[str, float]] = field(default_factory=list)
     pit: list[float] = field(default_factory=list)
@@ -123,7 +124,7 @@ class Report:
             interval = "" if figure.interval is None else f"± {figure.interval:{digits}}"
             table.add_row(title_of(name), f"{figure.mean:{digits}}", interval)
         for name, value in self.pooled.items():
-            table.add_row(title_of(name), f"{value:{_digits(value)}}", "")
+            table.add_row(title_of(name), "-" if value is None else f"{value:{_digits(value)}}", "")
         return table
 
     def curve_table(self) -> Table | None:
@@ -415,11 +416,12 @@ def summarise(
     return replace(report, kind="regression", pooled=pooled, pit=histogram.tolist())
 
 
-def _correlation(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
-    """The weighted correlation; 0 where either is constant."""
-    a, b = (v - np.average(v, weights=weight) for v in (a, b))
+def _correlation(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float | None:
+    """The weighted correlation; None where either is constant up to rounding, which leaves it undefined."""
+    with np.errstate(invalid="ignore"):  # NaN where a task diverged
+        a, b = (v - np.average(v, weights=weight) for v in (a, b))
     deviations = [float(np.sqrt(np.average(v**2, weights=weight))) for v in (a, b)]
-    return float(np.average(a * b, weights=weight) / np.prod(deviations)) if min(deviations) > 1e-6 else 0.0
+    return None if min(deviations) <= 1e-5 else float(np.average(a * b, weights=weight) / np.prod(deviations))
 
 
 def _notes(tasks: int, groups: int | None, lost: int) -> list[str]:

@@ -16,6 +16,7 @@ from metaprior.networks import mlp
 from metaprior.types import Batch, Learner
 
 SIZES = (1, 4, 16, 64, 256, 1024)  # of supports and queries: few shapes, so that few programs are compiled
+IMPLY_NO_PRIOR = ("l2l",)  # whose inner steps a network says
 SCALARS = {"implicit": {"temperature": 1.0}, "laplace": {"precision": 1.0}}  # of a posterior by name, fitted
 
 
@@ -31,11 +32,15 @@ class Setting:
 
     def knobs(self) -> dict[str, float]:
         """The scalars that held-out groups fit first: the noise, and those of a posterior that is named."""
-        name = _named(dict(self.options).get("posterior", "implicit"))[0] if self._has_posterior() else None
+        name = _named(self._rule())[0] if self._has_posterior() else None
         return SCALARS.get(name or "", {}) | ({"softmax_temperature": 1.0} if self.classes else {"noise": 0.5})
 
     def _has_posterior(self) -> bool:
         return "posterior" in option_names(lookup("learner", self.learner, LEARNERS))
+
+    def _rule(self) -> Any:
+        """The posterior that is asked for; else the implicit one, or Laplace's where steps imply no prior."""
+        return dict(self.options).get("posterior", "laplace" if self.learner in IMPLY_NO_PRIOR else "implicit")
 
     def _posterior(self, rule: Any, knobs: dict[str, Any]) -> PosteriorRule:
         """The rule with the fitted scalars; one of the user's own gets the noise, if it says none itself."""
@@ -48,12 +53,12 @@ class Setting:
         return rule._replace(predict=partial(rule.predict, noise=knobs["noise"]))
 
     def build(self, knobs: dict[str, Any]) -> Learner:
-        """The learner, with the implicit posterior where it can have one and no other is asked for."""
+        """The learner, with the posterior that is asked for or else suits it, where it can have one."""
         options, likelihood = dict(self.options), Categorical() if self.classes else Gaussian()
         inner = {name: value for name, value in knobs.items() if name != "softmax_temperature"}
         if self._has_posterior():
             # The noise of predictions alone: in the likelihood it would change the inner steps that theta was made for.
-            options["posterior"] = self._posterior(options.get("posterior", "implicit"), inner)
+            options["posterior"] = self._posterior(self._rule(), inner)
         elif not self.classes:
             likelihood = Gaussian(knobs["noise"])
         learner = make_learner(self.learner, mlp(self.outputs, self.hidden), likelihood, **options)

@@ -28,8 +28,7 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
     plots.mkdir(exist_ok=True)
     written = [plots / "training.png"]
     preparation = experiment.preparation
-    scaled = preparation is not None and set(preparation.target.deviation) != {1.0}
-    save(training_curve(opened.metrics(), preparation.target.name if preparation and scaled else None), written[0])
+    save(training_curve(opened.metrics(), preparation and preparation.standardised), written[0])
     task = experiment.splits.test.sample(jax.random.key(experiment.evaluation.seed), 3)
     x = task.support.x
     if recipe.likelihood["name"] == "gaussian" and getattr(x, "shape", (0,))[-1] == 1 and x.ndim == 3:

@@ -11,11 +11,15 @@ QUIET_SECONDS = 10.0  # between plain lines
 
 
 class Progress:
-    """Shows each chunk's figures: steps/s, time left, training and the latest validation figures."""
+    """Shows each chunk's figures: steps/s, time left, training and the latest validation figures.
 
-    def __init__(self, steps: int, console: Console):
+    standardised: the name of a target that training sees standardised, if any; the figures then say so.
+    """
+
+    def __init__(self, steps: int, console: Console, standardised: str | None = None):
         self._console, self._steps = console, steps
         self._validation = ""
+        self._of = f"on standardised {standardised}: " if standardised else ""
         self._spoke = 0.0
         self._bar = Bar(
             TextColumn("{task.description}", markup=False),
@@ -43,7 +47,7 @@ class Progress:
         if validated:
             self._validation = " | validation " + " ".join(validated)
         train = " ".join(f"{k.removeprefix('train/')} {v:.4f}" for k, v in row.items() if k.startswith("train/"))
-        text = f"{row['steps_per_second']:.1f} steps/s | {train}{self._validation}"
+        text = f"{row['steps_per_second']:.1f} steps/s | {self._of}{train}{self._validation}"
         self._bar.update(self._task, completed=row["step"], description=text)
         now = time.monotonic()
         last = row["step"] == self._steps

@@ -112,7 +112,8 @@ def _train(run: Run, chosen: Recipe, experiment: Experiment, resume: bool) -> in
     console, training = screen(), experiment.training
     named = Text.assemble((chosen.name, "bold"), " with ", (chosen.learner, "bold"), f": {chosen.description}")
     console.print(named, soft_wrap=True)
-    with Progress(training.steps, console) as progress:
+    prepared = experiment.preparation
+    with Progress(training.steps, console, prepared and prepared.standardised) as progress:
         fitted = fit(
             experiment.learner,
             experiment.splits,

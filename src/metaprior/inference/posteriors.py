@@ -261,8 +261,8 @@ def implicit(
     ) -> SpectralGaussian | RootedGaussian | TensorGaussian:
         if implied.scale is None:
             raise ValueError(
-                "posterior: came 'implicit', but this learner's steps are said by a network and imply no prior; use "
-                "'laplace' or 'point'"
+                "posterior must be 'laplace' or 'point' for this learner, got 'implicit': its steps are a network's, "
+                "and imply no prior."
             )
         if implied.precision is not None:
             scale, spectrum = implied.scale, laplace_spectrum

@@ -46,25 +46,28 @@ class Column:
         """The features as a learner sees them."""
         return np.where(self.constant, 0.0, (raw - self.mean) / self.deviation)
 
-    def warn_of_strange(self, raw: Float[np.ndarray, "n k"], columns: Columns, argument: str = "features") -> None:
+    def warn_of_strange(
+        self, raw: Float[np.ndarray, "n k"], columns: Columns, argument: str = "features", stacklevel: int = 3
+    ) -> None:
         """Warn of numbers far from what training had, and of any other value where it had one."""
         if self.kind != "number":
             return
-        apart = np.abs((raw - self.mean) / self.deviation)
-        other = (np.asarray(self.constant) & (apart > 1e-9 * np.maximum(np.abs(self.mean), 1))).any(1)
-        if other.any():
-            row = int(np.flatnonzero(other)[0])
+        mean, deviation, constant = np.asarray(self.mean), np.asarray(self.deviation), np.asarray(self.constant)
+        apart = np.abs((raw - mean) / deviation)
+        other = constant & (apart > 1e-9 * np.maximum(np.abs(mean), 1))
+        scaled = (mean != 0) | (deviation != 1)
+        for strange in (other, scaled & ~constant & (apart > FAR)):
+            if not strange.any():
+                continue
+            row, at = np.argwhere(strange)[0].tolist()
+            rows = int(strange.any(1).sum())
+            told = f"{argument}: column {self.features[at]!r} has {raw[row, at]:g} in {columns.place(row)}"
+            told += f" ({rows} such rows)" if rows > 1 else ""
             warnings.warn(
-                f"{argument}: column {self.name!r} has {raw[row].tolist()} in {columns.place(row)}, but the one value "
-                f"{list(self.mean)} in training; what it does is not known and counts as nothing.",
-                stacklevel=3,
-            )
-        elif (far := apart.max(1) > FAR).any():
-            row = int(np.flatnonzero(far)[0])
-            warnings.warn(
-                f"{argument}: column {self.name!r} has {raw[row].tolist()} in {columns.place(row)}, "
-                f"{apart[row].max():.3g} deviations from what training had; check its units.",
-                stacklevel=3,
+                f"{told}, but the one value {mean[at]:g} in training; what it does is not known and counts as nothing."
+                if strange is other
+                else f"{told}, {apart[row, at]:.3g} deviations from what training had; check its units.",
+                stacklevel=stacklevel,
             )
 
     def check(self) -> None:
@@ -265,8 +268,20 @@ class Preparation:
         if raw.shape[1] != len(self.target.mean):
             raise DataError(f"target: column {name!r} came {raw.shape[1]} wide, needs {len(self.target.mean)}")
         if strict and self.target.kind == "number":
-            Column(name, "number", (), self.target.mean, self.target.deviation).warn_of_strange(raw, columns, "target")
+            self._target_column(name).warn_of_strange(raw, columns, "target")
         return cast((raw - self.target.mean) / self.target.deviation, raw, name, columns, "target")
+
+    def _target_column(self, name: str) -> Column:
+        return Column(name, "number", (), self.target.mean, self.target.deviation)
+
+    def warn_of_strange(self, x: Float[np.ndarray, "n d"], y: np.ndarray | None = None, stacklevel: int = 2) -> None:
+        """Warn of raw features side by side, and of raw targets that are numbers, far from what training had."""
+        columns, first, deeper = Columns({"x": x}), 0, stacklevel + 1
+        for column in self.columns:
+            column.warn_of_strange(x[:, first : first + len(column.mean)], columns, "X", deeper)
+            first += len(column.mean)
+        if y is not None and self.target.kind == "number":
+            self._target_column(self.target.name).warn_of_strange(y.reshape(len(x), -1), columns, "y", deeper)
 
     def examples(self, columns: Columns, *, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
         """Features and, if `labelled`, targets of a user's file as a learner sees them.
@@ -302,6 +317,11 @@ class Preparation:
     def width(self) -> int:
         """The number of targets."""
         return len(self.target.mean)
+
+    @property
+    def standardised(self) -> str | None:
+        """The target's name if learners see it standardised, so that figures of training are not in its units."""
+        return self.target.name if set(self.target.deviation) - {1.0} else None
 
     def predictive(self, predictive: Predictive) -> Predictive:
         """A learner's predictive in the units of the target; classes and counts are in them already."""
