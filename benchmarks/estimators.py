@@ -15,6 +15,7 @@ with the predicted mean and sd, both in units of the target's sd, and the second
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingRegressor
@@ -112,19 +113,26 @@ def mixed(x: np.ndarray, y: np.ndarray, group: np.ndarray, name: str, seed: int)
     return answer
 
 
-def meta(learner: str, **settings: object) -> Callable[..., Answer]:
+def meta(learner: str, **settings: Any) -> Callable[..., Answer]:
     def way(x: np.ndarray, y: np.ndarray, group: np.ndarray, name: str, seed: int) -> Answer:
         model = MetaRegressor(learner, seed=seed, **settings).fit(x, y, group)
-        return lambda xs, ys, xq: (model.adapt(xs, ys) if len(xs) else model).predict(xq, return_std=True)
+
+        def answer(xs: np.ndarray, ys: np.ndarray, xq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            if len(xs):
+                return model.adapt(xs, ys).predict(xq, return_std=True)
+            return model.predict(xq, ["new"] * len(xq), return_std=True)
+
+        return answer
 
     return way
 
 
 WAYS = {
     "ridge": pooled(lambda: RidgeCV(np.logspace(-3, 3, 13))),
-    "boosting": pooled(lambda: HistGradientBoostingRegressor(max_iter=100, early_stopping=False, max_leaf_nodes=8)),
+    "boosting": pooled(lambda: HistGradientBoostingRegressor(max_iter=100, max_leaf_nodes=8)),
     "mixed": mixed,
     "maml": meta("maml"),
+    "preconditioned": meta("preconditioned"),
     "amortized_bml": meta("amortized_bml"),
 }
 

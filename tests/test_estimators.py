@@ -15,11 +15,11 @@ import sklearn
 from scipy.sparse import csr_matrix
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import cross_val_predict
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
 
 from metaprior.estimators import MetaClassifier, MetaRegressor
 from metaprior.inference.posteriors import laplace
-from metaprior.programs import Setting, size_of
+from metaprior.programs import Setting, default_options, size_of
 from metaprior.tasks.columns import Columns
 from metaprior.tasks.preparation import Column
 from metaprior.training import Training
@@ -342,9 +342,18 @@ def test_the_docs_cross_validation_runs():
             exec(compile(block.replace("steps=1000", "steps=200"), "docs/estimators.md", "exec"), names)
     assert len(names["scores"]) == 3
     assert (names["scores"] > 0.5).all()
-    assert names["search"].best_params_["shot"] in (3, 6)
     out, y = names["out_of_fold"], names["y"]
     assert ((out - y) ** 2).mean() < 0.3 * y.var()
+
+
+def test_a_grid_search_passes_groups_on():
+    x, y, group = lines(0, groups=20)
+    with sklearn.config_context(enable_metadata_routing=True), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model = shortly().set_fit_request(groups=True).set_score_request(groups=True)
+        search = GridSearchCV(model, {"shot": [2, 3]}, cv=GroupKFold(2), error_score="raise").fit(x, y, groups=group)
+    assert search.best_params_["shot"] in (2, 3)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
 
 
 def test_what_is_far_from_training_is_warned_of():
@@ -426,3 +435,18 @@ def test_classes_without_a_shown_row_share_their_mass_evenly():
     p = learner.predict(params, learner.adapt(params, support, None), jnp.ones((5, 2)), None).mean()
     np.testing.assert_allclose(p[:, 2:], 0.1, rtol=1e-5)
     np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
+
+
+def test_defaults_hold_until_one_of_them_is_said():
+    x, y, group = lines(0, groups=20)
+    x = np.concatenate([x, x**2, x**3], 1)
+    quick = Training(steps=2, meta_batch=2, chunk=2, validation_tasks=2)
+    own = {"steps": 5, "rate": 0.1}
+    assert default_options("maml", 3) == own
+    assert default_options("maml", 50)["rate"] == 0.01
+    assert default_options("amortized_bml", 3) == {}
+    for options, expected in (
+        (None, own), ({"posterior": "point"}, own | {"posterior": "point"}), ({"steps": 2}, {"steps": 2}),
+    ):  # fmt: skip
+        model = MetaRegressor(hidden=(), options=options, training=quick).fit(x, y, group)
+        assert dict(model.setting_.options) == expected
