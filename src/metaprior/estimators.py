@@ -296,8 +296,8 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
     Args:
         learner: any of `metaprior.LEARNERS` that does regression.
         options: the learner's options, e.g. {"steps": 5, "rate": 0.1}. If none of them is among
-            `programs.default_options`, those are added: `maml`, `lslr` and `preconditioned` take 5 inner steps at a rate
-            of 0.1, or 0.5 / d for d > 5 features.
+            `programs.default_options`, those are added: `maml`, `lslr` and `preconditioned` take 5 inner steps of rate
+            0.1, or 0.5 / d for d > 5 features.
         hidden: widths of the network; () is a linear model.
         shot: rows that a group shows in training; groups with fewer rows are padded.
         query: rows that a group is judged by in training.
