@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from contextlib import suppress
 from types import FrameType
 
 
@@ -16,4 +18,14 @@ def main() -> None:
     from metaprior.cli import main as command
 
     signal.signal(signal.SIGINT, before)
-    command()
+    try:
+        command()
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code > 128:
+            # Whatever was half done is cleaned up by now, but XLA's threads may still work, and they crash in an
+            # interpreter that is being taken down.
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(end.code)
+        raise

@@ -104,3 +104,16 @@ def test_a_second_signal_ends_a_process_that_python_cannot_interrupt():
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
+
+
+def test_a_signal_that_a_destructor_would_swallow_is_raised_again():
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def work():
+        Dying()
+        time.sleep(5)
+
+    with pytest.raises(Ended), breaking_in():
+        work()

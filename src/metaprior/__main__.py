@@ -1,6 +1,6 @@
 """python -m metaprior: the command line."""
 
-from metaprior.cli import main
+from metaprior_command import main
 
 if __name__ == "__main__":
     main()

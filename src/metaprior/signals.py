@@ -1,7 +1,9 @@
 """Ctrl-C and its kin: a first signal ends work in order, a second one at once."""
 
+import _thread
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +53,8 @@ def _handled(handler: Any, said: bytes = b"") -> Iterator[None]:
     The first is answered on the standard error by what is `said`.
 
     Python runs handlers between its own instructions only, and a compilation is one that may take minutes. So a thread
-    counts the signals, which the system writes to a pipe as they come.
+    counts the signals, which the system writes to a pipe as they come. And Python drops what a handler raises inside a
+    callback of its garbage collector, which JAX has, or a `__del__`: the signal is then raised again, outside of it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are another's business
@@ -62,10 +65,22 @@ def _handled(handler: Any, said: bytes = b"") -> Iterator[None]:
     before = {s: signal.signal(s, handler) for s in ENDS if signal.getsignal(s) is not signal.SIG_IGN}
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
+    repeated, show = [], sys.unraisablehook
+
+    def repeat(dropped: Any) -> None:
+        if isinstance(dropped.exc_value, Ended):
+            repeated.append(dropped.exc_value.signum)
+            threading.Timer(0.01, _thread.interrupt_main, (dropped.exc_value.signum,)).start()
+        else:
+            show(dropped)
+
     def count() -> None:
         first = True
         while came := os.read(reader, 1):
             if came[0] not in before:
+                continue
+            if came[0] in repeated:
+                repeated.remove(came[0])
                 continue
             if not first:
                 os._exit(128 + came[0])
@@ -74,9 +89,11 @@ def _handled(handler: Any, said: bytes = b"") -> Iterator[None]:
         os.close(reader)
 
     threading.Thread(target=count, daemon=True).start()
+    sys.unraisablehook = repeat
     try:
         yield
     finally:
+        sys.unraisablehook = show
         signal.set_wakeup_fd(woken)
         for signum, old in before.items():
             signal.signal(signum, old)
