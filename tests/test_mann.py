@@ -152,6 +152,3 @@ def test_bad_input_is_named():
             factory(BARE, Categorical(), **SMALL | {"heads": 7})
     with pytest.raises(ValueError, match="hidden must be an integer of at least 1, got 0"):
         lstm(BARE, Categorical(), hidden=0)
-    learner, none = mann(BARE, Categorical(), **SMALL), batch(0)
-    with pytest.raises(ValueError, match="support: came no example"):
-        learner.adapt(start(learner, batch(2)), none, KEY)

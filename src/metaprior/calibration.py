@@ -1,20 +1,22 @@
 """How honest probabilities are: pure functions of predictions and outcomes, and the fit of a posterior's scalars."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.likelihoods import Categories, check_labels
+from metaprior.likelihoods import Categories, check_labels, one_hot
+from metaprior.options import Count, Range, checked
 from metaprior.runtime import shared
 from metaprior.types import (
     Learner,
     Predictive,
     TaskSource,
     check_settled,
+    check_source,
     counted,
     draw_task,
     group_count,
@@ -26,6 +28,9 @@ BINS = 20
 LOST = 1e10  # stands for an nll that is not finite
 PRIOR_SD = 1.0  # of the logarithm of a calibrated scalar, about its starting value
 NOISE_SD = 3.0  # the same of the noise, whose starting value is no opinion
+
+
+Spread = Annotated[Any, Range(above=0)]  # a number, or infinity
 
 
 class Reliability(NamedTuple):
@@ -66,7 +71,7 @@ def maximum_error(table: Reliability) -> Scalar:
 def brier(probabilities: Float[Array, "n c"], y: Int[Array, " n"]) -> Float[Array, " n"]:
     """Sum over classes of (probability - outcome)^2, between 0 and 2 (Brier 1950)."""
     possible = check_labels(y, probabilities.shape[-1])
-    return ((probabilities - jax.nn.one_hot(y, probabilities.shape[-1])) ** 2).sum(-1) * possible
+    return ((probabilities - one_hot(y, probabilities.shape[-1])) ** 2).sum(-1) * possible
 
 
 def auroc(higher: Float[Array, " n"], lower: Float[Array, " m"]) -> Scalar:
@@ -96,6 +101,7 @@ class Calibration(NamedTuple):
     nll_after: float
 
 
+@checked
 def calibrate(
     build: Callable[[dict[str, Array]], Learner],
     params: PyTree,
@@ -103,10 +109,10 @@ def calibrate(
     key: PRNGKeyArray,
     knobs: dict[str, float],
     *,
-    tasks: int = 200,
-    evaluations: int = 40,
-    chunk: int = 25,
-    prior_sd: float = PRIOR_SD,
+    tasks: Count = 200,
+    evaluations: Count = 40,
+    chunk: Count = 25,
+    prior_sd: Spread = PRIOR_SD,
 ) -> Calibration:
     """Fit positive scalars, e.g. {"temperature": 1.0, "noise": 0.5}, to the query nll of `tasks` tasks.
 
@@ -132,6 +138,7 @@ def calibrate(
     if any(value <= 0 for value in knobs.values()):
         raise ValueError(f"knobs: came {knobs}, need positive starting values")
 
+    check_source(source)
     nll, place = _mean_nll(build, chunk), group_order(source, jax.random.fold_in(key, 1), tasks)
     names, start = list(knobs), np.log(list(knobs.values()))
     evidence = _evidence(source, tasks)
@@ -192,21 +199,23 @@ def _log_probs(learner: Learner, chunk: int) -> Callable[..., tuple[Array, Array
     return asked
 
 
+@checked
 def calibrate_softmax(
     learner: Learner,
     params: PyTree,
     source: TaskSource,
     key: PRNGKeyArray,
     *,
-    tasks: int = 200,
-    chunk: int = 25,
-    prior_sd: float = PRIOR_SD,
+    tasks: Count = 200,
+    chunk: Count = 25,
+    prior_sd: Spread = PRIOR_SD,
 ) -> Calibration:
     """Fit "softmax_temperature", for `temperature_scaled`, to the query nll of `tasks` tasks of a classifier.
 
     Each task is adapted to and predicted once. The temperature is sought between 1/50 and 50, with the prior of
     `calibrate` around 1: where every query was classified right, the likelihood alone is best at 0.
     """
+    check_source(source)
     place = group_order(source, jax.random.fold_in(key, 1), tasks)
     found = _log_probs(learner, chunk)(params, source, key, place)
     logs, y, weight = (np.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in found)
@@ -224,6 +233,8 @@ def fit_temperature(
     if not len(y):
         raise ValueError("query: no task has an example with a weight above 0, so there is nothing to fit.")
     check_labels(y, log_probs.shape[-1])
+    if lost := int(np.isnan(log_probs).any(-1).sum()):
+        raise ValueError(f"{lost} of {len(y)} predictions are NaN: the learner diverged, so nothing can be fitted.")
     logs, of_label = np.asarray(log_probs, float), np.arange(len(y))
 
     def nll(log: float) -> float:
@@ -235,6 +246,9 @@ def fit_temperature(
     def objective(log: float) -> float:
         return nll(log) + (log / prior_sd) ** 2 / (2 * evidence)
 
+    if not np.isfinite(nll(0.0)):
+        raise ValueError("a query's class has probability 0, so its nll is infinite at any temperature: nothing can be "
+                         "fitted. Check that the labels are classes of the support.")  # fmt: skip
     found = minimize_scalar(objective, bounds=(-np.log(50), np.log(50)), method="bounded")
     return Calibration({"softmax_temperature": float(np.exp(found.x))}, nll(0.0), nll(found.x))
 

@@ -22,13 +22,14 @@ from metaprior.calibration import BINS, brier, expected_error, maximum_error, re
 from metaprior.devices import everywhere, map_over_tasks, task_mesh
 from metaprior.files import write_atomically
 from metaprior.likelihoods import Categories, Counts, check_counts, check_labels, check_real
-from metaprior.options import Count, accept, shown
+from metaprior.options import Count, accept, checked, shown
 from metaprior.tasks import preparation_of
 from metaprior.types import (
     Learner,
     Task,
     TaskSource,
     check_settled,
+    check_source,
     check_weight,
     counted,
     draw_task,
@@ -199,14 +200,15 @@ def integral_transform(predictive: Any, y: Array, key: PRNGKeyArray) -> dict[str
     return {"pit": predictive.pit(y, key) if isinstance(predictive, Counts) else predictive.cdf(y)}
 
 
+@checked
 def evaluate(
     learner: Learner,
     params: PyTree,
     source: TaskSource,
     key: PRNGKeyArray,
     *,
-    tasks: int | None = None,
-    chunk: int = 20,
+    tasks: Count | None = None,
+    chunk: Count = 20,
     course: Learner | None = None,
     metrics: Sequence[str] = (),
 ) -> Report:
@@ -222,14 +224,15 @@ def evaluate(
             all along an episode has some.
 
     Raises:
-        ValueError: targets that cannot be, such as a label that is no class; weights below 0; no query that counts; a
-            learner that has to be `settled` first.
+        ValueError: arguments of a wrong type; targets that cannot be, such as a label that is no class; weights below
+            0; no query that counts; a learner that has to be `settled` first.
     """
     check_settled(learner)
+    if hasattr(params, "best") and hasattr(params, "history"):
+        raise ValueError("params must be parameters, got what training ends with; give its .best or .params.")
+    check_source(source)
     groups = group_count(source)
     tasks = (groups or TASKS) if tasks is None else tasks
-    if tasks < 1:
-        raise ValueError(f"tasks: came {tasks}, needs at least 1")
     units = Units.of(source)
     course = learner if course is None else course
 
@@ -392,7 +395,10 @@ def summarise(
     for step in range(next(iter(steps.values())).shape[1] if steps else 0):
         curve.append({name: figure_of(values[:, step], groups) for name, values in steps.items()})
     number = None if groups is None else len(np.unique(groups))
-    report = Report("", len(weight), figures, {}, curve, groups=number, notes=_notes(len(weight), number, lost))
+    notes = _notes(len(weight), number, lost)
+    if diverged := int(np.isnan(means["nll"]).sum()):
+        notes.append(f"{diverged} of {len(weight)} tasks have predictions of NaN: the learner diverged on them")
+    report = Report("", len(weight), figures, {}, curve, groups=number, notes=notes)
     flat = {name: values[counts] for name, values in scores.items()}
     of_row = weight[counts]
     if "accuracy" in scores:

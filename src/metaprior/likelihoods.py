@@ -10,7 +10,7 @@ values. In compiled code, which cannot raise, their nll, log probability and gra
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import log, pi, sqrt
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,15 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
 
 from metaprior.integrals import log_normal_slices, log_sigmoid_mean, log_softmax_mean
-from metaprior.options import Scale, accept
-from metaprior.types import Predictive
+from metaprior.options import Range, Scale, accept
+from metaprior.types import Predictive, check_numbers
+
+Share = Annotated[float, Range(above=0, below=1)]
 
 
 def _possible(y: Any, fine: Callable[[Any], Any], fault: Callable[[Any], str]) -> Array | float:
     """1 where a target is `fine`, else NaN; a ValueError with `fault` of the first that is not, if y is concrete."""
+    check_numbers("y", y)
     if isinstance(y, Tracer):
         return jnp.where(fine(y), 1.0, jnp.nan)
     values = np.asarray(y)
@@ -36,14 +39,24 @@ def _possible(y: Any, fine: Callable[[Any], Any], fault: Callable[[Any], str]) -
     return 1.0
 
 
-def check_labels(y: Any, classes: int) -> Array | float:
-    """1 where y is one of the labels 0..classes-1, else NaN; a ValueError that names the label, if y is concrete."""
+def check_labels(y: Any, classes: int, rows: int | None = None) -> Array | float:
+    """1 where y is one of the labels 0..classes-1, else NaN; a ValueError that names the label, if y is concrete.
+
+    rows: how many labels there must be, one a row.
+    """
+    if rows is not None and np.shape(y) != (rows,):
+        raise ValueError(f"y must be labels of shape {(rows,)}, got shape {tuple(np.shape(y))}.")
     return _possible(
         y,
         lambda v: (v >= 0) & (v < classes) & (v == v // 1),
         lambda v: f"label {v} is not one of the {classes} classes 0..{classes - 1}. Number the classes from 0 (see "
         "metaprior.tasks.encode_labels), or give the network as many outputs as there are classes.",
     )
+
+
+def one_hot(y: Any, classes: int, dtype: Any = None) -> Float[Array, "... classes"]:
+    """Labels of any type of number (False and True are 0 and 1) as indicators; a row of zeros for one below 0."""
+    return jax.nn.one_hot(jnp.asarray(y).astype(int), classes, dtype=dtype)
 
 
 def check_counts(y: Any) -> Array | float:
@@ -77,8 +90,6 @@ def _bisect(cdf: Callable, survival: Callable, q: float, low: Array, high: Array
         left = cdf(at) < q if q <= 0.5 else survival(at) > 1 - q
         return jnp.where(left, at, low), jnp.where(left, high, at)
 
-    if not 0 < q < 1:
-        raise ValueError(f"q must be between 0 and 1, got {q}.")
     return jax.lax.fori_loop(0, 40, halve, (low, high))
 
 
@@ -97,7 +108,8 @@ class Normals(NamedTuple):
 
     def log_prob(self, y: Float[Array, "n d"]) -> Float[Array, " n"]:
         _same_shape(y, self.means.shape[1:])
-        logs = norm.logpdf(y, self.means, jnp.sqrt(self.variances)) * check_real(y)
+        possible = check_real(y)
+        logs = norm.logpdf(y, self.means, jnp.sqrt(self.variances)) * possible
         return logsumexp(logs.sum(-1), axis=0) - log(self.means.shape[0])
 
     def cdf(self, y: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -106,7 +118,8 @@ class Normals(NamedTuple):
         return norm.cdf(y, self.means, jnp.sqrt(self.variances)).mean(0)
 
     def quantile(self, q: float) -> Float[Array, "n d"]:
-        """Marginal quantile of each target, by bisection of the mixture's distribution function."""
+        """Marginal quantile of each target, 0 < q < 1, by bisection of the mixture's distribution function."""
+        q = accept(Share, q, "q")
         sd = jnp.sqrt(self.variances)
         # By whichever tail is thinner: 1 - 1e-9 is 1 in float32.
         edges = self.means + sd * (norm.ppf(q) if q <= 0.5 else -norm.ppf(1 - q))
@@ -129,9 +142,7 @@ class Categories(NamedTuple):
 
     def log_prob(self, y: Int[Array, " n"]) -> Float[Array, " n"]:
         _, n, classes = self.log_probs.shape
-        if np.shape(y) != (n,):
-            raise ValueError(f"y must be labels of shape {(n,)}, got shape {tuple(np.shape(y))}.")
-        possible = check_labels(y, classes)
+        possible = check_labels(y, classes, n)
         place = jnp.clip(jnp.asarray(y).astype(int), 0, classes - 1)
         logs = jnp.take_along_axis(self.log_probs, place[None, :, None], axis=-1)[..., 0]
         return (logsumexp(logs, axis=0) - log(self.log_probs.shape[0])) * possible
@@ -175,7 +186,8 @@ class Counts(NamedTuple):
         return below + jax.random.uniform(key, below.shape, below.dtype) * (upto - below)
 
     def quantile(self, q: float) -> Float[Array, "n d"]:
-        """The smallest count whose distribution function reaches q, by bisection over the integers."""
+        """The smallest count whose distribution function reaches q, 0 < q < 1, by bisection over the integers."""
+        q = accept(Share, q, "q")
         rates = jnp.exp(self.log_rates)
         # Beyond this a Poisson count has probability below 1e-30.
         top = jnp.ceil(rates.max(0) + 12 * jnp.sqrt(rates.max(0)) + 60)
@@ -188,7 +200,8 @@ class Counts(NamedTuple):
 
 def _log_poisson(log_rates: Array, y: Array) -> Array:
     """log p(y) of counts; 0 counts at rate 0 have probability 1."""
-    y = jnp.asarray(y, log_rates.dtype) * check_counts(y)
+    possible = check_counts(y)
+    y = jnp.asarray(y, log_rates.dtype) * possible
     seen = jnp.where(y == 0, 0, y * jnp.where(y == 0, 0, log_rates))
     return seen - jnp.exp(log_rates) - jnp.where(y < 2, y * 0, gammaln(y + 1))  # log 0! and log 1! exactly
 
@@ -240,8 +253,9 @@ class Gaussian:
     def nll(self, outputs: Float[Array, "n c"], y: Float[Array, "n d"]) -> Float[Array, " n"]:
         mean, log_scale = self._split(outputs)
         _same_shape(y, mean.shape)
+        possible = check_real(y)
         squares = ((y - mean) * jnp.exp(-log_scale)) ** 2
-        return 0.5 * ((squares + 2 * log_scale + log(2 * pi)) * check_real(y)).sum(-1)
+        return 0.5 * ((squares + 2 * log_scale + log(2 * pi)) * possible).sum(-1)
 
     def hessian_root(self, outputs: Float[Array, "n c"]) -> Float[Array, "n c r"]:
         mean, log_scale = self._split(outputs)
@@ -273,10 +287,8 @@ class Categorical:
 
     def nll(self, outputs: Float[Array, "n c"], y: Int[Array, " n"]) -> Float[Array, " n"]:
         # A one-hot product, not a gather: its derivatives of every order stay dense and cheap under vmap.
-        if np.shape(y) != outputs.shape[:-1]:
-            raise ValueError(f"y must be labels of shape {outputs.shape[:-1]}, got shape {tuple(np.shape(y))}.")
-        possible = check_labels(y, outputs.shape[-1])
-        hot = jax.nn.one_hot(y, outputs.shape[-1], dtype=outputs.dtype)
+        possible = check_labels(y, outputs.shape[-1], outputs.shape[0])
+        hot = one_hot(y, outputs.shape[-1], outputs.dtype)
         return (logsumexp(outputs, axis=-1) - (outputs * hot).sum(-1)) * possible
 
     def hessian_root(self, outputs: Float[Array, "n c"]) -> Float[Array, "n c c"]:

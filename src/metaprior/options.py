@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 F = TypeVar("F", bound=Callable)
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, float(np.finfo(np.float32).max)
@@ -41,7 +41,7 @@ class Range:
 
     def holds(self, value: Any) -> bool:
         v = np.asarray(value)
-        return bool(
+        return v.dtype.kind in "biuf" and bool(
             ((v >= self.least) & (v <= self.most)).all()
             and (self.above == -math.inf or (v > self.above).all())
             and (self.below == math.inf or (v < self.below).all())
@@ -151,6 +151,9 @@ def shown(value: Any) -> str:
 def _fit(kind: Any, value: Any) -> Any:
     if isinstance(value, Tracer) or kind is Any or isinstance(kind, (str, TypeVar)):
         return value
+    if kind == PRNGKeyArray:
+        _ensure(isinstance(value, jax.Array) and _is_key(value))
+        return value
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         value = _fit(args[0], value)
@@ -187,6 +190,13 @@ def _fit(kind: Any, value: Any) -> Any:
             return value
         _ensure(right)
     return value
+
+
+def _is_key(value: jax.Array) -> bool:
+    """One key, of `jax.random.key` or of the older `jax.random.PRNGKey`."""
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return value.shape == ()
+    return value.dtype == np.uint32 and value.shape in ((2,), (4,))
 
 
 def _ensure(holds: Any) -> None:
@@ -228,6 +238,8 @@ def _sequence(origin: Any, args: tuple, value: Any) -> tuple:
 
 def describe(kind: Any) -> str:
     """What an annotation asks for, in words: 'an integer of at least 0'."""
+    if kind == PRNGKeyArray:
+        return "a key, e.g. jax.random.key(0)"
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return describe(args[0]) + "".join(str(mark) for mark in args[1:] if hasattr(mark, "holds"))

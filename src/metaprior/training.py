@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from metaprior.devices import everywhere, mean_over_tasks, task_mesh
 from metaprior.evaluation import check_targets
 from metaprior.likelihoods import Counts
-from metaprior.options import Count, NonNegative, OuterOptimizer, Positive, Seed, Whole, check_fields
+from metaprior.options import Count, NonNegative, OuterOptimizer, Positive, Seed, Whole, check_fields, checked
 from metaprior.runtime import shared
 from metaprior.signals import interruptible
-from metaprior.types import Learner, Splits, Task, TaskSource, counted, settled, weighted_mean
+from metaprior.types import Learner, Splits, Task, TaskSource, check_source, counted, settled, weighted_mean
 
 BLOCK_BYTES = 2**23  # of tasks drawn ahead: what stays in a processor's cache
 SAVE_EVERY = 10.0  # seconds: a checkpoint takes a tenth of one, as long as a chunk of meta-steps on a GPU
@@ -278,7 +278,7 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
 
             figures = {"nll": -mean(predictive.log_prob(y))}
             centre = predictive.mean()
-            if jnp.issubdtype(y.dtype, jnp.integer) and centre.ndim == y.ndim + 1:
+            if not jnp.issubdtype(y.dtype, jnp.inexact) and centre.ndim == y.ndim + 1:
                 figures["accuracy"] = mean((centre.argmax(-1) == y).astype(float))
             elif centre.shape == y.shape:
                 figures["mse"] = mean(((centre - y) ** 2).reshape(y.shape[0], -1).mean(-1))
@@ -321,6 +321,7 @@ def _floats(params: PyTree) -> list[Array]:
     return [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
+@checked
 def fit(
     learner: Learner,
     splits: Splits,
@@ -336,9 +337,12 @@ def fit(
     run keeps checkpoints and figures; resume=True goes on where it stands, with the same bits as if never stopped
     (under the conditions that the run notes; others are warned of).
     report is called with each chunk's figures. Raises NonFiniteLoss with the last good state. Ctrl-C,
-    SIGTERM and SIGHUP end it after the chunk, saved; a second one ends the process at once.
+    SIGTERM and SIGHUP end it after the chunk, saved; a second one ends the process at once. Raises ValueError for
+    arguments of a wrong type, and for sources that hold no numbers or weights that cannot be.
     """
     training = training or Training()
+    for source in (splits.train, splits.validation):
+        check_source(source)
     state = init_state(learner, splits.train, training)
     best, lowest, history = None, float("inf"), []
     if run is not None:

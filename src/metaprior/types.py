@@ -13,6 +13,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
+LEAST_TOTAL, MOST_TOTAL = 1e-12, 1e12  # of the weights of a batch in which something counts
+
 
 class Batch(NamedTuple):
     """Examples: every leaf of x and y has the examples as its leading axis.
@@ -20,8 +22,8 @@ class Batch(NamedTuple):
     `weight` [n] says how many examples a row stands for: 0 marks padding, None means all ones, 0.1 a tenth of one.
     A mean over rows is sum(w l) / sum(w), so all weights times 10 give the same mean; sums (curvature, evidence) and
     the number of examples n that a prior is weighed against (KL / n) are sum(w l) and sum(w). Weights are finite and
-    at least 0. A class label below 0 in a support set is not known; -2 - label is one that is hidden but may be asked
-    for.
+    at least 0; their sum is 0 or from 1e-12 to 1e12, so that products of two stay within float32. A class label below
+    0 in a support set is not known; -2 - label is one that is hidden but may be asked for.
     """
 
     x: PyTree
@@ -209,8 +211,34 @@ def draw_task(source: Any, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
     return jax.tree.map(lambda leaf: leaf[0], source.sample(key, 1))
 
 
+def check_numbers(name: str, values: Any) -> None:
+    """A ValueError where these are no array of numbers, such as texts, objects or a list."""
+    if not hasattr(values, "dtype"):
+        raise ValueError(f"{name} must be an array of numbers, got {values!r}.")
+    if isinstance(values, np.ndarray) and values.dtype.kind in "OSUMm":
+        first = f" ({str(values.flat[0])!r})" if values.size else ""
+        hint = " Make classes of them with metaprior.tasks.encode_labels." if name.endswith("y") else ""
+        raise ValueError(f"{name} must be numbers, got {values.dtype} values{first}.{hint}")
+
+
+def check_rows(batch: Batch) -> None:
+    """A ValueError where x, y or weight holds no numbers, or not one entry for every row of x."""
+    n = examples(batch)
+    for name, part in batch._asdict().items():
+        for leaf in jax.tree.leaves(part):
+            check_numbers(name, leaf)
+            if leaf.shape[:1] != (n,) or (name == "weight" and leaf.ndim > 1):
+                whole = f"have shape {(n,)}" if name == "weight" else f"have {n} rows, as x has"
+                raise ValueError(f"{name} must {whole}, got shape {tuple(leaf.shape)}.")
+
+
 def counted(batch: Batch) -> Batch:
-    """The batch with 0 as the target of every row of weight 0, so that nothing of padding reaches a gradient."""
+    """The batch with 0 as the target of every row of weight 0, so that nothing of padding reaches a gradient.
+
+    Raises:
+        ValueError: as `check_rows`.
+    """
+    check_rows(batch)
     if batch.weight is None:
         return batch
     weight = batch.weight
@@ -219,7 +247,8 @@ def counted(batch: Batch) -> Batch:
 
     def padded_out(leaf: Any) -> Any:
         there = (np.asarray(weight) if concrete else weight) > 0
-        kept = where(there.reshape(-1, *[1] * (leaf.ndim - 1)), np.asarray(leaf) if concrete else leaf, 0)
+        leaf = np.asarray(leaf) if concrete else jnp.asarray(leaf)
+        kept = where(there.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
         return kept.astype(leaf.dtype)
 
     return batch._replace(y=jax.tree.map(padded_out, batch.y))
@@ -229,8 +258,9 @@ def weights(batch: Batch) -> Float[Array, " n"]:
     """Each row's weight, 1 where none is given; NaN throughout where one is negative or not finite.
 
     Raises:
-        ValueError: a negative or non-finite weight among concrete ones.
+        ValueError: as `check_rows`; concrete weights that `check_weight` refuses.
     """
+    check_rows(batch)
     if batch.weight is None:
         return jnp.ones(examples(batch))
     check_weight(batch.weight)
@@ -249,13 +279,38 @@ def weighted_mean(values: Float[Array, " n"], batch: Batch) -> Scalar:
 
 
 def check_weight(weight: Any) -> None:
-    """A ValueError that names the first negative or non-finite weight, if they are concrete."""
+    """A ValueError that names the first negative or non-finite weight, or a sum too small or too large, of concrete
+    weights [..., n]."""
     if weight is None or isinstance(weight, Tracer):
         return
-    values = np.asarray(weight)
+    check_numbers("weight", weight)
+    values = np.atleast_1d(np.asarray(weight, float))
     bad = values[~((values >= 0) & (values < np.inf))]
     if bad.size:
         raise ValueError(f"weight must be finite and at least 0, got {bad[0]}. Use 0 to leave a row out.")
+    total = values.sum(-1).reshape(-1)
+    wrong = total[(total != 0) & ((total < LEAST_TOTAL) | (total > MOST_TOTAL))]
+    if wrong.size:
+        raise ValueError(
+            f"weight must have a sum of 0 or from {LEAST_TOTAL:g} to {MOST_TOTAL:g}, got {wrong[0]:.3g}. Multiply all "
+            "weights by one number: a mean over rows stays the same."
+        )
+
+
+def check_source(source: Any) -> None:
+    """A ValueError where a source holds values that are no numbers, or weights that `check_weight` refuses."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(source):
+        name = jax.tree_util.keystr(path).removeprefix(".")
+        if hasattr(leaf, "dtype"):
+            check_numbers(name, leaf)
+        if name.endswith(".weight"):
+            check_weight(leaf)
+
+
+def known_labels(y: Any) -> Any:
+    """The labels with hidden ones, below 0, as class 0; concrete ones stay so inside a trace."""
+    check_numbers("y", y)
+    return jnp.maximum(y, 0) if isinstance(y, Tracer) else np.maximum(y, 0)
 
 
 def examples(batch: Batch) -> int:
@@ -264,6 +319,6 @@ def examples(batch: Batch) -> int:
 
 
 __all__ = ["PLAIN", "Array", "Attributes", "Batch", "Bool", "Call", "Float", "GroupedSource", "Learner", "Model",
-           "PRNGKeyArray", "Predictive", "PyTree", "Scalar", "Splits", "Task", "TaskSource", "check_settled",
-           "check_weight", "counted", "draw_task", "examples", "group_count", "group_order", "settled", "weighted_mean",
-           "weights"]
+           "PRNGKeyArray", "Predictive", "PyTree", "Scalar", "Splits", "Task", "TaskSource", "check_numbers",
+           "check_rows", "check_settled", "check_source", "check_weight", "counted", "draw_task", "examples",
+           "group_count", "group_order", "known_labels", "settled", "weighted_mean", "weights"]

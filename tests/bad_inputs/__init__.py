@@ -3,7 +3,7 @@
 from bad_inputs import adapting, damage, files, options, pictures, python, recipes, tables
 from bad_inputs.judging import Case, judge
 
-PARTS = (options, recipes, tables, files, pictures, python, adapting, damage)
+PARTS = (options, recipes, tables, files, pictures, python, adapting, damage, learners)
 CASES: list[Case] = [case for part in PARTS for case in part.cases()]
 
 __all__ = ["CASES", "Case", "judge"]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.gradient import mean_nll
-from metaprior.likelihoods import Categorical, Likelihood, check_labels
+from metaprior.likelihoods import Categorical, Likelihood, one_hot
 from metaprior.types import Batch, Learner, Model, Task
 
 INSTANCES = range(1, 11)  # whose accuracy is shown, as in the paper's figure 2 and table 1
@@ -40,12 +40,11 @@ def output_width(model: Model, params: PyTree, x: PyTree) -> int:
 def as_inputs(likelihood: Likelihood, y: Array, outputs: int) -> Float[Array, "n t"]:
     """Targets as a network reads them: classes one-hot among `outputs`, everything else as it is.
 
-    Raises the likelihood's own ValueError where y cannot be targets of so many outputs.
+    Raises the likelihood's own ValueError where y cannot be targets of so many outputs; NaN in compiled code.
     """
-    jax.eval_shape(likelihood.nll, jax.ShapeDtypeStruct((y.shape[0], outputs), jnp.result_type(float)), y)
-    if isinstance(likelihood, Categorical):
-        return jax.nn.one_hot(y, outputs) * (check_labels(y, outputs) * jnp.ones(y.shape))[:, None]
-    return (y if y.ndim > 1 else y[:, None]).astype(float)
+    lost = jnp.isnan(likelihood.nll(jnp.zeros((y.shape[0], outputs)), y))[:, None]
+    shown = one_hot(y, outputs) if isinstance(likelihood, Categorical) else y.reshape(y.shape[0], -1).astype(float)
+    return jnp.where(lost, jnp.nan, shown)
 
 
 def amortised_learner(
@@ -68,7 +67,7 @@ def amortised_learner(
 
 def by_instance(outputs: Float[Array, "n way"], y: Array, weight: Float[Array, " n"]) -> dict[str, Scalar]:
     """The accuracy where a class is seen for the 1st, 2nd, ... time; 0 where no class is seen so often."""
-    hot = jax.nn.one_hot(y, outputs.shape[1]) * (weight > 0)[:, None]
+    hot = one_hot(y, outputs.shape[1]) * (weight > 0)[:, None]
     seen = (jnp.cumsum(hot, 0) * hot).sum(-1)
     shown = [k for k in INSTANCES if k * outputs.shape[1] <= outputs.shape[0]]
     hits = {k: ((outputs.argmax(-1) == y) & (seen == k)).sum() for k in shown}

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.statistics import by_support
-from metaprior.types import PLAIN, Batch, Call, Model, Task, counted, examples, weighted_mean, weights
+from metaprior.types import PLAIN, Batch, Call, Model, Task, check_rows, counted, examples, weighted_mean, weights
 
 SEGMENTS = 4  # of a rematerialised descent, of each of its segments, and so on
 UNROLLED = 5  # inner steps up to this many are unrolled: XLA then fuses across them; more are a loop
@@ -74,10 +76,22 @@ def count(batch: Batch) -> Scalar | int:
 
 
 def joined(task: Task) -> Batch:
-    """Support and query as one batch; with weights if either has some."""
+    """Support and query as one batch; with weights if either has some.
+
+    Raises:
+        ValueError: targets whose shapes differ in more than the rows.
+    """
+    for batch in task:
+        check_rows(batch)
+    for s, q in zip(jax.tree.leaves(task.support.y), jax.tree.leaves(task.query.y), strict=True):
+        if s.shape[1:] != q.shape[1:]:
+            raise ValueError(f"y: the support's has shape {tuple(s.shape)}, the query's has shape {tuple(q.shape)}.")
     if (task.support.weight is None) != (task.query.weight is None):
         task = Task(*(batch._replace(weight=weights(batch)) for batch in task))
-    return jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support, task.query)
+    concrete = not any(isinstance(leaf, Tracer) for batch in task for leaf in jax.tree.leaves(batch.y))
+    together = np.concatenate if concrete else jnp.concatenate  # numpy: what is concrete stays so inside a trace
+    both = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), *(batch._replace(y=None) for batch in task))
+    return both._replace(y=jax.tree.map(lambda s, q: together([s, q]), task.support.y, task.query.y))
 
 
 def mean_nll(likelihood: Likelihood, outputs: Array, batch: Batch) -> Scalar:
@@ -186,7 +200,7 @@ def minibatches(key: PRNGKeyArray, n: int, size: int, steps: int) -> Int[Array, 
 
 def drawn(data: Batch, places: Int[Array, " size"]) -> Batch:
     """The examples at those places."""
-    return jax.tree.map(lambda leaf: leaf[places], data)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[places], data)
 
 
 def trajectory(

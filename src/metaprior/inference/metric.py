@@ -9,13 +9,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics
-from metaprior.likelihoods import Categorical, Categories, Likelihood, check_labels
-from metaprior.types import Batch, Learner, Model, Task, counted, weighted_mean, weights
+from metaprior.likelihoods import Categorical, Categories, Likelihood, check_labels, one_hot
+from metaprior.types import Batch, Learner, Model, Task, counted, known_labels, weighted_mean, weights
 
 ABSENT = -1e9  # the logit of a class that is not there: its probability is 0 to the bit, and gradients stay finite
 
@@ -68,9 +66,9 @@ def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
     zeros times NaN may be compiled to zeros.
     """
     y, w = counted(support).y, weights(support)
-    possible = check_labels(jnp.maximum(y, 0) if isinstance(y, Tracer) else np.maximum(y, 0), way)
+    possible = check_labels(known_labels(y), way, w.shape[0])
     lost = jnp.isnan(w * possible).any()
-    return jnp.where(lost, jnp.nan, jax.nn.one_hot(y, way, dtype=w.dtype) * w[:, None])
+    return jnp.where(lost, jnp.nan, one_hot(y, way, w.dtype) * w[:, None])
 
 
 def present(logits: Float[Array, "n way"], number: Float[Array, " way"]) -> Float[Array, "n way"]:
@@ -153,7 +151,7 @@ def with_unseen(learner: Learner, way: int, concentration: float = 1.0) -> Learn
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         there = memberships(task.support, way).sum(0) > 0
-        known = weights(task.query) * there[jnp.clip(task.query.y, 0, way - 1)]
+        known = weights(task.query) * there[jnp.clip(task.query.y.astype(int), 0, way - 1)]
         return learner.loss(params, task._replace(query=task.query._replace(weight=known)), key)
 
     def again(other: Learner) -> Learner:

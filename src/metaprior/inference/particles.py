@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 from metaprior.inference.gradient import count
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.product import dots, product
-from metaprior.types import Batch, examples
+from metaprior.types import Batch, examples, weights
 
 
 class Particles(NamedTuple):
@@ -87,7 +87,7 @@ def stein(data: Batch) -> optax.GradientTransformation:
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
         # Uphill in the nll: the direction is linear, so both of its terms change sign without a copy of either.
         along = stein_direction(params, updates, -1 / count(data))
-        some = examples(data) > 0 if data.weight is None else data.weight.sum() > 0
+        some = examples(data) > 0 if data.weight is None else weights(data).sum() > 0
         return jax.tree.map(lambda leaf: jnp.where(some, leaf, 0), along), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)  # pyright: ignore[reportArgumentType]

@@ -19,7 +19,7 @@ from metaprior.inference.gradient import Descent, count, descend, make_optimizer
 from metaprior.inference.posteriors import predict
 from metaprior.likelihoods import Likelihood
 from metaprior.options import Count, InnerOptimizer, NonNegative, Whole, check_fields
-from metaprior.types import Batch, Call, Learner, Model, Task
+from metaprior.types import Batch, Call, Learner, Model, Task, weights
 
 Objective = Callable[[DiagonalGaussian, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
 
@@ -60,7 +60,7 @@ class Variational:
         as the KL's are at the prior, Adam answers the least change of theta with a step of its full rate.
         """
         inner = self._moving(batch, differentiated)
-        return inner if batch.weight is None else optax.chain(inner, optax.scale((batch.weight.sum() > 0) * 1.0))
+        return inner if batch.weight is None else optax.chain(inner, optax.scale((weights(batch).sum() > 0) * 1.0))
 
     def _moving(self, batch: Batch, differentiated: bool) -> Any:
         if self.optimizer == "natural":

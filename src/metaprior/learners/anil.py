@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from metaprior.inference.amortised import embedding, output_width
 from metaprior.inference.assemble import query_learner
 from metaprior.inference.gradient import Adaptation, make_optimizer
+from metaprior.inference.metric import ABSENT, check_classification
 from metaprior.inference.posteriors import PosteriorRule, point
-from metaprior.likelihoods import Categories, Likelihood, check_labels
+from metaprior.likelihoods import Categories, Likelihood, check_labels, one_hot
 from metaprior.named import passes_options_to
 from metaprior.options import InnerOptimizer, NonNegative, Positive, Whole, checked
 from metaprior.types import Batch, Call, Learner, Model, Task, counted, weights
@@ -92,31 +94,31 @@ def nil(
     similarities into attention weights first. `temperature` multiplies the cosines (accuracy does not depend on it
     without softmax, calibration does). Classification only; the model needs `features`.
     """
+    check_classification("nil", likelihood, None)
     trained = anil(model, likelihood, **options)
-    embed = model.features
-    if embed is None:
+    if model.features is None:
         raise ValueError("model: NIL compares features, but this model has none; give Model(init, apply, features)")
+    embed = embedding(model)
 
     def unit(params: PyTree, x: PyTree) -> Float[Array, "n d"]:
         f = embed(params, x)
-        f = f.reshape(f.shape[0], -1)
         return f / (jnp.linalg.norm(f, axis=-1, keepdims=True) + 1e-8)
 
     def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Memory:
-        way = jax.eval_shape(model.apply, params, support.x).shape[-1]
+        way = output_width(model, params, support.x)
         features = unit(params, support.x)
         labels = counted(support).y
-        weight = weights(support) * check_labels(labels, way)
+        weight = weights(support) * check_labels(labels, way, features.shape[0])
         # Of all examples: a row of zeros times NaN may be compiled to zeros.
         return Memory(features, labels, jnp.where(jnp.isnan(weight).any(), jnp.nan, weight), jnp.zeros(way))
 
     def predict(params: PyTree, memory: Memory, x: PyTree, key: PRNGKeyArray) -> Categories:
         cosine = temperature * unit(params, x) @ memory.features.T
-        hot = jax.nn.one_hot(memory.labels, memory.way.shape[0]) * memory.weight[:, None]
+        hot = one_hot(memory.labels, memory.way.shape[0]) * memory.weight[:, None]
         if softmax:
-            attention = jax.nn.softmax(jnp.where(memory.weight > 0, cosine, -jnp.inf))
-            return Categories(jnp.log(attention @ hot + 1e-12)[None])
-        shots = jnp.maximum(hot.sum(0), 1)
+            attention = jax.nn.softmax(jnp.where(memory.weight > 0, cosine, ABSENT))
+            return Categories(jax.nn.log_softmax(jnp.log(attention @ hot + 1e-12))[None])
+        shots = jnp.where((total := hot.sum(0)) == 0, 1, total)
         return Categories(jax.nn.log_softmax(cosine @ hot / shots)[None])
 
     return Learner(trained.init, adapt, predict, trained.loss)

@@ -18,13 +18,13 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.amortised import as_inputs, embedding, output_width
 from metaprior.inference.assemble import fit_metrics
-from metaprior.inference.gradient import mean_nll
-from metaprior.likelihoods import Categorical, Categories, Likelihood
+from metaprior.inference.gradient import count, mean_nll
+from metaprior.likelihoods import Categorical, Categories, Likelihood, one_hot
 from metaprior.networks.attention import shares
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.mlp import mlp
 from metaprior.options import Count, Fraction, checked
-from metaprior.types import Batch, Learner, Model, Task, counted, weights
+from metaprior.types import Batch, Learner, Model, Task, counted, known_labels, weights
 
 EDGES = 2**16  # in memory at once; queries beyond that go one chunk after another
 
@@ -94,17 +94,18 @@ def gnn(
 
     def adapt(params: Graph, support: Batch, key: PRNGKeyArray) -> Labelled:
         way, weight = output_width(model, params.embedding, support.x), weights(support)
-        missing = (weight * (support.y < 0)).sum() / jnp.maximum(weight.sum(), 1e-12)
+        known = as_inputs(likelihood, known_labels(counted(support).y), way)
+        y = support.y.astype(int)
+        missing = (weight * (y < 0)).sum() / count(support)
         allowed = missing <= unlabelled + 1e-6
         if not isinstance(allowed, Tracer) and not allowed:
             raise ValueError(
                 f"support.y: {100 * missing:.0f} % came without a label (below 0), needs at most "
                 f"{100 * unlabelled:.0f} %; label more examples, or set `unlabelled` of gnn and train it so"
             )
-        shown = as_inputs(likelihood, jnp.maximum(counted(support).y, 0), way)
-        label = jnp.where(support.y[:, None] < 0, 1 / way, shown)
+        label = jnp.where(y[:, None] < 0, 1 / way, known)
         nodes = jnp.concatenate([embed(params.embedding, support.x), label], -1)
-        hidden = jax.nn.one_hot(-2 - support.y, way) * (weight > 0)[:, None]
+        hidden = one_hot(-2 - y, way) * (weight > 0)[:, None]
         return Labelled(jnp.where(allowed, nodes, jnp.nan), weight, hidden)
 
     def adjacency(layer: PyTree, z: Float[Array, "m c"], weight: Float[Array, " m"]) -> Float[Array, "m m"]:

@@ -61,7 +61,7 @@ def mann(
     hidden: units of the controller. slots, width, heads, decay: of the memory. sharpen: the controller
     sets how sharply each head reads; the paper's softmax of bare cosines (False) is nearly even. shuffle: train on
     episodes in random order. The order of the support matters; so do class names as far as training has not taught
-    otherwise. A weight above 0 counts as 1. ValueError where there is no example before a query.
+    otherwise. A weight above 0 counts as 1. After an empty support nothing is remembered.
     """
     memory = least_used(slots, width, heads, decay, sharpen)
     return remembering(model, likelihood, memory, hidden=hidden, shuffle=shuffle)
@@ -130,8 +130,6 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
         return jax.lax.scan(jax.checkpoint(see), nothing, shown)
 
     def adapt(params: Mann, support: Batch, key: PRNGKeyArray) -> State:
-        if examples(support) == 0:
-            raise ValueError("support: came no example, needs at least one to remember before a query")
         return run(params, sequence(params, support))[0]
 
     def predict(params: Mann, state: State, x: PyTree, key: PRNGKeyArray) -> Any:

@@ -82,7 +82,7 @@ def nearest_neighbour(
     def logits(params: Comparison, support: Neighbours, x: PyTree) -> Float[Array, "m way"]:
         apart = measure(embed_query(embed, params.network, x, support.beside), support.embeddings)
         scale = temperature if params.log_temperature is None else jnp.exp(params.log_temperature)
-        nearest = jnp.where(support.shares > 0, -apart[:, :, None] / scale, ABSENT).max(1)
+        nearest = jnp.where(support.shares > 0, -apart[:, :, None] / scale, ABSENT).max(1, initial=ABSENT)
         return present(nearest, support.shares.sum(0))
 
     def loss(params: Comparison, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:

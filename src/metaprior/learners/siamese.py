@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.amortised import embedding
 from metaprior.inference.assemble import fit_metrics
+from metaprior.inference.gradient import joined
 from metaprior.inference.metric import (
     check_classification,
     embed_query,
@@ -63,6 +64,7 @@ def verification(odds: Float[Array, "n n"], y: Array, weight: Float[Array, " n"]
     Examples without a label (below 0) are in no pair.
     """
     w = weight * (y >= 0)
+    w = w / jnp.where((most := w.max()) == 0, 1, most)
     pairs = jnp.triu(w[:, None] * w[None], 1)
     alike = y[:, None] == y[None]
     share = sum(part / jnp.maximum(part.sum(), 1e-12) for part in (pairs * alike, pairs * ~alike)) / 2
@@ -99,10 +101,11 @@ def siamese(
         return by_class(log_odds(params, f, seen.embeddings), seen.shares)
 
     def loss(params: Twins, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
-        x, y = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), task.support[:2], task.query[:2])
+        x, y, weight = joined(task._replace(support=task.support._replace(weight=weights(task.support))))
+        y = y.astype(int)
         f = embed(params.embedding, x)
         odds = log_odds(params, f, f)
-        score, right = verification(odds, y, jnp.concatenate([weights(task.support), weights(task.query)]))
+        score, right = verification(odds, y, weight)
         shares = memberships(task.support, number_of_classes(model, way, params.embedding, x))
         n = shares.shape[0]
         metrics = fit_metrics(Categorical(), by_class(odds[n:, :n], shares), task.query)

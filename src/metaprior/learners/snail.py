@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width
+from metaprior.inference.gradient import drawn
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.attention import attend
 from metaprior.networks.layers import dense, dense_init
@@ -136,7 +137,7 @@ def snail(
 
     def shuffled(params: Snail, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         order = jax.random.permutation(key, examples(task.support))
-        support = jax.tree.map(lambda leaf: leaf[order], task.support)
-        return learner.loss(params, task._replace(support=support), key)
+        adapt(params, task.support, key)  # for its checks, as no value is concrete in an order that is traced
+        return learner.loss(params, task._replace(support=drawn(task.support, order)), key)
 
     return learner._replace(loss=shuffled) if shuffle else learner

@@ -137,6 +137,8 @@ def array_tasks(
             raise DataError(f"{name} must be an array with one entry a row, got None.")
     if shots == "uniform" and ragged != "pad":
         raise ValueError(f"shots must be 'fixed' where ragged is not 'pad', got {shots!r} with {ragged!r}.")
+    if len(set(names)) < 2:
+        raise ValueError(f"names must be two different ones, of the target and of the group, got {names}.")
     if preparation is not None:
         _check_same_table(preparation, names)
     test_query = query if test_query is None else test_query

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from metaprior.tasks.pool import distinct
@@ -28,7 +29,7 @@ class FixedTasks:
 
     def of_group(self, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
         """The task with this number."""
-        return jax.tree.map(lambda leaf: leaf[group], self.tasks)
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[group], self.tasks)
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
         """n different tasks.
@@ -41,4 +42,4 @@ class FixedTasks:
         if n == self.total:
             return self.tasks
         rows = distinct(key, self.total, n)
-        return jax.tree.map(lambda leaf: leaf[rows], self.tasks)
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], self.tasks)

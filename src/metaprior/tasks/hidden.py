@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from metaprior.options import Fraction, checked
-from metaprior.types import Batch, Splits, Task, TaskSource, draw_task, group_count
+from metaprior.types import Batch, Splits, Task, TaskSource, check_source, draw_task, group_count
 
 UNKNOWN = -1  # the label of an example whose label is not known
 KINDS = ("shown", "askable", "left_out")
@@ -54,7 +54,12 @@ class HiddenLabels:
         return Task(self._hide(key_hide, task.support), task.query)
 
     def _hide(self, key: PRNGKeyArray, support: Batch) -> Batch:
-        y = support.y
+        if jnp.issubdtype(support.y.dtype, jnp.inexact) or support.y.ndim != 1:
+            raise ValueError(
+                f"y must be labels of classes, one an example, to be hidden, got {support.y.dtype} values of shape "
+                f"{tuple(support.y.shape)}. Real targets cannot be hidden: give those rows weight 0."
+            )
+        y = support.y.astype(int)
         weight = jnp.ones(y.shape) if support.weight is None else support.weight
         keep = known(key, y, weight, self.labelled)
         if self.unlabelled == "left_out":
@@ -76,4 +81,8 @@ def hide_labels(splits: Splits, labelled: Fraction, unlabelled: str = "shown") -
         raise ValueError(f"labelled: came {labelled}, needs a share above 0 and at most 1 of each class's support")
     if unlabelled not in KINDS:
         raise ValueError(f"unlabelled: came {unlabelled!r}, needs one of {', '.join(map(repr, KINDS))}")
-    return Splits(*(HiddenLabels(source, float(labelled), unlabelled) for source in splits))
+    for source in splits:
+        check_source(source)
+    hidden = Splits(*(HiddenLabels(source, float(labelled), unlabelled) for source in splits))
+    jax.eval_shape(lambda: hidden.train.sample(jax.random.key(0), 1))  # raises what cannot be hidden
+    return hidden
