@@ -20,6 +20,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
@@ -194,7 +195,7 @@ def _fit(kind: Any, value: Any) -> Any:
 
 def _is_key(value: jax.Array) -> bool:
     """One key, of `jax.random.key` or of the older `jax.random.PRNGKey`."""
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return value.shape == ()
     return value.dtype == np.uint32 and value.shape in ((2,), (4,))
 

@@ -101,11 +101,11 @@ def siamese(
         return by_class(log_odds(params, f, seen.embeddings), seen.shares)
 
     def loss(params: Twins, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
-        x, y, weight = joined(task._replace(support=task.support._replace(weight=weights(task.support))))
-        y = y.astype(int)
+        data = joined(task)
+        x, y = data.x, data.y.astype(int)
         f = embed(params.embedding, x)
         odds = log_odds(params, f, f)
-        score, right = verification(odds, y, weight)
+        score, right = verification(odds, y, weights(data))
         shares = memberships(task.support, number_of_classes(model, way, params.embedding, x))
         n = shares.shape[0]
         metrics = fit_metrics(Categorical(), by_class(odds[n:, :n], shares), task.query)
