@@ -85,7 +85,6 @@ SET = [
     ("evaluation.tasks=0", ("evaluation.tasks", "0")),
     ("evaluation.steps=-1", ("evaluation.steps", "-1")),
     ("training.steps=abc", ("training.steps", "abc")),
-    ("training.steps=", ("training.steps",)),
     ("training.rate=1e999", ("training.rate", "inf")),
     ("training.seed=-1", ("training.seed", "-1")),
     ("training.clip_norm=0", ("training.clip_norm", "0")),
