@@ -135,7 +135,7 @@ def test_chunks_do_not_change_the_report():
             assert report.figures[name].mean == pytest.approx(figure.mean, rel=1e-4, abs=1e-6)
         assert len(report.curve) == len(reports[0].curve) == 2
     assert reports[0].tasks == 11
-    with pytest.raises(ValueError, match="tasks must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="tasks must be an integer of at least 1 or None, got 0"):
         evaluate(learner, params, splits.test, jax.random.key(1), tasks=0)
 
 
