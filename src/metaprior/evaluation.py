@@ -102,7 +102,7 @@ class Report:
             kind,
             accept(Count, table["tasks"], "tasks"),
             _figures(table["figures"], "figures"),
-            _numbers(table["pooled"], "pooled"),
+            _numbers(table["pooled"], "pooled", undefined=True),
             [_figures(row, "curve") for row in rows["curve"]],
             [_numbers(row, "reliability") for row in rows["reliability"]],
             list(_numbers(dict(enumerate(rows["pit"])), "pit").values()),
@@ -142,9 +142,14 @@ class Report:
         return table
 
 
-def _numbers(table: Any, name: str) -> dict[Any, float]:
-    """Numbers by name as JSON holds them; NaN and infinity are figures too, of tasks that diverged."""
+def _numbers(table: Any, name: str, *, undefined: bool = False) -> dict[Any, float]:
+    """Numbers by name as JSON holds them; NaN and infinity are figures too, of tasks that diverged.
+
+    undefined: None may stand for one, such as the correlation with a constant.
+    """
     for key, value in accept(dict, table, name).items():
+        if undefined and value is None:
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name}.{key} must be a number, got {shown(value)}.")
     return table
