@@ -302,8 +302,11 @@ def test_each_group_is_judged_once_and_repeats_narrow_no_interval():
     assert alone.figures["mse"].interval is None
     assert Report.from_json(alone.to_json()) == alone
     Console(file=StringIO()).print(alone.table())
-    hidden = evaluate(learner, None, HiddenLabels(source, 1.0), jax.random.key(0))
-    assert (hidden.tasks, hidden.groups) == (8, 8)
+    groups, y = np.repeat(np.arange(12), 4), np.arange(48) % 2
+    classes = array_tasks(np.ones((48, 1)), y, groups, shot=2, query=2, split=(0.3, 0.3, 0.4), classification=True).test
+    told = constant(lambda x: Categories(jnp.log(jnp.full((1, x.shape[0], 2), 0.5))))
+    hidden = evaluate(told, None, HiddenLabels(classes, 1.0), jax.random.key(0))
+    assert hidden.tasks == hidden.groups == classes.group_count
 
 
 @jax.tree_util.register_dataclass
