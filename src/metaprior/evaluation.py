@@ -142,7 +142,7 @@ class Report:
         return table
 
 
-def _numbers(table: Any, name: str, *, undefined: bool = False) -> dict[Any, float]:
+def _numbers(table: Any, name: str, *, undefined: bool = False) -> dict[Any, Any]:
     """Numbers by name as JSON holds them; NaN and infinity are figures too, of tasks that diverged.
 
     undefined: None may stand for one, such as the correlation with a constant.
