@@ -67,3 +67,21 @@ def run_cli(*args, code=0):
     with pytest.raises(SystemExit) as end:
         main([str(a) for a in args])
     assert end.value.code == code
+
+
+def deadened(params):
+    """Units whose bias keeps them below zero, and a head of zeros."""
+
+    def kill(path, leaf):
+        names = str(path)
+        if "log" in names or "rule" in names or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        if names.endswith("'b'),)") and "'head'" not in names:
+            return leaf.at[..., :2].set(-100.0)
+        return jnp.zeros_like(leaf) if "'head'" in names else leaf
+
+    return jax.tree_util.tree_map_with_path(kill, params)
+
+
+def finite(tree):
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from metaprior.cli.truth import truth
 from metaprior.grouped import GroupScores, folds, held_out_tasks, judge_groups, pooled, rows_of_source
 from metaprior.inference.gaussian import DiagonalGaussian
 from metaprior.inference.particles import systematic
-from metaprior.learners import make_learner
+from metaprior.learners import llama, make_learner
 from metaprior.learners.llama import Prior
 from metaprior.likelihoods import Gaussian, Normals
 from metaprior.mixed import Rows, mixed_by_nuts, mixed_by_statsmodels, new_group, with_intercept, within_sd
@@ -40,7 +41,7 @@ def simulated(groups: int, rows: int) -> Rows:
 def test_learned_prior_agrees_with_nuts_on_the_whole_hierarchy(monkeypatch):
     """Gaussian observations, where LLAMA's evidence is exact: its optimum lies where NUTS has its posterior."""
     quick = {"objective": "evidence", "learn_precision": True, "steps": 30, "test_steps": 60, "rate": 0.3}
-    monkeypatch.setitem(nuts.LEARNING, "llama", quick)
+    monkeypatch.setattr(llama, "traits", replace(llama.traits, referees={"nuts prior": quick}))
     found = learned_against_nuts("gaussian", ("llama",), steps=200, seen=40, tasks=20)
     prior, posterior = found["llama"]
     assert prior.bias < 0.1

@@ -1,15 +1,21 @@
 """Each learner's own identities: what makes it this algorithm and no other."""
 
+import ast
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from metaprior import networks
 from metaprior.inference.gradient import descend, half_square
 from metaprior.inference.posteriors import implicit, laplace
 from metaprior.learners import (
+    LEARNERS,
     anil,
+    cavia,
     fomaml,
     imaml,
     llama,
@@ -21,12 +27,14 @@ from metaprior.learners import (
     preconditioned,
     reptile,
 )
+from metaprior.learners.registry import learners_before, learners_having, traits
 from metaprior.learners.reptile import minibatches
+from metaprior.learners.traits import traits as stated
 from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import conv4, mlp
 from metaprior.tasks import linear_gaussian, sinusoid
 from metaprior.tasks.linear_gaussian import Hierarchy, empirical_bayes_mean, exact_log_marginal, exact_posterior
-from metaprior.types import Batch, Model, Task
+from metaprior.types import Batch, Call, Model, Task
 
 NET = mlp(1, (8, 8), "tanh")
 TASK = jax.tree.map(lambda leaf: leaf[0], sinusoid(shot=6, query=6).train.sample(jax.random.key(0), 1))
@@ -283,3 +291,89 @@ def test_memory_is_flat_in_the_inner_steps_on_images(name):
 
     assert temporary(16) == pytest.approx(temporary(4), rel=0.01)
     assert temporary(16) < 1.1 * temporary(1)
+
+
+@pytest.mark.usefixtures("x64")
+def test_cavia_moves_a_context_from_zero_and_nothing_else():
+    """By hand, for a linear map of inputs and context: one step on phi, from which the meta-gradient goes to theta."""
+    x, y = jnp.array([[1.0], [2.0]]), jnp.array([[0.5], [3.0]])
+    learner = cavia(networks.linear(init_scale=1.0), Gaussian(1.0), context=2, steps=1, rate=0.25)
+    task = Task(Batch(x, y), Batch(x[:1] + 1, y[:1]))
+    params = learner.init(jax.random.key(0), task)
+    w = params.theta["head"]["w"]
+    assert w.shape == (3, 1)
+
+    def phi(w):
+        return -0.25 * ((x * w[0, 0] - y).mean() * w[1:, 0])
+
+    def loss(w):
+        f = task.query.x[0, 0] * w[0, 0] + phi(w) @ w[1:, 0]
+        return 0.5 * (f - task.query.y[0, 0]) ** 2 + 0.5 * jnp.log(2 * jnp.pi)
+
+    np.testing.assert_allclose(learner.adapt(params, task.support, jax.random.key(1)).posterior.mean, phi(w))
+    value, gradient = jax.value_and_grad(lambda p: learner.loss(p, task, jax.random.key(1))[0])(params)
+    np.testing.assert_allclose(value, loss(w))
+    np.testing.assert_allclose(gradient.theta["head"]["w"], jax.grad(loss)(w))
+
+
+@pytest.mark.parametrize("norm", ["batch", "task", "running"])
+def test_cavia_modulates_one_layer_after_its_norm(norm):
+    """At phi = 0 the network is as it is; elsewhere its channels are scaled and shifted, which no norm undoes."""
+    model, layer = conv4(3, filters=4, blocks=2, norm=norm), "block2"
+    learner = make_learner("cavia", model, Categorical(), context=3, layer=layer, steps=0)
+    x = jax.random.normal(jax.random.key(0), (6, 8, 8, 1))
+    batch = Batch(x, jnp.arange(6) % 3)
+    params = learner.init(jax.random.key(1), Task(batch, batch))
+    assert params.film.shape == (3, 8)
+    by = jnp.ones(6)
+    plain = jax.nn.softmax(model.apply(params.theta, x, Call(by=by)))
+    start = learner.predict(params, learner.adapt(params, batch, KEY), x, KEY).mean()
+    np.testing.assert_allclose(start, plain, rtol=1e-4)
+    moved = make_learner("cavia", model, Categorical(), context=3, layer=layer, steps=3)
+    after = moved.adapt(params, batch, KEY)
+    assert abs(moved.predict(params, after, x, KEY).mean() - plain).max() > 1e-2
+    gain, shift = jnp.split((after.posterior.posterior if norm == "task" else after.posterior).mean @ params.film, 2)
+    call = Call(by=by, modulate=lambda name, s: s * (1 + gain) + shift if name == layer else s)
+    expected = jax.nn.softmax(model.apply(params.theta, x, call))
+    np.testing.assert_allclose(moved.predict(params, after, x, KEY).mean(), expected, rtol=1e-4)
+
+
+def test_cavia_names_a_layer_that_is_not_there():
+    batch = Batch(jnp.zeros((2, 8, 8, 1)), jnp.arange(2))
+    learner = cavia(conv4(3, filters=4, blocks=2), Categorical(), layer="block3")
+    with pytest.raises(ValueError, match=r"layer must be one of block1, block2, got 'block3'\."):
+        learner.init(KEY, Task(batch, batch))
+
+
+def test_what_a_learner_is_stands_in_its_own_file_and_nowhere_else():
+    """No list of learners' names in the package, and no name that something is compared with."""
+    root = Path(networks.__file__).parents[1]
+    names, found = set(LEARNERS), []
+    for path in root.rglob("*.py"):
+        if path.parent.name == "learners":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts: list = []
+            if path.name == "omniglot.py":  # "maml" is a split of its classes there, too
+                continue
+            if isinstance(node, ast.Tuple | ast.List | ast.Set):
+                parts = node.elts
+            elif isinstance(node, ast.Dict):
+                parts = node.keys
+            elif isinstance(node, ast.Compare):
+                parts = [*node.comparators, node.left] * 2
+            said = [part.value for part in parts if isinstance(part, ast.Constant) and part.value in names]
+            if len(said) > 1:
+                found.append(f"{path.relative_to(root)}:{node.lineno}: {', '.join(said)}")
+    assert not found, found
+
+
+def test_traits_are_asked_by_name():
+    assert traits("protonet").of_classes
+    assert not traits("maml").of_classes
+    assert learners_having("reads_attributes") == ["zero_shot"]
+    assert set(learners_before("nuts")) <= set(LEARNERS)
+    with pytest.raises(ValueError, match="did you mean 'maml'"):
+        traits("mmaml")
+    with pytest.raises(TypeError):
+        stated(of_clases=True)

@@ -5,12 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaprior.learners import gnn, make_learner
+from metaprior.learners import LEARNERS, gnn, make_learner
+from metaprior.learners.registry import learners_having, traits
 from metaprior.likelihoods import Categorical
+from metaprior.named import option_names
+from metaprior.networks import mlp
 from metaprior.recipe import build, load_recipe, with_overrides
 from metaprior.tasks import FixedTasks, around, ask_for, hide_labels
 from metaprior.tasks.hidden import known
-from metaprior.types import Batch, Model, Splits, Task
+from metaprior.training import Training, fit
+from metaprior.types import Batch, Model, Splits, Task, labelled
 
 KEY = jax.random.key(0)
 BARE = Model(lambda key, x: {}, lambda params, x: jnp.zeros((x.shape[0], 3)), lambda params, x: x)
@@ -70,7 +74,7 @@ def test_unlabelled_examples_are_news_to_the_graph_and_left_out_ones_are_not():
     assert abs(answer(params, Batch(X, y), KEY) - alone).max() > 1e-5
 
 
-@pytest.mark.parametrize("name", ["protonet", "matching", "siamese", "nearest_neighbour"])
+@pytest.mark.parametrize("name", learners_having("rules_out_unseen"))
 def test_learners_that_compare_embeddings_ignore_unlabelled_examples(name):
     on = {"on": "pixels"} if name == "nearest_neighbour" else {}
     learner = make_learner(name, BARE, Categorical(), way=3, **on)
@@ -135,6 +139,31 @@ def test_random_asking_depends_on_the_key_alone():
     answers = np.stack([answer(params, support, jax.random.key(i)) for i in range(6)])
     assert np.ptp(answers, axis=0).max() > 1e-6
     np.testing.assert_array_equal(answers[0], answer(params, support, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("name", [n for n in LEARNERS if not traits(n).reads_attributes])
+def test_hidden_labels_are_read_or_refused_before_anything_is_compiled(name):
+    told = traits(name)
+    options = {"unlabelled": 0.8} if "unlabelled" in option_names(LEARNERS[name]) else told.small
+    learner = make_learner(name, mlp(3, (4,)), Categorical(), **options)
+    source = hidden(labelled=0.5)
+    task = jax.tree.map(lambda leaf: leaf[0], source.sample(KEY, 1))
+    params = learner.init(KEY, Task(labelled(task.support), task.query))
+    if told.reads_unlabelled:
+        shown = learner.predict(params, learner.adapt(params, task.support, KEY), task.query.x, KEY).mean()
+        assert jnp.isfinite(shown).all()
+        assert jnp.isfinite(learner.loss(params, task, KEY)[0])
+        return
+    for use in (lambda: learner.adapt(params, task.support, KEY), lambda: learner.loss(params, task, KEY)):
+        with pytest.raises(ValueError, match="the classes of some examples are not known"):
+            use()
+
+
+def test_training_on_hidden_labels_is_refused_in_python_too():
+    splits = hide_labels(Splits(*[FixedTasks(jax.tree.map(lambda leaf: leaf[None], TASK))] * 3), 0.5)
+    learner = make_learner("maml", mlp(3, (4,)), Categorical())
+    with pytest.raises(ValueError, match="leave them out"):
+        fit(learner, splits, Training(steps=2, chunk=2, meta_batch=1))
 
 
 def test_bad_input_is_named():

@@ -7,10 +7,11 @@ import pytest
 
 from metaprior.learners import make_learner
 from metaprior.learners.llama import Prior
+from metaprior.learners.registry import learners_before
 from metaprior.likelihoods import Gaussian
 from metaprior.nuts import against_nuts
 from metaprior.tasks import linear_gaussian
-from metaprior.truth import SETTINGS, judge, linear_model, referee
+from metaprior.truth import judge, linear_model, referee
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,8 @@ def source():
 
 
 def verdict(source, params, **options):
-    learner = make_learner("llama", linear_model(2), Gaussian(0.5), **(SETTINGS["llama"] | {"steps": 400} | options))
+    options = {**learners_before("truth")["llama"], "steps": 400, **options}
+    learner = make_learner("llama", linear_model(2), Gaussian(0.5), **options)
     return judge(learner, params, source, source.sample(jax.random.key(3), 4000).support, jax.random.key(0), 40)
 
 

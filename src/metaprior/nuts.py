@@ -17,10 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import Adapted
-from metaprior.inference.gaussian import around
 from metaprior.inference.particles import systematic
-from metaprior.learners.llama import Prior
-from metaprior.learners.registry import make_learner
+from metaprior.learners.registry import learners_before, make_learner, traits
 from metaprior.likelihoods import Bernoulli, Gaussian, Likelihood, Poisson
 from metaprior.named import lookup
 from metaprior.tasks.checks import check_count
@@ -31,24 +29,6 @@ from metaprior.types import Batch, Learner, Splits, Task
 
 NOISE = 0.5  # of Gaussian observations
 FAMILIES: dict[str, Likelihood] = {"gaussian": Gaussian(NOISE), "bernoulli": Bernoulli(), "poisson": Poisson()}
-NATURAL = {"steps": 100, "rate": 0.2, "optimizer": "natural", "samples": 16}
-# Inner budgets at which each method has come to its own answer under a given prior.
-INFERENCE: dict[str, dict[str, Any]] = {
-    "llama": {"objective": "evidence", "steps": 1000, "rate": 0.1},
-    "amortized_bml": NATURAL,
-    "gem_bml": NATURAL,
-    "bmaml": {"particles": 20, "steps": 1000, "rate": 0.1, "weight_precision": 1.0},
-}
-
-# Budgets to learn the prior with; a new task is then inferred as above.
-LEARNING: dict[str, dict[str, Any]] = {
-    "llama": {"objective": "evidence", "learn_precision": True, "steps": 200, "test_steps": 1000, "rate": 0.1},
-    "amortized_bml": NATURAL | {"steps": 30, "test_steps": 100, "log_sd": -1.0},
-    "gem_bml": NATURAL | {"steps": 30, "test_steps": 100, "log_sd": -1.0},
-    # Particles forget where they started, which is all that their prior is: no more steps than in training.
-    "bmaml": {"particles": 10, "steps": 20, "leader_steps": 20, "rate": 0.1},
-}
-
 
 class Agreement(NamedTuple):
     """A posterior against that of NUTS; for NUTS itself 0, 1 and its own coverage.
@@ -176,12 +156,10 @@ def new_task(
 
 def given_prior(name: str, family: str, features: int, key: PRNGKeyArray) -> tuple[Learner, PyTree]:
     """A learner and the parameters that say the prior N(0, I)."""
-    lookup("learner", name, INFERENCE)
-    learner = make_learner(name, linear_model(features), FAMILIES[family], **INFERENCE[name])
-    zero = {"head": jnp.zeros((features, 1))}
-    if name == "bmaml":
-        return learner, {"head": jax.random.normal(key, (INFERENCE[name]["particles"], features, 1))}
-    return learner, {"llama": Prior(zero, jnp.zeros(()))}.get(name, around(zero, 0.0))
+    options = lookup("learner", name, learners_before("nuts"))
+    learner, standard = make_learner(name, linear_model(features), FAMILIES[family], **options), traits(name).standard
+    assert standard is not None, f"{name}: its traits need `standard` beside the referee 'nuts'"
+    return learner, standard({"head": jnp.zeros((features, 1))}, options, key)
 
 
 def posterior_draws(
@@ -233,14 +211,14 @@ def posteriors(learner: Learner, params: PyTree, batches: Batch, key: PRNGKeyArr
 
 
 def against_nuts(
-    family: str, names: tuple[str, ...] = tuple(INFERENCE), *, tasks: int = 50, shot: int = 10, seed: int = 0
+    family: str, names: tuple[str, ...] | None = None, *, tasks: int = 50, shot: int = 10, seed: int = 0
 ) -> dict[str, Agreement]:
     """Each learner's posteriors of `tasks` new tasks against NUTS, which comes first in the answer."""
     keys = jax.random.split(jax.random.key(seed), 4)
     batches, truth = hierarchy_tasks(family, keys[0], tasks, shot)
     reference, truth = np.asarray(nuts(family, batches, keys[1])), np.asarray(truth)
     found = {"nuts": agreement(reference, reference, truth)}
-    for name in names:
+    for name in tuple(learners_before("nuts")) if names is None else names:
         learner, params = given_prior(name, family, truth.shape[1], keys[3])
         found[name] = agreement(posteriors(learner, params, batches, keys[2]), reference, truth)
     return found
@@ -248,7 +226,7 @@ def against_nuts(
 
 def learned_against_nuts(
     family: str,
-    names: tuple[str, ...] = tuple(LEARNING),
+    names: tuple[str, ...] | None = None,
     *,
     steps: int = 2000,
     seen: int = 400,
@@ -263,8 +241,10 @@ def learned_against_nuts(
     The reference is NUTS for the whole hierarchy on the same tasks. First comes "truth", the prior that made the tasks
     and the posteriors of NUTS: what a perfect learner of `seen` tasks would show is not 0 but like it.
     """
+    judged = learners_before("nuts prior")
+    names = tuple(judged) if names is None else names
     for name in names:
-        lookup("learner", name, LEARNING)
+        lookup("learner", name, judged)
     check_count("seen", seen)
     if shot < 2:
         raise ValueError(f"shot: came {shot}, needs at least 2, so that a task can be shared out")
@@ -282,7 +262,7 @@ def learned_against_nuts(
     source = FixedTasks(Task(support, query))
     nothing = Batch(new.x[0][:0], new.y[0][:0])
     for name in names:
-        learner = make_learner(name, linear_model(2), FAMILIES[family], **LEARNING[name])
+        learner = make_learner(name, linear_model(2), FAMILIES[family], **judged[name])
         training = Training(
             steps=steps, meta_batch=min(25, seen), rate=1e-2, schedule="cosine", chunk=min(500, steps), seed=seed,
             validate_every=steps, validation_tasks=1,

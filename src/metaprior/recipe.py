@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from metaprior.calibration import temperature_scaled
 from metaprior.inference.metric import with_unseen
 from metaprior.inference.posteriors import POSTERIORS
-from metaprior.learners.registry import LEARNERS, READ_ATTRIBUTES, READ_UNLABELLED, RULE_OUT_UNSEEN, make_learner
+from metaprior.learners.registry import LEARNERS, learners_having, make_learner, traits
 from metaprior.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.named import construct, lookup, nearest, option_names
 from metaprior.networks import NETWORKS
-from metaprior.options import Count, OptionError, Seed, Whole, accept, accept_options, check_fields
+from metaprior.options import Count, OptionError, Seed, Whole, accept, accept_options, check_fields, parameters_of
 from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, Preparation, around, augmented, preparation_of
 from metaprior.training import Training
 from metaprior.types import Learner, Model, Splits
@@ -283,15 +283,16 @@ def task_sources(
 def check_support(recipe: Recipe) -> None:
     """A ValueError where the recipe's tasks show a support that its learner cannot read."""
     tasks, name = own_table(recipe.tasks, recipe.learner), recipe.learner
-    if tasks.get("name") in DESCRIBED_SOURCES and name not in READ_ATTRIBUTES:
+    if tasks.get("name") in DESCRIBED_SOURCES and not traits(name).reads_attributes:
         raise ValueError(
             f"learner: came {name}, but the tasks of {tasks['name']} show class attributes in place of examples; needs "
-            f"one of {', '.join(READ_ATTRIBUTES)}"
+            f"one of {', '.join(learners_having('reads_attributes'))}"
         )
-    if tasks.get("labelled", 1) < 1 and tasks.get("unlabelled", "shown") != "left_out" and name not in READ_UNLABELLED:
+    shown = tasks.get("labelled", 1) < 1 and tasks.get("unlabelled", "shown") != "left_out"
+    if shown and not traits(name).reads_unlabelled:
         raise ValueError(
             f"tasks.labelled: came {tasks['labelled']}, but {name} would take an unknown label for a class; needs one "
-            f"of {', '.join(READ_UNLABELLED)}, or tasks.unlabelled = 'left_out'"
+            f"of {', '.join(learners_having('reads_unlabelled'))}, or tasks.unlabelled = 'left_out'"
         )
 
 
@@ -348,7 +349,14 @@ def keeps_unseen(recipe: Recipe) -> bool:
 
     Episodes have a number of ways, all of which are shown; the classes of a table are the table's.
     """
-    return recipe.learner in RULE_OUT_UNSEEN and most_ways(recipe) is None
+    return traits(recipe.learner).rules_out_unseen and most_ways(recipe) is None
+
+
+def distance_of(recipe: Recipe) -> str:
+    """The distance by which its learner compares embeddings."""
+    parameters = parameters_of(LEARNERS[recipe.learner])
+    default = parameters["distance"].default if "distance" in parameters else traits(recipe.learner).distance
+    return recipe.learners.get(recipe.learner, {}).get("distance", default)
 
 
 def posterior_rule(given: Any) -> Any:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from metaprior.inference.posteriors import implicit
-from metaprior.learners.registry import make_learner
+from metaprior.learners.registry import learners_before, make_learner, traits
 from metaprior.likelihoods import Gaussian
 from metaprior.named import lookup
 from metaprior.tasks.linear_gaussian import (
@@ -28,24 +27,6 @@ from metaprior.tasks.linear_gaussian import (
 )
 from metaprior.training import Training, fit
 from metaprior.types import Batch, Learner, Model
-
-NATURAL = {"steps": 60, "rate": 0.5, "optimizer": "natural", "samples": 8, "log_sd": -1.0, "draws": 0}
-# Enough inner steps for each method to come to its own answer; what is left is what the method itself gets wrong.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "maml": {"steps": 5, "rate": 0.05, "posterior": implicit()},
-    "reptile": {"steps": 5, "rate": 0.05, "optimizer": "sgd", "minibatch": None, "test_steps": 5}
-    | {"posterior": implicit()},
-    "imaml": {"strength": 0.2, "steps": 100, "rate": 0.05, "posterior": implicit()},
-    "llama": {"objective": "evidence", "learn_precision": True, "steps": 60, "rate": 0.05},
-    "amortized_bml": NATURAL,
-    "gem_bml": NATURAL,
-    "gem_bml_plus": NATURAL,
-    "kl_chaser": NATURAL,
-    "bmaml": {"particles": 10, "steps": 20, "leader_steps": 20, "rate": 0.05},
-    "platipus": {"steps": 5, "rate": 0.05, "kl_weight": 1.0, "log_sd": -1.0, "draws": 100},
-    "maml_noise": {"steps": 5, "rate": 0.05, "noise": 0.3, "draws": 100},
-}
-TRAINING: dict[str, dict[str, Any]] = {"reptile": {"optimizer": "sgd", "rate": 1.0, "schedule": "linear"}}
 
 
 class Verdict(NamedTuple):
@@ -127,7 +108,7 @@ def judge(
 
 
 def referee(
-    names: tuple[str, ...] = tuple(SETTINGS),
+    names: tuple[str, ...] | None = None,
     *,
     steps: int = 2000,
     tasks: int = 200,
@@ -137,7 +118,8 @@ def referee(
 ) -> dict[str, Verdict]:
     """Train each learner on tasks of one hierarchy and judge it; `hierarchy`: options of `linear_gaussian`.
 
-    report is told each verdict as it falls. Raises ValueError for a learner that there are no settings for.
+    names: by default every learner that states options for it (`Traits.referees["truth"]`). report is told each verdict
+    as it falls. Raises ValueError for a learner that states none.
     """
     sizes: dict[str, Any] = {"features": 2, "shot": 5, "query": 5, "test_query": 20}
     splits = linear_gaussian(**(sizes | hierarchy))
@@ -146,14 +128,13 @@ def referee(
     model, likelihood = linear_model(theta.mean.shape[0]), Gaussian(float(theta.noise))
     # The learners see fresh tasks without end; the exact optimum of very many stands for theirs.
     many = source.sample(jax.random.key(seed + 7), 20_000).support
-    verdicts = {}
-    for name in names:
-        lookup("learner", name, SETTINGS)
-        learner = make_learner(name, model, likelihood, **SETTINGS[name])
+    verdicts, judged = {}, learners_before("truth")
+    for name in tuple(judged) if names is None else names:
+        learner = make_learner(name, model, likelihood, **lookup("learner", name, judged))
         common = Training(
             steps=steps, rate=1e-2, schedule="cosine", chunk=min(500, steps), seed=seed, validate_every=steps
         )
-        training = replace(common, **TRAINING.get(name, {}))
+        training = replace(common, **traits(name).training)
         fitted = fit(learner, splits, training, name=name)
         verdicts[name] = judge(learner, fitted.params, splits.test, many, jax.random.key(seed + 8), tasks)  # pyright: ignore[reportArgumentType]
         report(name, verdicts[name])

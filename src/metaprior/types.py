@@ -22,13 +22,17 @@ class Batch(NamedTuple):
     `weight` [n] says how many examples a row stands for: 0 marks padding, None means all ones, 0.1 a tenth of one.
     A mean over rows is sum(w l) / sum(w), so all weights times 10 give the same mean; sums (curvature, evidence) and
     the number of examples n that a prior is weighed against (KL / n) are sum(w l) and sum(w). Weights are finite and
-    at least 0; their sum is 0 or from 1e-12 to 1e12, so that products of two stay within float32. A class label below
-    0 in a support set is not known; -2 - label is one that is hidden but may be asked for.
+    at least 0; their sum is 0 or from 1e-12 to 1e12, so that products of two stay within float32.
+
+    `known` [n] says of which rows of a support the class is known, None of all. Where it is not, y is -1, or -2 - label
+    of a label that may be asked for. Few learners read such rows (`Traits.reads_unlabelled`); to the others a batch
+    with `known` is an error.
     """
 
     x: PyTree
     y: PyTree
     weight: Float[Array, " n"] | None = None
+    known: Bool[Array, " n"] | None = None
 
 
 class Attributes(NamedTuple):
@@ -51,10 +55,12 @@ class Call(NamedTuple):
         replace the outputs. Curvatures look at a network through it, and learners change layers by it.
     by: what batch norm goes by: each layer's statistics by its name, or weights [n] of the examples at hand in their
         statistics; None: those examples, all alike.
+    modulate: (name, s [n, ..., c]) -> s of each hidden layer, after its norm and before what follows.
     """
 
     tap: Callable[[str, Array, Array], Array] | None = None
     by: Any = None
+    modulate: Callable[[str, Array], Array] | None = None
 
 
 PLAIN = Call()
@@ -84,11 +90,11 @@ class Model(NamedTuple):
         Raises:
             ValueError: something is asked of a model that takes no `Call`.
         """
-        if call.tap is None and call.by is None:
+        if all(part is None for part in call):
             return self.apply(params, x)
         if not self.calls:
             raise ValueError(
-                "model: its apply(params, x) takes no `Call`, so nothing can look into its layers or normalise them. "
+                "model: its apply(params, x) takes no `Call`, so its layers can be neither seen nor changed. "
                 "Use curvature='dual', 'diagonal' or 'lanczos' in place of 'kfac', or a network of "
                 "metaprior.networks."
             )
@@ -232,12 +238,29 @@ def check_rows(batch: Batch) -> None:
                 raise ValueError(f"{name} must {whole}, got shape {tuple(leaf.shape)}.")
 
 
+def check_known(batch: Batch) -> None:
+    """A ValueError for a batch with rows whose class is not known, for whoever cannot read them."""
+    if batch.known is not None:
+        raise ValueError(
+            "support: the classes of some examples are not known (`known`), and this learner would take each for a "
+            "class. Use a learner that reads examples without a label (gnn, protonet, ...; `reads_unlabelled`), or "
+            "leave them out, e.g. hide_labels(..., unlabelled='left_out')."
+        )
+
+
+def labelled(batch: Batch) -> Batch:
+    """The batch with weight 0 for the rows whose class is not known (a label below 0)."""
+    known = batch.y >= 0 if batch.known is None else batch.known
+    return Batch(batch.x, jnp.where(known, batch.y, 0), weights(batch) * known)
+
+
 def counted(batch: Batch) -> Batch:
     """The batch with 0 as the target of every row of weight 0, so that nothing of padding reaches a gradient.
 
     Raises:
-        ValueError: as `check_rows`.
+        ValueError: as `check_rows`; rows whose class is not known.
     """
+    check_known(batch)
     check_rows(batch)
     if batch.weight is None:
         return batch
@@ -318,7 +341,9 @@ def examples(batch: Batch) -> int:
     return jax.tree.leaves(batch.x)[0].shape[0]
 
 
-__all__ = ["PLAIN", "Array", "Attributes", "Batch", "Bool", "Call", "Float", "GroupedSource", "Learner", "Model",
-           "PRNGKeyArray", "Predictive", "PyTree", "Scalar", "Splits", "Task", "TaskSource", "check_numbers",
-           "check_rows", "check_settled", "check_source", "check_weight", "counted", "draw_task", "examples",
-           "group_count", "group_order", "known_labels", "settled", "weighted_mean", "weights"]
+__all__ = [
+    "PLAIN", "Array", "Attributes", "Batch", "Bool", "Call", "Float", "GroupedSource", "Learner", "Model",
+    "PRNGKeyArray", "Predictive", "PyTree", "Scalar", "Splits", "Task", "TaskSource", "check_known", "check_numbers",
+    "check_rows", "check_settled", "check_source", "check_weight", "counted", "draw_task", "examples", "group_count",
+    "group_order", "known_labels", "labelled", "settled", "weighted_mean", "weights",
+]  # fmt: skip

@@ -27,6 +27,7 @@ from metaprior.recipe import (
     Experiment,
     Recipe,
     build,
+    distance_of,
     evaluation_of,
     keeps_unseen,
     most_ways,
@@ -280,9 +281,7 @@ def _outsiders(
         return {}
     scores = {"confidence": confidence(learner)}
     if hasattr(params, "embedding"):
-        options = recipe.learners.get(recipe.learner, {})
-        distance = "cosine" if recipe.learner == "matching" else options.get("distance", "euclidean")
-        scores["closeness"] = closeness(experiment.model, most_ways(recipe) or judged.way, distance)
+        scores["closeness"] = closeness(experiment.model, most_ways(recipe) or judged.way, distance_of(recipe))
     found = {}
     for name, score in scores.items():
         fitted, seen = (

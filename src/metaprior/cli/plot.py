@@ -1,5 +1,6 @@
 """metaprior plot: the pictures of a run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,7 @@ from jaxtyping import PyTree
 from metaprior.cli.evaluate import open_run
 from metaprior.cli.screen import screen
 from metaprior.files import check_output
-from metaprior.inference.learned import P
-from metaprior.learners.meta_lstm import gates
+from metaprior.learners.registry import traits
 from metaprior.plots import gate_values, regression_tasks, save, training_curve
 from metaprior.types import Learner, Task
 
@@ -35,10 +35,11 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
         written.append(plots / "tasks.png")
         drawn = regression_tasks(experiment.learner, params, task, jax.random.key(0), preparation=preparation)
         save(drawn, written[-1])
-    if recipe.learner == "meta_lstm":
-        model, likelihood, options = experiment.model, experiment.likelihood, recipe.learners.get("meta_lstm", {})
-        steps, p = steps_of(experiment.learner, params, task), options.get("p", P)
-        shown = jax.jit(jax.vmap(lambda support: gates(model, likelihood, params, support, steps, p=p)))(task.support)
+    if (gates := traits(recipe.learner).gates) is not None:
+        said = {name: value for name, value in recipe.learners.get(recipe.learner, {}).items() if name == "p"}
+        steps = steps_of(experiment.learner, params, task)
+        of_task = partial(gates, experiment.model, experiment.likelihood, params, steps=steps, **said)
+        shown = jax.jit(jax.vmap(of_task))(task.support)
         written.append(plots / "gates.png")
         save(gate_values(*shown), written[-1])
     screen().print("\n".join(f"written: {path}" for path in written), soft_wrap=True)

@@ -11,7 +11,7 @@ from metaprior.cli.screen import screen
 from metaprior.files import check_output, write_atomically
 from metaprior.plots import pit_histogram, save
 from metaprior.runtime import configure
-from metaprior.truth import SETTINGS, Verdict, referee
+from metaprior.truth import Verdict, referee
 
 COLUMNS = {
     "prior mean": ("prior_mean", "rms gap to the exact empirical-Bayes optimum"),
@@ -40,7 +40,7 @@ def truth(
     and after it learned one from `seen` tasks, beside NUTS for the whole hierarchy on the same tasks.
 
     Args:
-        learners: which ones (default: all there are settings for).
+        learners: which ones (default: all that state options for it).
         steps: meta-steps each.
         tasks: new tasks to judge by.
         shot: observations a task shows.
@@ -58,7 +58,7 @@ def truth(
     def tell(name: str, verdict: Verdict) -> None:
         console.print(f"{name}: NLL {verdict.nll:+.4f} over the exact predictive")
 
-    verdicts = referee(learners or tuple(SETTINGS), steps=steps, tasks=tasks, seed=seed, shot=shot, report=tell)
+    verdicts = referee(learners or None, steps=steps, tasks=tasks, seed=seed, shot=shot, report=tell)
     table = Table(title=f"against exact answers, {tasks} new tasks", title_justify="left", header_style="bold")
     table.add_column("learner")
     for column in COLUMNS:
@@ -90,11 +90,11 @@ def _by_nuts(
     out: Path,
 ) -> int:
     try:
-        from metaprior.nuts import INFERENCE, LEARNING, against_nuts, learned_against_nuts
+        from metaprior.nuts import against_nuts, learned_against_nuts
 
-        given = against_nuts(family, learners or tuple(INFERENCE), tasks=tasks, shot=shot, seed=seed)
-        names, sizes = learners or tuple(LEARNING), {"tasks": tasks, "shot": shot, "seen": seen}
-        learned = learned_against_nuts(family, names, steps=steps, seed=seed, **sizes)
+        given = against_nuts(family, learners or None, tasks=tasks, shot=shot, seed=seed)
+        sizes = {"tasks": tasks, "shot": shot, "seen": seen}
+        learned = learned_against_nuts(family, learners or None, steps=steps, seed=seed, **sizes)
     except ModuleNotFoundError as error:
         raise ValueError(f"--family {family}: needs NumPyro ({error}); pip install 'metaprior[truth]'") from error
     columns = ("bias", "sd ratio", "coverage of 90 %")

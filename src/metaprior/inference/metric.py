@@ -62,10 +62,10 @@ def check_classification(name: str, likelihood: Likelihood, way: int | None) -> 
 def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
     """Each example's weight in the column of its class; the columns sum to the classes' numbers of examples.
 
-    A label below 0 is hidden and in no column. One that is no class, or a weight below 0, makes all of it NaN: a row of
+    An example without a label is in no column. One that is no class, or a weight below 0, makes all of it NaN: a row of
     zeros times NaN may be compiled to zeros.
     """
-    y, w = counted(support).y, weights(support)
+    y, w = counted(support._replace(known=None)).y, weights(support)
     possible = check_labels(known_labels(y), way, w.shape[0])
     lost = jnp.isnan(w * possible).any()
     return jnp.where(lost, jnp.nan, one_hot(y, way, w.dtype) * w[:, None])

@@ -21,6 +21,16 @@ from metaprior.likelihoods import Likelihood
 from metaprior.options import Count, InnerOptimizer, NonNegative, Whole, check_fields
 from metaprior.types import Batch, Call, Learner, Model, Task, weights
 
+# What these learners say of themselves (`learners/traits.py`): options under which nothing is drawn (nor blown up by
+# Adam), and those with which they come to their own answer before each referee.
+SILENT = {"kl_weight": 0.0, "log_sd": -15.0, "optimizer": "sgd"}
+_NATURAL = {"steps": 100, "rate": 0.2, "optimizer": "natural", "samples": 16}
+BUDGETS = {
+    "truth": {"steps": 60, "rate": 0.5, "optimizer": "natural", "samples": 8, "log_sd": -1.0, "draws": 0},
+    "nuts": _NATURAL,
+    "nuts prior": _NATURAL | {"steps": 30, "test_steps": 100, "log_sd": -1.0},
+}
+
 Objective = Callable[[DiagonalGaussian, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
 
 

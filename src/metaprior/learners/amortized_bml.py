@@ -12,9 +12,17 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, Scalar
 
 from metaprior.inference.assemble import fit_metrics
-from metaprior.inference.gaussian import DiagonalGaussian, kl
+from metaprior.inference.gaussian import DiagonalGaussian, around, kl
 from metaprior.inference.gradient import joined
-from metaprior.inference.variational import Variational, free_energy, infer, variational_learner
+from metaprior.inference.variational import (
+    BUDGETS,
+    SILENT,
+    Variational,
+    free_energy,
+    infer,
+    variational_learner,
+)
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
 from metaprior.options import InnerOptimizer, NonNegative, Positive, Whole
@@ -30,6 +38,12 @@ def hyper_nll(theta: DiagonalGaussian, a0: float, b0: float) -> Scalar:
     return jnp.asarray(sum(jax.tree.leaves(jax.tree.map(leaf, *theta))))
 
 
+@traits(
+    small={"steps": 3, "rate": 0.02, "draws": 4},
+    silent=SILENT,
+    referees=BUDGETS,
+    standard=lambda zero, options, key: around(zero, 0.0),
+)
 @passes_options_to(Variational)
 def amortized_bml(
     model: Model,

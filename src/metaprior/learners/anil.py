@@ -16,6 +16,7 @@ from metaprior.inference.assemble import query_learner
 from metaprior.inference.gradient import Adaptation, make_optimizer
 from metaprior.inference.metric import ABSENT, check_classification
 from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Categories, Likelihood, check_labels, one_hot
 from metaprior.named import passes_options_to
 from metaprior.options import InnerOptimizer, NonNegative, Positive, Whole, checked
@@ -84,6 +85,7 @@ class Memory(NamedTuple):
     way: Float[Array, " way"]  # its length is the number of classes
 
 
+@traits(of_classes=True)
 @passes_options_to(anil)
 def nil(
     model: Model, likelihood: Likelihood, *, temperature: Positive = 10.0, softmax: bool = False, **options: Any

@@ -14,13 +14,28 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import fit_metrics
+from metaprior.inference.curvature.rows import normal_like
 from metaprior.inference.gradient import count, descend, half_square, joined, make_optimizer, mean_nll, trajectory
 from metaprior.inference.particles import Particles, predict_with, stein
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.options import Count, InnerOptimizer, NonNegative, Whole, checked
 from metaprior.types import Batch, Learner, Model, Task, counted, weighted_mean
 
 
+# On the whole prior its particles forget where they started, which is all that their prior is: few steps there.
+@traits(
+    estimates=True,
+    small={"particles": 3, "steps": 2, "rate": 0.05},
+    referees={
+        "truth": {"particles": 10, "steps": 20, "leader_steps": 20, "rate": 0.05},
+        "nuts": {"particles": 20, "steps": 1000, "rate": 0.1, "weight_precision": 1.0},
+        "nuts prior": {"particles": 10, "steps": 20, "leader_steps": 20, "rate": 0.1},
+    },
+    standard=lambda zero, options, key: normal_like(
+        key, jax.tree.map(lambda leaf: jnp.zeros((options["particles"], *leaf.shape)), zero)
+    ),
+)
 @checked
 def bmaml(
     model: Model,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.named import passes_options_to
 from metaprior.networks.attention import attend
@@ -39,6 +40,7 @@ class Read(NamedTuple):
     weight: Float[Array, " n"]
 
 
+@traits(reads_names=True, small={"width": 32, "encoder": (32,), "decoder": (32,)})
 @checked
 def cnp(
     model: Model,
@@ -102,6 +104,7 @@ def cnp(
     return amortised_learner(init, adapt, outputs, likelihood)
 
 
+@traits(reads_names=True, small={"width": 32, "encoder": (32,), "decoder": (32,), "heads": 4})
 @passes_options_to(cnp)
 def anp(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
     """The attentive form: `cnp` with attention=True; same options."""

@@ -17,6 +17,7 @@ from metaprior.inference.assemble import Adapted, gradient_learner, pretraining_
 from metaprior.inference.gradient import Adaptation, half_square, make_optimizer
 from metaprior.inference.metric import embed_query, number_of_classes
 from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.layers import dense
 from metaprior.options import InnerOptimizer, NonNegative, Way, Whole, checked
@@ -30,6 +31,7 @@ class Tuned(NamedTuple):
     features: PyTree | None
 
 
+@traits(pretrained=True)
 @checked
 def fine_tune(
     model: Model,

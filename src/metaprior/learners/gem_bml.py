@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, Scalar
 
 from metaprior.inference.assemble import fit_metrics
-from metaprior.inference.gaussian import DiagonalGaussian, cross_entropy, kl
-from metaprior.inference.variational import Variational, infer, variational_learner
+from metaprior.inference.gaussian import DiagonalGaussian, around, cross_entropy, kl
+from metaprior.inference.variational import BUDGETS, SILENT, Variational, infer, variational_learner
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
 from metaprior.options import Whole
@@ -68,6 +69,13 @@ def two_posteriors(
     return jax.lax.stop_gradient((q_s, q_sq))
 
 
+@traits(
+    estimates=True,
+    small={"steps": 10, "rate": 0.02, "draws": 4},
+    silent=SILENT,
+    referees=BUDGETS,
+    standard=lambda zero, options, key: around(zero, 0.0),
+)
 @passes_options_to(Variational)
 def gem_bml(
     model: Model,
@@ -98,6 +106,12 @@ def gem_bml(
     return variational_learner(model, likelihood, how, loss, log_sd=log_sd, draws=draws, differentiated=False)
 
 
+@traits(
+    estimates=True,
+    small={"steps": 10, "rate": 0.02, "draws": 4},
+    silent=SILENT,
+    referees={"truth": BUDGETS["truth"]},
+)
 @passes_options_to(gem_bml)
 def gem_bml_plus(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
     """GEM-BML+: gradient-EM of log p(query | support); options as `gem_bml`."""
@@ -105,6 +119,12 @@ def gem_bml_plus(model: Model, likelihood: Likelihood, **options: Any) -> Learne
     return gem_bml(model, likelihood, **options)
 
 
+@traits(
+    estimates=True,
+    small={"steps": 3, "rate": 0.02, "optimizer": "sgd", "draws": 4},
+    silent=SILENT,
+    referees={"truth": BUDGETS["truth"]},
+)
 @passes_options_to(Variational)
 def kl_chaser(
     model: Model, likelihood: Likelihood, *, log_sd: float = -3.0, draws: Whole = 16, **inference: Any

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from metaprior.inference.amortised import as_inputs, embedding, output_width
 from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.gradient import count, mean_nll
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Categorical, Categories, Likelihood, one_hot
 from metaprior.networks.attention import shares
 from metaprior.networks.layers import dense, dense_init
@@ -46,6 +47,7 @@ class Labelled(NamedTuple):
     hidden: Float[Array, "n way"]
 
 
+@traits(of_classes=True, reads_names=True, reads_unlabelled=True, small={"layers": 2, "filters": 8})
 @checked
 def gnn(
     model: Model,
@@ -94,7 +96,7 @@ def gnn(
 
     def adapt(params: Graph, support: Batch, key: PRNGKeyArray) -> Labelled:
         way, weight = output_width(model, params.embedding, support.x), weights(support)
-        known = as_inputs(likelihood, known_labels(counted(support).y), way)
+        known = as_inputs(likelihood, known_labels(counted(support._replace(known=None)).y), way)
         y = support.y.astype(int)
         missing = (weight * (y < 0)).sum() / count(support)
         allowed = missing <= unlabelled + 1e-6

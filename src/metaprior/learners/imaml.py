@@ -18,12 +18,18 @@ from metaprior.inference.gradient import (
     support_loss,
 )
 from metaprior.inference.implicit import proximal
-from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.inference.posteriors import PosteriorRule, implicit, point
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.options import Count, InnerOptimizer, NonNegative, Positive, Whole, checked
 from metaprior.types import Learner, Model, Task
 
 
+@traits(
+    estimates=True,
+    small={"strength": 0.1, "steps": 16, "rate": 0.05},
+    referees={"truth": {"strength": 0.2, "steps": 100, "rate": 0.05, "posterior": implicit()}},
+)
 @checked
 def imaml(
     model: Model,

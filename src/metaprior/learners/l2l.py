@@ -18,6 +18,7 @@ from metaprior.inference.assemble import fit_metrics, gradient_learner
 from metaprior.inference.gradient import adapt_all, drawn, mean_nll, minibatches, support_loss
 from metaprior.inference.learned import P, log_sign, unrolled
 from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start
@@ -66,6 +67,7 @@ def learned_optimizer(rule: Rule, *, rate: float = RATE, p: float = P) -> optax.
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
+@traits(estimates=True, descends=False, small={"start": "learned", "steps": 10, "unroll": 5})
 @checked
 def l2l(
     model: Model,

@@ -26,6 +26,7 @@ from metaprior.inference.gradient import (
 )
 from metaprior.inference.laplace import negative_log_evidence
 from metaprior.inference.posteriors import PosteriorRule, laplace
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.named import lookup
 from metaprior.options import NonNegative, Positive, Whole, checked
@@ -39,6 +40,17 @@ class Prior(NamedTuple):
     log_precision: Scalar
 
 
+@traits(
+    small={"steps": 2, "rate": 0.02},
+    referees={
+        "truth": {"objective": "evidence", "learn_precision": True, "steps": 60, "rate": 0.05},
+        "nuts": {"objective": "evidence", "steps": 1000, "rate": 0.1},
+        "nuts prior": {
+            "objective": "evidence", "learn_precision": True, "steps": 200, "test_steps": 1000, "rate": 0.1
+        },
+    },
+    standard=lambda zero, options, key: Prior(zero, jnp.zeros(())),
+)  # fmt: skip
 @checked
 def llama(
     model: Model,

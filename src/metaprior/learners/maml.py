@@ -12,13 +12,15 @@ import optax
 
 from metaprior.inference.assemble import query_learner
 from metaprior.inference.gradient import adapt_all, make_optimizer
-from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.inference.posteriors import PosteriorRule, implicit, point
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
 from metaprior.options import InnerOptimizer, NonNegative, Whole, checked
 from metaprior.types import Learner, Model
 
 
+@traits(referees={"truth": {"steps": 5, "rate": 0.05, "posterior": implicit()}})
 @checked
 def maml(
     model: Model,
@@ -53,6 +55,7 @@ def maml(
     )
 
 
+@traits(estimates=True)
 @passes_options_to(maml)
 def fomaml(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
     """First-order MAML: `maml` with the gradient stopped at each inner gradient; same options."""

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from metaprior.inference.amortised import as_inputs, by_instance, embedding, output_width
 from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.gradient import mean_nll
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import gated, lstm_init
@@ -43,6 +44,7 @@ class State(NamedTuple):
     label: Float[Array, " t"]
 
 
+@traits(reads_names=True, ordered=True, small={"hidden": 16, "slots": 16, "width": 8, "heads": 2})
 @checked
 def mann(
     model: Model,
@@ -67,6 +69,7 @@ def mann(
     return remembering(model, likelihood, memory, hidden=hidden, shuffle=shuffle)
 
 
+@traits(reads_names=True, ordered=True, small={"hidden": 32, "slots": 16, "width": 8, "heads": 1})
 @checked
 def ntm(
     model: Model, likelihood: Likelihood, *, hidden: Count = 200, slots: Count = 128, width: Count = 40,
@@ -76,6 +79,7 @@ def ntm(
     return remembering(model, likelihood, turing(slots, width, heads), hidden=hidden, shuffle=shuffle)
 
 
+@traits(reads_names=True, ordered=True, small={"hidden": 16})
 @checked
 def lstm(model: Model, likelihood: Likelihood, *, hidden: Count = 200, shuffle: bool = True) -> Learner:
     """The controller of `mann` without its memory (the paper's baseline)."""

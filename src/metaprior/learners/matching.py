@@ -25,10 +25,11 @@ from metaprior.inference.metric import (
     scored_by_query,
     unit,
 )
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start, run_lstm
 from metaprior.options import Count, Positive, Way, Whole, checked
-from metaprior.types import Batch, Learner, Model, Task, weights
+from metaprior.types import Batch, Learner, Model, Task, labelled, weights
 
 
 class Context(NamedTuple):
@@ -77,6 +78,7 @@ def query_in_context(context: Context, f: Float[Array, "m d"], memory: Memory, r
     return jax.lax.scan(read, lstm_start(context.reader, f.shape[0]), length=reads)[0].h
 
 
+@traits(of_classes=True, reads_unlabelled=True, rules_out_unseen=True, distance="cosine", small={"temperature": 0.1})
 @checked
 def matching(
     model: Model,
@@ -124,7 +126,7 @@ def matching(
 
         def fit(tuned: PyTree) -> Scalar:
             moved = params._replace(embedding=tuned)
-            return mean_nll(likelihood, logits(moved, adapt(moved, support, key), support.x), support)
+            return mean_nll(likelihood, logits(moved, adapt(moved, support, key), support.x), labelled(support))
 
         tuned = descend(fit, params.embedding, make_optimizer("sgd", tune_rate), tune_steps, first_order=True).phi
         return adapt(params._replace(embedding=tuned), support, key)._replace(tuned=tuned)

@@ -23,6 +23,7 @@ from metaprior.inference.assemble import query_learner
 from metaprior.inference.gradient import Adaptation, adapt_all, support_loss, trajectory
 from metaprior.inference.learned import P, log_sign
 from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start
 from metaprior.networks.statistics import beside
@@ -113,6 +114,7 @@ def _adaptation(model: Model, units: int, rate: float, p: float) -> Adaptation:
     )
 
 
+@traits(estimates=True, gates=lambda *args, **options: gates(*args, **options))
 @checked
 def meta_lstm(
     model: Model,

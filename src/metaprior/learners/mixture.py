@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from metaprior.inference.assemble import fit_metrics
 from metaprior.inference.gaussian import DiagonalGaussian, around
 from metaprior.inference.gradient import count
-from metaprior.inference.variational import Variational, free_energy, infer
+from metaprior.inference.variational import SILENT, Variational, free_energy, infer
 from metaprior.learners.gem_bml import ascends, gem_gradient, natural
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
 from metaprior.options import Count
@@ -35,6 +36,7 @@ class Mixture(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[which], self.components).sample(key_phi)
 
 
+@traits(estimates=True, small={"components": 2, "steps": 10, "rate": 0.02, "draws": 8}, silent=SILENT)
 @passes_options_to(Variational)
 def gem_mixture(
     model: Model,

@@ -22,10 +22,11 @@ from metaprior.inference.metric import (
     present,
     scored_by_query,
 )
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.named import lookup
 from metaprior.options import Positive, Way, checked
-from metaprior.types import Batch, Learner, Model, Task
+from metaprior.types import Batch, Learner, Model, Task, labelled
 
 
 class Comparison(NamedTuple):
@@ -43,6 +44,7 @@ class Neighbours(NamedTuple):
     beside: PyTree
 
 
+@traits(of_classes=True, reads_unlabelled=True, rules_out_unseen=True, pretrained=True)
 @checked
 def nearest_neighbour(
     model: Model,
@@ -86,7 +88,7 @@ def nearest_neighbour(
         return present(nearest, support.shares.sum(0))
 
     def loss(params: Comparison, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
-        return pretrain(params.network, task, key)
+        return pretrain(params.network, task._replace(support=labelled(task.support)), key)
 
     learner = scored_by_query(init, adapt, logits)
     return learner if on == "pixels" else learner._replace(loss=loss)

@@ -25,6 +25,7 @@ from metaprior.inference.gradient import (
     trajectory,
 )
 from metaprior.inference.particles import Particles, predict_with
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.options import NonNegative, Whole, checked
 from metaprior.types import Batch, Learner, Model, Task
@@ -45,6 +46,11 @@ def _one_step(adaptation: Adaptation, likelihood: Likelihood, mu: PyTree, log_ra
     return jax.tree.map(lambda m, g: m - jnp.exp(log_rate) * g, mu, gradient)
 
 
+@traits(
+    small={"steps": 2, "rate": 0.02, "draws": 4},
+    silent={"log_sd": -15.0},
+    referees={"truth": {"steps": 5, "rate": 0.05, "kl_weight": 1.0, "log_sd": -1.0, "draws": 100}},
+)
 @checked
 def platipus(
     model: Model,
@@ -89,6 +95,11 @@ def platipus(
     return _drawing(adaptation, model, likelihood, init, initial, loss, at_test, draws)
 
 
+@traits(
+    small={"steps": 2, "rate": 0.02, "draws": 4},
+    silent={"noise": 1e-6},
+    referees={"truth": {"steps": 5, "rate": 0.05, "noise": 0.3, "draws": 100}},
+)
 @checked
 def maml_noise(
     model: Model,

@@ -24,6 +24,7 @@ from metaprior.inference.metric import (
     present,
     scored_by_query,
 )
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.named import lookup
 from metaprior.options import Positive, Way, checked
@@ -82,6 +83,7 @@ def class_densities(params: Gaussians, classes: Prototypes, f: Float[Array, "n d
     return -0.5 * (square + jnp.log(spread).sum(-1))
 
 
+@traits(of_classes=True, reads_unlabelled=True, rules_out_unseen=True)
 @checked
 def protonet(
     model: Model,

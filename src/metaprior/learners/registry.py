@@ -1,12 +1,13 @@
 """Every learner by name. A new algorithm is one file in this folder and one line here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from metaprior.inference.normalised import of_support, of_training
 from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.bmaml import bmaml
+from metaprior.learners.cavia import cavia
 from metaprior.learners.cnp import anp, cnp
 from metaprior.learners.fine_tune import fine_tune
 from metaprior.learners.gem_bml import gem_bml, gem_bml_plus, kl_chaser
@@ -26,9 +27,10 @@ from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
 from metaprior.learners.siamese import siamese
 from metaprior.learners.snail import snail
+from metaprior.learners.traits import Traits, traits_of
 from metaprior.learners.zero_shot import zero_shot
 from metaprior.likelihoods import Likelihood
-from metaprior.named import construct
+from metaprior.named import construct, lookup
 from metaprior.options import accept
 from metaprior.types import Learner, Model
 
@@ -37,6 +39,7 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "fomaml": fomaml,
     "anil": anil,
     "nil": nil,
+    "cavia": cavia,
     "meta_sgd": meta_sgd,
     "lslr": lslr,
     "preconditioned": preconditioned,
@@ -68,12 +71,20 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "meta_lstm": meta_lstm,
 }
 
-# To which an unlabelled example of the support is news (gnn) or nothing (the others); to the rest it is an error.
-READ_UNLABELLED = ("gnn", "protonet", "matching", "siamese", "nearest_neighbour")
-# That rule out classes without support examples; see `inference.metric.with_unseen`.
-RULE_OUT_UNSEEN = ("protonet", "matching", "siamese", "nearest_neighbour")
-# To which a class may be its attributes.
-READ_ATTRIBUTES = ("zero_shot",)
+
+def traits(name: str) -> Traits:
+    """What is true of the learner of this name."""
+    return traits_of(lookup("learner", name, LEARNERS))
+
+
+def learners_having(trait: str) -> list[str]:
+    """The names of the learners of which a trait is true, or that state something for it."""
+    return [name for name in LEARNERS if getattr(traits(name), trait)]
+
+
+def learners_before(referee: str) -> dict[str, Mapping[str, Any]]:
+    """The learners that a referee judges, and the options with which each comes to its own answer."""
+    return {name: traits(name).referees[referee] for name in LEARNERS if referee in traits(name).referees}
 
 
 def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any) -> Learner:

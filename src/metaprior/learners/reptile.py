@@ -19,12 +19,24 @@ from metaprior.inference.gradient import (
     mean_nll,
     minibatches,
 )
-from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.inference.posteriors import PosteriorRule, implicit, point
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.options import Count, Fraction, InnerOptimizer, NonNegative, Whole, checked
 from metaprior.types import Learner, Model, Task, examples
 
 
+# The outer rate multiplies phi - theta, which is no gradient, so a rate of 1 goes all the way.
+@traits(
+    estimates=True,
+    training={"optimizer": "sgd", "rate": 1.0, "schedule": "linear"},
+    small={"optimizer": "sgd", "rate": 0.02, "steps": 10, "test_steps": 10},
+    referees={
+        "truth": {
+            "steps": 5, "rate": 0.05, "optimizer": "sgd", "minibatch": None, "test_steps": 5, "posterior": implicit()
+        }
+    },
+)  # fmt: skip
 @checked
 def reptile(
     model: Model,

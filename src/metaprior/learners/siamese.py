@@ -25,6 +25,7 @@ from metaprior.inference.metric import (
     present,
     scored_by_query,
 )
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.options import Way, checked
 from metaprior.types import Batch, Learner, Model, Task, weights
@@ -72,6 +73,7 @@ def verification(odds: Float[Array, "n n"], y: Array, weight: Float[Array, " n"]
     return (share * cost).sum(), (share * ((odds > 0) == alike)).sum()
 
 
+@traits(of_classes=True, reads_unlabelled=True, rules_out_unseen=True)
 @checked
 def siamese(
     model: Model, likelihood: Likelihood, *, way: Way | None = None, transductive: bool = True

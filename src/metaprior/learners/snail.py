@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width
 from metaprior.inference.gradient import drawn
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.attention import attend
 from metaprior.networks.layers import dense, dense_init
@@ -70,6 +71,7 @@ def _beside(z: Array, new: Array, steps: Steps) -> Array:
     return jnp.concatenate([z, jnp.where(steps.there[:, None], new, 0)], -1)
 
 
+@traits(reads_names=True, ordered=True, small={"filters": 8, "attention": ((8, 8), (8, 8), (8, 8))})
 @checked
 def snail(
     model: Model,

@@ -21,6 +21,7 @@ from metaprior.inference.metric import (
     unit,
 )
 from metaprior.learners.protonet import class_means
+from metaprior.learners.traits import traits
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.mlp import mlp
 from metaprior.options import Count, Positive, Way, checked
@@ -57,6 +58,7 @@ def attributes_of(support: Batch) -> Float[Array, "n a"]:
     return support.x.values
 
 
+@traits(of_classes=True, reads_attributes=True, small={"normalise": False})
 @checked
 def zero_shot(
     model: Model,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metaprior.networks.layers import dense, dense_init
+from metaprior.networks.layers import dense, dense_init, modulated
 from metaprior.options import Count, Way, checked
 from metaprior.types import PLAIN, Call, Model
 
@@ -67,7 +67,7 @@ def bag(
         scale = jax.lax.rsqrt((weight**2).sum(-1, keepdims=True) + jnp.finfo(weight.dtype).tiny)
         f = jnp.einsum("nl,nld->nd", weight * scale, seen)
         for name in names:
-            f = jax.nn.relu(dense(name, params[name], f, call))
+            f = jax.nn.relu(modulated(name, dense(name, params[name], f, call), call))
         return f
 
     def apply(params: dict, x: Int[Array, "n length"], call: Call = PLAIN) -> Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.networks.conv import max_pool
-from metaprior.networks.layers import check_images, convolve, dense, dense_init, flat
+from metaprior.networks.layers import check_images, convolve, dense, dense_init, flat, modulated
 from metaprior.networks.norm import check_norm, norm_init, normalise, source_of
 from metaprior.options import Count, Whole, checked
 from metaprior.types import PLAIN, Call, Model
@@ -40,7 +40,8 @@ def conv4(
 
     def block(name: str, layer: dict[str, Array], x: Array, call: Call) -> Array:
         stride = 2 if downsample == "stride" and name in halving else 1
-        s = jax.nn.relu(normalise(norm, name, layer, convolve(name, layer, x, call, stride), call.by))
+        s = normalise(norm, name, layer, convolve(name, layer, x, call, stride), call.by)
+        s = jax.nn.relu(modulated(name, s, call))
         return max_pool(s) if downsample == "max_pool" and name in halving else s
 
     def features(params: dict, x: Array, call: Call = PLAIN) -> Float[Array, "n d"]:

@@ -12,6 +12,11 @@ from metaprior.networks.product import product, rows
 from metaprior.types import PLAIN, Call
 
 
+def modulated(name: str, s: Float[Array, "n *space c"], call: Call) -> Float[Array, "n *space c"]:
+    """A hidden layer's outputs as a learner modulates them."""
+    return s if call.modulate is None else call.modulate(name, s)
+
+
 def flat(x: Float[Array, "n *rest"]) -> Float[Array, "n d"]:
     """One row an example, also where there are none."""
     return x.reshape(x.shape[0], prod(x.shape[1:]))

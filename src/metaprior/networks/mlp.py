@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from metaprior.networks.layers import dense, dense_init, flat
+from metaprior.networks.layers import dense, dense_init, flat, modulated
 from metaprior.networks.norm import batch_norm
 from metaprior.networks.product import product
 from metaprior.options import Count, NonNegative, checked
@@ -52,9 +52,10 @@ def mlp(
             layer = params[name]
             if norm:
                 s = product(x, layer["w"])
-                x = act(batch_norm(s if call.tap is None else call.tap(name, x, s), layer["shift"]))
+                s = batch_norm(s if call.tap is None else call.tap(name, x, s), layer["shift"])
             else:
-                x = act(dense(name, layer, x, call))
+                s = dense(name, layer, x, call)
+            x = act(modulated(name, s, call))
         return x
 
     def apply(params: dict, x: Array, call: Call = PLAIN) -> Array:

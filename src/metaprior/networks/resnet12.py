@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.networks.conv import max_pool
-from metaprior.networks.layers import check_images, convolve, dense, dense_init
+from metaprior.networks.layers import check_images, convolve, dense, dense_init, modulated
 from metaprior.networks.norm import check_norm, norm_init, normalise, source_of
 from metaprior.options import Count, checked
 from metaprior.types import PLAIN, Call, Model
@@ -36,7 +36,8 @@ def resnet12(
     leaky = partial(jax.nn.leaky_relu, negative_slope=0.1)
 
     def layer(params: dict, name: str, x: Array, call: Call) -> Array:
-        return normalise(norm, name, params[name], convolve(name, params[name], x, call), call.by)
+        s = convolve(name, params[name], x, call)
+        return modulated(name, normalise(norm, name, params[name], s, call.by), call)
 
     def block(params: dict, name: str, x: Array, call: Call) -> Array:
         first, second, third = (f"{name}_{conv}" for conv in CONVOLUTIONS)

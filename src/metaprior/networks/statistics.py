@@ -42,7 +42,7 @@ def given(model: Model, statistics: Mapping[str, Statistics] | str) -> Model:
 
     def under(network: Network) -> Network:
         def told(params: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
-            return network(params, x, Call(call.tap, statistics) if call.by is None else call)
+            return network(params, x, call._replace(by=statistics) if call.by is None else call)
 
         return told
 
@@ -77,7 +77,7 @@ def by_support(network: Network, support: Batch | None) -> Network:
             )
         both = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), support.x, x)
         by = jnp.concatenate([weight, jnp.zeros(jax.tree.leaves(x)[0].shape[0], weight.dtype)])
-        return network(both, Call(_of_rows_from(n, call.tap), by))[n:]
+        return network(both, call._replace(tap=_of_rows_from(n, call.tap), by=by))[n:]
 
     return beside
 

@@ -37,7 +37,7 @@ class HiddenLabels:
     unlabelled: str = field(default="shown", metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """n tasks; a label that is not known is -1, or -2 - label where it may be asked for."""
+        """n tasks whose supports say which labels are known; others are -1, or -2 - label where it may be asked for."""
         key_task, key_hide = jax.random.split(key)
         task = self.source.sample(key_task, n)
         return Task(jax.vmap(self._hide)(jax.random.split(key_hide, n), task.support), task.query)
@@ -64,7 +64,8 @@ class HiddenLabels:
         keep = known(key, y, weight, self.labelled)
         if self.unlabelled == "left_out":
             return support._replace(weight=weight * keep)
-        return support._replace(y=jnp.where(keep, y, ask_for(y) if self.unlabelled == "askable" else UNKNOWN))
+        hidden = ask_for(y) if self.unlabelled == "askable" else UNKNOWN
+        return support._replace(y=jnp.where(keep, y, hidden), known=keep)
 
 
 @checked

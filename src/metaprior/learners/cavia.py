@@ -1,0 +1,113 @@
+"""CAVIA (Zintgraf, Shiarlis, Kurin, Hofmann & Whiteson 2019): a task is a few numbers that the network is told.
+
+Algorithm 1: the context phi starts at 0 and takes k gradient steps on the support, theta is shared and held still (eq.
+2); the outer gradient of the query's loss reaches theta through those steps (eq. 3). Fully connected networks see phi
+beside their inputs; convolutional ones are modulated by it, one layer's channels by gamma and beta that are linear in
+phi (their sec. 3.4, after FiLM, Perez et al. 2018).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from metaprior.inference.assemble import query_learner
+from metaprior.inference.gradient import Adaptation, make_optimizer
+from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.learners.traits import traits
+from metaprior.likelihoods import Likelihood
+from metaprior.networks.layers import flat
+from metaprior.options import Count, InnerOptimizer, NonNegative, Whole, checked
+from metaprior.types import Call, Learner, Model, Task
+
+
+class Told(NamedTuple):
+    """theta: the network. film: from phi to gamma - 1 and beta of the modulated layer; None where phi is an input."""
+
+    theta: PyTree
+    film: Float[Array, "k c2"] | None
+
+
+@traits(reads_names=True, small={"rate": 0.3})
+@checked
+def cavia(
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    context: Count = 5,
+    layer: str | None = None,
+    steps: Whole = 1,
+    rate: NonNegative = 1.0,
+    optimizer: InnerOptimizer = "sgd",
+    test_steps: Whole | None = None,
+    first_order: bool = False,
+    transductive: bool = True,
+    posterior: PosteriorRule = point(),
+) -> Learner:
+    """Meta-learn a network that is told of its task by `context` numbers, which alone are adapted.
+
+    Args:
+        model: on inputs [n, ...], which are flattened where phi joins them.
+        context: how many numbers phi has.
+        layer: the layer that phi modulates, after its norm (e.g. "block3" of `conv4`); None: phi is put beside the
+            inputs.
+        steps, rate, optimizer, test_steps, first_order, transductive, posterior: as in `maml`.
+    """
+    inner = make_optimizer(optimizer, rate, differentiated=not first_order)
+
+    def beside(phi: Float[Array, " k"], x: Array) -> Float[Array, "n d"]:
+        x = flat(x)
+        return jnp.concatenate([x, jnp.broadcast_to(phi, (x.shape[0], context)).astype(x.dtype)], -1)
+
+    def network(params: Told, phi: Float[Array, " k"], x: PyTree, call: Call) -> Array:
+        if params.film is None:
+            return model.outputs(params.theta, beside(phi, x), call)
+        gain, shift = jnp.split(phi @ params.film, 2)
+
+        def modulate(name: str, s: Array) -> Array:
+            return s * (1 + gain) + shift if name == layer else s
+
+        return model.outputs(params.theta, x, call._replace(modulate=modulate))
+
+    def init(key: PRNGKeyArray, task: Task) -> Told:
+        x = task.support.x
+        if layer is None:
+            return Told(model.init(key, beside(jnp.zeros(context), x)), None)
+        key_theta, key_film = jax.random.split(key)
+        theta = model.init(key_theta, x)
+        width = layer_width(model, layer, theta, x)
+        return Told(theta, jax.nn.initializers.glorot_uniform()(key_film, (context, 2 * width)))
+
+    def start(params: Told) -> Float[Array, " k"]:
+        return jnp.zeros(context, jax.tree.leaves(params.theta)[0].dtype)
+
+    return query_learner(
+        Adaptation(model, init, start, network, lambda params: inner),
+        likelihood,
+        steps=steps,
+        test_steps=test_steps,
+        first_order=first_order,
+        remat=False,
+        transductive=transductive,
+        posterior=posterior,
+    )
+
+
+def layer_width(model: Model, layer: str, theta: PyTree, x: PyTree) -> int:
+    """The number of channels of a layer that can be modulated.
+
+    Raises:
+        ValueError: a layer that the model does not have.
+    """
+    widths: dict[str, int] = {}
+
+    def modulate(name: str, s: Array) -> Array:
+        widths[name] = s.shape[-1]
+        return s
+
+    by = jnp.ones(jax.tree.leaves(x)[0].shape[0])
+    jax.eval_shape(lambda p, x: model.outputs(p, x, Call(by=by, modulate=modulate)), theta, x)
+    if layer not in widths:
+        raise ValueError(f"layer must be one of {', '.join(widths) or 'none: the model has no norm'}, got {layer!r}.")
+    return widths[layer]
