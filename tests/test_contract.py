@@ -11,7 +11,7 @@ import pytest
 
 from metaprior.inference.posteriors import implicit, laplace
 from metaprior.learners import LEARNERS, make_learner
-from metaprior.learners.registry import learners_having, traits
+from metaprior.learners.registry import learners_having, traits_of
 from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.named import option_names
 from metaprior.networks import linear, mlp
@@ -84,8 +84,8 @@ class DescribedBlobs:
 
 
 BLOBS = Blobs(jax.random.normal(jax.random.key(9), (2, 6)))
-CLASSIFIERS = [name for name in LEARNERS if traits(name).of_classes or traits(name).pretrained]
-TRUE_GRADIENT = [name for name in LEARNERS if not traits(name).estimates]
+CLASSIFIERS = [name for name in LEARNERS if traits_of(name).of_classes or traits_of(name).pretrained]
+TRUE_GRADIENT = [name for name in LEARNERS if not traits_of(name).estimates]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Case:
 
 def options_of(name, rate, options):
     """What differs from the factory's defaults: the learner's own small options, or a rate if it has one."""
-    small = traits(name).small or ({"rate": rate} if "rate" in option_names(LEARNERS[name]) else {})
+    small = traits_of(name).small or ({"rate": rate} if "rate" in option_names(LEARNERS[name]) else {})
     return {**small, **options}
 
 
@@ -137,7 +137,7 @@ def regression(name, **options):
 
 
 def classification(name, **options):
-    told = traits(name)
+    told = traits_of(name)
     way = {"way": WAY} if told.pretrained or told.reads_attributes else {}
     options = way | options_of(name, 0.3, options)
     outputs = PRETRAINING_CLASSES if told.pretrained else WAY
@@ -202,8 +202,8 @@ def test_the_meta_gradient_is_the_derivative_of_the_loss(name):
 def test_a_small_budget_of_training_lowers_the_test_loss(name, make):
     case = make(name)
     learner, source, params = case.learner, case.source, case.start[1]
-    optimizer = outer_optimizer(Training(steps=1500, **{"rate": 5e-3, "clip_norm": 1.0, **traits(name).training}))
-    training = NamedBlobs(BLOBS.plane) if traits(name).pretrained else source
+    optimizer = outer_optimizer(Training(steps=1500, **{"rate": 5e-3, "clip_norm": 1.0, **traits_of(name).training}))
+    training = NamedBlobs(BLOBS.plane) if traits_of(name).pretrained else source
 
     def step(carry, key):
         params, state = carry
@@ -264,14 +264,14 @@ def test_the_order_of_examples_does_not_matter(name):
     shuffled = jax.tree.map(lambda leaf: leaf[turn], task.support)
     back = back[jnp.arange(task.query.y.shape[0]) % back.size] % task.query.y.shape[0]
     plain = answer(params, task.support, task.query.x, key)
-    if not traits(name).ordered:
+    if not traits_of(name).ordered:
         close(answer(params, shuffled, task.query.x, key), plain)
     close(answer(params, task.support, task.query.x[back], key), plain[back])
 
 
-@pytest.mark.parametrize("name", [name for name in LEARNERS if not traits(name).reads_names])
+@pytest.mark.parametrize("name", [name for name in LEARNERS if not traits_of(name).reads_names])
 def test_renaming_the_classes_renames_the_answers(name):
-    case = classification(name, **traits(name).silent)
+    case = classification(name, **traits_of(name).silent)
     tasks, params = case.start
     task, key, answer = first(tasks), jax.random.key(8), case.answer
     # An untrained head tells the classes apart only by its random start: start it equal for all of them.
@@ -307,7 +307,7 @@ OWNERS = [n for n in LEARNERS if "posterior" in option_names(LEARNERS[n]) and n 
 
 @pytest.mark.parametrize(
     ("name", "rule"),
-    [(n, r) for r in ("implicit", "laplace") for n in OWNERS if r == "laplace" or traits(n).descends],
+    [(n, r) for r in ("implicit", "laplace") for n in OWNERS if r == "laplace" or traits_of(n).descends],
 )
 def test_every_gradient_learner_owns_a_posterior(name, rule):
     make = {"implicit": implicit, "laplace": laplace}[rule]
@@ -334,7 +334,7 @@ def test_every_gradient_learner_owns_a_posterior(name, rule):
 
 @pytest.mark.parametrize(
     ("name", "rule"),
-    [(n, r) for r in ("implicit", "laplace") for n in OWNERS if r == "laplace" or traits(n).descends],
+    [(n, r) for r in ("implicit", "laplace") for n in OWNERS if r == "laplace" or traits_of(n).descends],
 )
 def test_more_examples_leave_less_uncertainty(name, rule):
     """On a linear map, whose derivative does not change with what was learned: after eight examples and after one."""
@@ -356,7 +356,7 @@ def test_more_examples_leave_less_uncertainty(name, rule):
 @pytest.mark.parametrize("name", LEARNERS)
 def test_with_its_default_options_and_a_relu_network_a_learner_keeps_the_contract(name):
     """Tasks together and alone, padded, in another order, and by the same key; its meta-gradient is finite."""
-    told = traits(name)
+    told = traits_of(name)
     model = mlp(WAY if name in CLASSIFIERS else 1, (8,), "relu")
     way = {"way": WAY} if told.reads_attributes else {}
     learner = make_learner(name, model, Categorical() if name in CLASSIFIERS else Gaussian(), **way)
@@ -380,7 +380,7 @@ def test_with_its_default_options_and_a_relu_network_a_learner_keeps_the_contrac
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), (value, gradient), again))
 
 
-@pytest.mark.parametrize("name", [n for n in LEARNERS if not traits(n).descends])
+@pytest.mark.parametrize("name", [n for n in LEARNERS if not traits_of(n).descends])
 def test_what_follows_no_gradient_implies_no_posterior(name):
     case = regression(name, posterior=implicit())
     tasks, params = case.start

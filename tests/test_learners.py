@@ -27,9 +27,9 @@ from metaprior.learners import (
     preconditioned,
     reptile,
 )
-from metaprior.learners.registry import learners_before, learners_having, traits
+from metaprior.learners.registry import learners_before, learners_having, traits_of
 from metaprior.learners.reptile import minibatches
-from metaprior.learners.traits import traits as stated
+from metaprior.learners.traits import traits as state
 from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import conv4, mlp
 from metaprior.tasks import linear_gaussian, sinusoid
@@ -369,11 +369,11 @@ def test_what_a_learner_is_stands_in_its_own_file_and_nowhere_else():
 
 
 def test_traits_are_asked_by_name():
-    assert traits("protonet").of_classes
-    assert not traits("maml").of_classes
+    assert traits_of("protonet").of_classes
+    assert not traits_of("maml").of_classes
     assert learners_having("reads_attributes") == ["zero_shot"]
     assert set(learners_before("nuts")) <= set(LEARNERS)
     with pytest.raises(ValueError, match="did you mean 'maml'"):
-        traits("mmaml")
+        traits_of("mmaml")
     with pytest.raises(TypeError):
-        stated(of_clases=True)
+        state(of_clases=True)

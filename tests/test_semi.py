@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from metaprior.learners import LEARNERS, gnn, make_learner
-from metaprior.learners.registry import learners_having, traits
+from metaprior.learners.registry import learners_having, traits_of
 from metaprior.likelihoods import Categorical
 from metaprior.named import option_names
 from metaprior.networks import mlp
@@ -141,9 +141,9 @@ def test_random_asking_depends_on_the_key_alone():
     np.testing.assert_array_equal(answers[0], answer(params, support, jax.random.key(0)))
 
 
-@pytest.mark.parametrize("name", [n for n in LEARNERS if not traits(n).reads_attributes])
+@pytest.mark.parametrize("name", [n for n in LEARNERS if not traits_of(n).reads_attributes])
 def test_hidden_labels_are_read_or_refused_before_anything_is_compiled(name):
-    told = traits(name)
+    told = traits_of(name)
     options = {"unlabelled": 0.8} if "unlabelled" in option_names(LEARNERS[name]) else told.small
     learner = make_learner(name, mlp(3, (4,)), Categorical(), **options)
     source = hidden(labelled=0.5)

@@ -16,7 +16,7 @@ from scipy.stats import norm
 
 from metaprior import LEARNERS, MetaRegressor, Training
 from metaprior.evaluation import figure_of
-from metaprior.learners.registry import traits
+from metaprior.learners.registry import traits_of
 
 SHOWN = (0, 1, 2, 3, 5)
 
@@ -46,7 +46,7 @@ def log_densities(model: MetaRegressor, groups: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="500 meta-steps and 40 groups, not 3,000 and 200")
-    parser.add_argument("--learners", nargs="*", default=[name for name in LEARNERS if not traits(name).of_classes])
+    parser.add_argument("--learners", nargs="*", default=[name for name in LEARNERS if not traits_of(name).of_classes])
     asked = parser.parse_args()
     steps, groups = (500, 40) if asked.quick else (3_000, 200)
     training = Training(steps=steps, meta_batch=8, clip_norm=1.0, chunk=steps // 5, validate_every=steps // 5,

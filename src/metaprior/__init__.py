@@ -11,6 +11,7 @@ from metaprior.inference.posteriors import implicit, laplace, point
 from metaprior.learners import LEARNERS, learned_optimizer, make_learner
 from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from metaprior.networks import conv4, from_equinox, from_flax, mlp
+from metaprior.recipe import register
 from metaprior.training import Fitted, NonFiniteLoss, Training, TrainState, fit
 from metaprior.types import Attributes, Batch, Learner, Model, Predictive, Splits, Task, TaskSource, settled
 
@@ -57,6 +58,7 @@ __all__ = [
     "networks",
     "optimise",
     "point",
+    "register",
     "settled",
     "tasks",
     "temperature_scaled",

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.inference.assemble import Adapted
 from metaprior.inference.particles import systematic
-from metaprior.learners.registry import learners_before, make_learner, traits
+from metaprior.learners.registry import learners_before, make_learner, traits_of
 from metaprior.likelihoods import Bernoulli, Gaussian, Likelihood, Poisson
 from metaprior.named import lookup
 from metaprior.tasks.checks import check_count
@@ -157,7 +157,8 @@ def new_task(
 def given_prior(name: str, family: str, features: int, key: PRNGKeyArray) -> tuple[Learner, PyTree]:
     """A learner and the parameters that say the prior N(0, I)."""
     options = lookup("learner", name, learners_before("nuts"))
-    learner, standard = make_learner(name, linear_model(features), FAMILIES[family], **options), traits(name).standard
+    learner = make_learner(name, linear_model(features), FAMILIES[family], **options)
+    standard = traits_of(name).standard
     assert standard is not None, f"{name}: its traits need `standard` beside the referee 'nuts'"
     return learner, standard({"head": jnp.zeros((features, 1))}, options, key)
 

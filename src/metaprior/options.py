@@ -150,7 +150,7 @@ def shown(value: Any) -> str:
 
 
 def _fit(kind: Any, value: Any) -> Any:
-    if isinstance(value, Tracer) or kind is Any or isinstance(kind, (str, TypeVar)):
+    if isinstance(value, Tracer) or kind in (Any, inspect.Parameter.empty) or isinstance(kind, (str, TypeVar)):
         return value
     if kind == PRNGKeyArray:
         _ensure(isinstance(value, jax.Array) and _is_key(value))

@@ -9,7 +9,7 @@ import jax
 from metaprior.calibration import temperature_scaled
 from metaprior.inference.metric import with_unseen
 from metaprior.inference.posteriors import POSTERIORS, PosteriorRule
-from metaprior.learners.registry import LEARNERS, make_learner, traits
+from metaprior.learners.registry import LEARNERS, make_learner, traits_of
 from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.named import construct, lookup, option_names
 from metaprior.networks import mlp
@@ -76,7 +76,8 @@ class Setting:
         if self.classes:
             learner = temperature_scaled(learner, knobs["softmax_temperature"])
         # After the temperature, which is the shown classes': it must not distort the prior mass of the others.
-        return with_unseen(learner, self.outputs) if self.classes and traits(self.learner).rules_out_unseen else learner
+        rules_out = self.classes and traits_of(self.learner).rules_out_unseen
+        return with_unseen(learner, self.outputs) if rules_out else learner
 
 
 def _named(rule: Any) -> tuple[str | None, dict[str, Any]]:

@@ -8,6 +8,7 @@ learner has otherwise.
 
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from metaprior.calibration import temperature_scaled
 from metaprior.inference.metric import with_unseen
 from metaprior.inference.posteriors import POSTERIORS
-from metaprior.learners.registry import LEARNERS, learners_having, make_learner, traits
+from metaprior.learners.registry import LEARNERS, learners_having, make_learner, traits_of
 from metaprior.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.named import construct, lookup, nearest, option_names
 from metaprior.networks import NETWORKS
@@ -283,13 +284,13 @@ def task_sources(
 def check_support(recipe: Recipe) -> None:
     """A ValueError where the recipe's tasks show a support that its learner cannot read."""
     tasks, name = own_table(recipe.tasks, recipe.learner), recipe.learner
-    if tasks.get("name") in DESCRIBED_SOURCES and not traits(name).reads_attributes:
+    if tasks.get("name") in DESCRIBED_SOURCES and not traits_of(name).reads_attributes:
         raise ValueError(
             f"learner: came {name}, but the tasks of {tasks['name']} show class attributes in place of examples; needs "
             f"one of {', '.join(learners_having('reads_attributes'))}"
         )
     shown = tasks.get("labelled", 1) < 1 and tasks.get("unlabelled", "shown") != "left_out"
-    if shown and not traits(name).reads_unlabelled:
+    if shown and not traits_of(name).reads_unlabelled:
         raise ValueError(
             f"tasks.labelled: came {tasks['labelled']}, but {name} would take an unknown label for a class; needs one "
             f"of {', '.join(learners_having('reads_unlabelled'))}, or tasks.unlabelled = 'left_out'"
@@ -349,13 +350,13 @@ def keeps_unseen(recipe: Recipe) -> bool:
 
     Episodes have a number of ways, all of which are shown; the classes of a table are the table's.
     """
-    return traits(recipe.learner).rules_out_unseen and most_ways(recipe) is None
+    return traits_of(recipe.learner).rules_out_unseen and most_ways(recipe) is None
 
 
 def distance_of(recipe: Recipe) -> str:
     """The distance by which its learner compares embeddings."""
     parameters = parameters_of(LEARNERS[recipe.learner])
-    default = parameters["distance"].default if "distance" in parameters else traits(recipe.learner).distance
+    default = parameters["distance"].default if "distance" in parameters else traits_of(recipe.learner).distance
     return recipe.learners.get(recipe.learner, {}).get("distance", default)
 
 
@@ -363,6 +364,27 @@ def posterior_rule(given: Any) -> Any:
     """The posterior that a recipe says as a name, "laplace", or as a table, {name = "laplace", draws = 8}."""
     table = {"name": given} if isinstance(given, str) else accept(dict, given, "learner.posterior")
     return component("learner.posterior", table, POSTERIORS)
+
+
+KINDS = {"learner": LEARNERS, "network": NETWORKS, "tasks": SOURCES}
+
+
+def register(kind: str, name: str, factory: Callable[..., Any]) -> None:
+    """Make a learner, a network or a source of tasks of your own known by name to recipes and to `make_learner`.
+
+    A package may declare an entry point instead, in the group `metaprior.learners`, `metaprior.networks` or
+    `metaprior.tasks`; the command line then knows it too.
+
+    Args:
+        kind: "learner", "network" or "tasks".
+        name: as recipes call it.
+        factory: (model, likelihood, *, ...) -> Learner, whose traits `@metaprior.learners.traits(...)` may state;
+            (*, ...) -> Model; or (*, ...) -> Splits.
+
+    Raises:
+        ValueError: another kind, a name that is taken, or a learner that takes other arguments.
+    """
+    lookup("kind", kind, KINDS).register(name, factory)
 
 
 def component(kind: str, table: dict[str, Any], registry: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from metaprior.learners.registry import learners_before, make_learner, traits
+from metaprior.learners.registry import learners_before, make_learner, traits_of
 from metaprior.likelihoods import Gaussian
 from metaprior.named import lookup
 from metaprior.tasks.linear_gaussian import (
@@ -134,7 +134,7 @@ def referee(
         common = Training(
             steps=steps, rate=1e-2, schedule="cosine", chunk=min(500, steps), seed=seed, validate_every=steps
         )
-        training = replace(common, **traits(name).training)
+        training = replace(common, **traits_of(name).training)
         fitted = fit(learner, splits, training, name=name)
         verdicts[name] = judge(learner, fitted.params, splits.test, many, jax.random.key(seed + 8), tasks)  # pyright: ignore[reportArgumentType]
         report(name, verdicts[name])

@@ -10,7 +10,7 @@ import numpy as np
 from bad_inputs.judging import Case
 from metaprior.inference.posteriors import POSTERIORS
 from metaprior.learners import LEARNERS
-from metaprior.learners.registry import traits
+from metaprior.learners.registry import traits_of
 from metaprior.likelihoods import LIKELIHOODS, Categorical, Gaussian
 from metaprior.named import construct
 from metaprior.networks import NETWORKS, mlp
@@ -56,7 +56,7 @@ def wrong_values(name: str, annotation: Any) -> list[Any]:
 
 
 def build(kind: str, name: str, registry: dict[str, Any], option: str, value: Any, _: Path) -> Any:
-    likelihood = Categorical() if name in LEARNERS and traits(name).of_classes else Gaussian()
+    likelihood = Categorical() if name in LEARNERS and traits_of(name).of_classes else Gaussian()
     arguments = (mlp(3), likelihood) if registry is LEARNERS else ()
     needed = {"path": "no-such-file"} if name in ("images", "table", "texts") and option != "path" else {}
     return construct(kind, name, registry, *arguments, **needed, **{option: value})

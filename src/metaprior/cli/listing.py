@@ -17,10 +17,10 @@ def listing() -> int:
     """List learners, recipes, task sources, networks and posteriors."""
     console = screen()
     sections = {
-        "learners": {name: _first_line(factory) for name, factory in LEARNERS.items()},
+        "learners": {name: _first_line(factory) for name, factory in LEARNERS.discovered().items()},
         "recipes": {name: load_recipe(name).description for name in recipe_names()},
-        "task sources": {name: _first_line(factory) for name, factory in SOURCES.items()},
-        "networks": {name: _first_line(factory) for name, factory in NETWORKS.items()},
+        "task sources": {name: _first_line(factory) for name, factory in SOURCES.discovered().items()},
+        "networks": {name: _first_line(factory) for name, factory in NETWORKS.discovered().items()},
         "posteriors": {name: _first_line(factory) for name, factory in POSTERIORS.items()},
     }
     for title, entries in sections.items():

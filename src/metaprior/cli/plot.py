@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from metaprior.cli.evaluate import open_run
 from metaprior.cli.screen import screen
 from metaprior.files import check_output
-from metaprior.learners.registry import traits
+from metaprior.learners.registry import traits_of
 from metaprior.plots import gate_values, regression_tasks, save, training_curve
 from metaprior.types import Learner, Task
 
@@ -35,7 +35,7 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
         written.append(plots / "tasks.png")
         drawn = regression_tasks(experiment.learner, params, task, jax.random.key(0), preparation=preparation)
         save(drawn, written[-1])
-    if (gates := traits(recipe.learner).gates) is not None:
+    if (gates := traits_of(recipe.learner).gates) is not None:
         said = {name: value for name, value in recipe.learners.get(recipe.learner, {}).items() if name == "p"}
         steps = steps_of(experiment.learner, params, task)
         of_task = partial(gates, experiment.model, experiment.likelihood, params, steps=steps, **said)

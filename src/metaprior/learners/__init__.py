@@ -3,5 +3,6 @@
 from metaprior.learners.l2l import learned_optimizer
 from metaprior.learners.registry import *  # noqa: F403
 from metaprior.learners.registry import LEARNERS, make_learner
+from metaprior.learners.traits import Traits, traits
 
-__all__ = ["LEARNERS", "learned_optimizer", "make_learner", *LEARNERS]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["LEARNERS", "Traits", "learned_optimizer", "make_learner", "traits", *LEARNERS]  # pyright: ignore[reportUnsupportedDunderAll]

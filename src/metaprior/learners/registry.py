@@ -1,6 +1,6 @@
 """Every learner by name. A new algorithm is one file in this folder and one line here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from metaprior.inference.normalised import of_support, of_training
@@ -27,14 +27,14 @@ from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
 from metaprior.learners.siamese import siamese
 from metaprior.learners.snail import snail
-from metaprior.learners.traits import Traits, traits_of
+from metaprior.learners.traits import Traits, stated
 from metaprior.learners.zero_shot import zero_shot
 from metaprior.likelihoods import Likelihood
-from metaprior.named import construct, lookup
+from metaprior.named import Registry, construct, lookup
 from metaprior.options import accept
 from metaprior.types import Learner, Model
 
-LEARNERS: dict[str, Callable[..., Learner]] = {
+LEARNERS = Registry("learner", {
     "maml": maml,
     "fomaml": fomaml,
     "anil": anil,
@@ -69,22 +69,22 @@ LEARNERS: dict[str, Callable[..., Learner]] = {
     "gnn": gnn,
     "l2l": l2l,
     "meta_lstm": meta_lstm,
-}
+}, ("model", "likelihood"))  # fmt: skip
 
 
-def traits(name: str) -> Traits:
+def traits_of(name: str) -> Traits:
     """What is true of the learner of this name."""
-    return traits_of(lookup("learner", name, LEARNERS))
+    return stated(lookup("learner", name, LEARNERS))
 
 
 def learners_having(trait: str) -> list[str]:
     """The names of the learners of which a trait is true, or that state something for it."""
-    return [name for name in LEARNERS if getattr(traits(name), trait)]
+    return [name for name in LEARNERS if getattr(traits_of(name), trait)]
 
 
 def learners_before(referee: str) -> dict[str, Mapping[str, Any]]:
     """The learners that a referee judges, and the options with which each comes to its own answer."""
-    return {name: traits(name).referees[referee] for name in LEARNERS if referee in traits(name).referees}
+    return {name: traits_of(name).referees[referee] for name in LEARNERS if referee in traits_of(name).referees}
 
 
 def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any) -> Learner:

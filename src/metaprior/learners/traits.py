@@ -63,7 +63,7 @@ def traits(**said: Any) -> Callable[[F], F]:
     return state
 
 
-def traits_of(factory: Callable) -> Traits:
+def stated(factory: Callable) -> Traits:
     """The traits of a learner's factory."""
     return getattr(factory, "traits", Traits())
 

@@ -1,7 +1,6 @@
 """Networks, each a `Model` of pure functions, and adapters for those of Flax and Equinox."""
 
-from collections.abc import Callable
-
+from metaprior.named import Registry
 from metaprior.networks.adapters import from_equinox, from_flax, known_noise
 from metaprior.networks.bag import bag
 from metaprior.networks.conv4 import conv4, conv6
@@ -10,12 +9,11 @@ from metaprior.networks.mlp import mlp
 from metaprior.networks.resnet12 import resnet12
 from metaprior.networks.token_lstm import token_lstm
 from metaprior.networks.twin import twin
-from metaprior.types import Model
 
-NETWORKS: dict[str, Callable[..., Model]] = {
+NETWORKS = Registry("network", {
     "linear": linear, "mlp": mlp, "conv4": conv4, "conv6": conv6, "resnet12": resnet12,
     "twin": twin, "bag": bag, "token_lstm": token_lstm,
-}  # fmt: skip
+})  # fmt: skip
 
 __all__ = [
     "NETWORKS",

@@ -1,7 +1,6 @@
 """Where tasks come from. Every source is a factory that returns three disjoint `Splits`."""
 
-from collections.abc import Callable
-
+from metaprior.named import Registry
 from metaprior.options import Fraction, checked
 from metaprior.tasks.ambiguous import ambiguous, linear, three_families
 from metaprior.tasks.arrays import ArrayTasks, array_tasks
@@ -30,7 +29,7 @@ from metaprior.tasks.table import radon, sleepstudy, table
 from metaprior.tasks.texts import TextPool, banking77, clinc150, texts
 from metaprior.types import Splits
 
-SOURCES: dict[str, Callable[..., Splits]] = {
+SOURCES = Registry("tasks", {
     "sinusoid": sinusoid,
     "sinusoid_hard": sinusoid_hard,
     "linear": linear,
@@ -53,7 +52,7 @@ SOURCES: dict[str, Callable[..., Splits]] = {
     "radon_all": radon_all,
     "quadratics": quadratics,
     "digits": digits,
-}
+})
 
 # The sources whose support has class attributes in place of examples.
 DESCRIBED_SOURCES = ("omniglot_strokes",)
