@@ -19,7 +19,8 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
 
 from metaprior.estimators import MetaClassifier, MetaRegressor
 from metaprior.inference.posteriors import laplace
-from metaprior.programs import Setting, default_options, size_of
+from metaprior.learners.registry import traits_of
+from metaprior.programs import Setting, size_of
 from metaprior.tasks.columns import Columns
 from metaprior.tasks.preparation import Column
 from metaprior.training import Training
@@ -442,9 +443,9 @@ def test_defaults_hold_until_one_of_them_is_said():
     x = np.concatenate([x, x**2, x**3], 1)
     quick = Training(steps=2, meta_batch=2, chunk=2, validation_tasks=2)
     own = {"steps": 5, "rate": 0.1}
-    assert default_options("maml", 3) == own
-    assert default_options("maml", 50)["rate"] == 0.01
-    assert default_options("amortized_bml", 3) == {}
+    assert traits_of("maml").on_table(3) == own
+    assert traits_of("maml").on_table(50)["rate"] == 0.01
+    assert traits_of("amortized_bml").on_table(3) == {}
     for options, expected in (
         (None, own), ({"posterior": "point"}, own | {"posterior": "point"}), ({"steps": 2}, {"steps": 2}),
     ):  # fmt: skip

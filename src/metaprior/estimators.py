@@ -20,8 +20,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from metaprior.calibration import calibrate
+from metaprior.learners.registry import traits_of
 from metaprior.options import Count, Seed, accept, parameters_of
-from metaprior.programs import SIZES, Setting, builder, compiled, default_options, frozen, kept, size_of, untuned
+from metaprior.programs import SIZES, Setting, builder, compiled, frozen, kept, size_of, untuned
 from metaprior.tasks.arrays import ArrayTasks, array_tasks
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.labels import encode_labels
@@ -104,8 +105,8 @@ class _MetaEstimator(BaseEstimator):
         # Programs are shared between fits: what they are compiled for must not hold this table's scaling.
         splits = splits._make(replace(source, preparation=None) for source in splits)  # type: ignore[type-var]
         outputs = len(self.classes_) if self._classes else 1
-        given, default = self.options or {}, default_options(self.learner, X.shape[1])
-        chosen = given if default.keys() & given.keys() else default | given
+        given, default = self.options or {}, traits_of(self.learner).on_table(X.shape[1])
+        chosen = given if default.keys() & given.keys() else {**default, **given}
         options = tuple(sorted((name, frozen(name, value)) for name, value in chosen.items()))
         self.setting_ = kept(Setting(self.learner, tuple(self.hidden), options, outputs, self._classes))
         training = self.training or Training(steps=3000, clip_norm=1.0, chunk=500, validate_every=500, seed=self.seed)
@@ -295,9 +296,9 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
 
     Args:
         learner: any of `metaprior.LEARNERS` that does regression.
-        options: the learner's options, e.g. {"steps": 5, "rate": 0.1}. If none of them is among
-            `programs.default_options`, those are added: `maml`, `lslr` and `preconditioned` take 5 inner steps of rate
-            0.1, or 0.5 / d for d > 5 features.
+        options: the learner's options, e.g. {"steps": 5, "rate": 0.1}. Where none of them is
+            said, `maml`, `lslr` and `preconditioned` take 5 inner steps of rate 0.1, or 0.5 / d for d > 5 features
+            (their trait `on_table`).
         hidden: widths of the network; () is a linear model.
         shot: rows that a group shows in training; groups with fewer rows are padded.
         query: rows that a group is judged by in training.

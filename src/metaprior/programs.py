@@ -16,19 +16,7 @@ from metaprior.networks import mlp
 from metaprior.types import Batch, Learner
 
 SIZES = (1, 4, 16, 64, 256, 1024)  # of supports and queries: few shapes, so that few programs are compiled
-BY_GRADIENT = ("maml", "lslr", "preconditioned")  # whose defaults here are measured
-IMPLY_NO_PRIOR = ("l2l",)  # whose inner steps a network says
 SCALARS = {"implicit": {"temperature": 1.0}, "laplace": {"precision": 1.0}}  # of a posterior by name, fitted
-
-
-def default_options(learner: str, features: int) -> dict[str, Any]:
-    """Options that suit standardised tables, where the user says none of them.
-
-    A learner's own rate is made for no particular data: one step of 0.01 hardly leaves the prior. Five of 0.1 have
-    the lower RMSE on every table of docs/estimators.md. The inner loss bends more with more features d, so
-    rate = min(0.1, 0.5 / d).
-    """
-    return {"steps": 5, "rate": min(0.1, 0.5 / features)} if learner in BY_GRADIENT else {}
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class Setting:
 
     def _rule(self) -> Any:
         """The posterior that is asked for; else the implicit one, or Laplace's where steps imply no prior."""
-        return dict(self.options).get("posterior", "laplace" if self.learner in IMPLY_NO_PRIOR else "implicit")
+        return dict(self.options).get("posterior", "implicit" if traits_of(self.learner).descends else "laplace")
 
     def _posterior(self, rule: Any, knobs: dict[str, Any]) -> PosteriorRule:
         """The rule with the fitted scalars; one of the user's own gets the noise, if it says none itself."""

@@ -13,14 +13,14 @@ import optax
 from metaprior.inference.assemble import query_learner
 from metaprior.inference.gradient import adapt_all, make_optimizer
 from metaprior.inference.posteriors import PosteriorRule, implicit, point
-from metaprior.learners.traits import traits
+from metaprior.learners.traits import five_steps, traits
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
 from metaprior.options import InnerOptimizer, NonNegative, Whole, checked
 from metaprior.types import Learner, Model
 
 
-@traits(referees={"truth": {"steps": 5, "rate": 0.05, "posterior": implicit()}})
+@traits(on_table=five_steps, referees={"truth": {"steps": 5, "rate": 0.05, "posterior": implicit()}})
 @checked
 def maml(
     model: Model,

@@ -20,7 +20,7 @@ from metaprior.inference.curvature.rows import safe_sqrt
 from metaprior.inference.gradient import Adaptation
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.inference.steps import Root
-from metaprior.learners.traits import traits
+from metaprior.learners.traits import five_steps, traits
 from metaprior.likelihoods import Likelihood
 from metaprior.named import passes_options_to
 from metaprior.options import NonNegative, Positive, Whole
@@ -94,7 +94,7 @@ def meta_sgd(model: Model, likelihood: Likelihood, *, rate: NonNegative = 0.01, 
     )
 
 
-@traits(small={"steps": 2, "rate": 0.02})
+@traits(on_table=five_steps, small={"steps": 2, "rate": 0.02})
 @passes_options_to(_learner)
 def lslr(
     model: Model, likelihood: Likelihood, *, rate: NonNegative = 0.01, steps: Whole = 5, **options: Any
@@ -117,7 +117,7 @@ class Preconditioner(NamedTuple):
     factor: Float[Array, "p r"]
 
 
-@traits(small={"rank": 2, "rate": 0.02}, silent={"rank": 0})
+@traits(on_table=five_steps, small={"rank": 2, "rate": 0.02}, silent={"rank": 0})
 @passes_options_to(_learner)
 def preconditioned(
     model: Model, likelihood: Likelihood, *, rate: Positive = 0.01, rank: Whole = 0, **options: Any
