@@ -19,7 +19,19 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.likelihoods import Likelihood
 from metaprior.networks.statistics import by_support
-from metaprior.types import PLAIN, Batch, Call, Model, Task, check_known, check_rows, counted, examples, weighted_mean, weights
+from metaprior.types import (
+    PLAIN,
+    Batch,
+    Call,
+    Model,
+    Task,
+    check_known,
+    check_rows,
+    counted,
+    examples,
+    weighted_mean,
+    weights,
+)
 
 SEGMENTS = 4  # of a rematerialised descent, of each of its segments, and so on
 UNROLLED = 5  # inner steps up to this many are unrolled: XLA then fuses across them; more are a loop
