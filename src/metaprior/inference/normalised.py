@@ -79,7 +79,7 @@ def gathered(
 
     def one(key: PRNGKeyArray) -> dict[str, Statistics]:
         task = jax.tree.map(lambda leaf: leaf[0], source.sample(key, 1))
-        data = joined(task)
+        data = joined(task._replace(support=task.support._replace(known=None)))  # inputs count, labelled or not
         if learner.network is not None:
             network = learner.network(params, task.support, key)
         else:

@@ -28,7 +28,7 @@ from metaprior.inference.metric import (
 from metaprior.learners.traits import traits
 from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.options import Way, checked
-from metaprior.types import Batch, Learner, Model, Task, weights
+from metaprior.types import Batch, Learner, Model, Task, labelled, weights
 
 
 class Twins(NamedTuple):
@@ -103,7 +103,7 @@ def siamese(
         return by_class(log_odds(params, f, seen.embeddings), seen.shares)
 
     def loss(params: Twins, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
-        data = joined(task)
+        data = joined(task._replace(support=labelled(task.support)))
         x, y = data.x, data.y.astype(int)
         f = embed(params.embedding, x)
         odds = log_odds(params, f, f)
