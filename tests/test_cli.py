@@ -62,9 +62,10 @@ def test_train_evaluate_plot(sinusoid_run, capsys):
 
 def test_other_tasks_have_a_report_of_their_own_and_no_published_figure(sinusoid_run, capsys):
     recipe = json.loads((sinusoid_run / "recipe.json").read_text())
-    (sinusoid_run / "recipe.json").write_text(json.dumps(recipe | {"published": {"maml": "0.5 MSE"}}))
+    published = {"maml": [{"mse": 0.5, "source": "A paper"}]}
+    (sinusoid_run / "recipe.json").write_text(json.dumps(recipe | {"published": published}))
     run_cli("evaluate", sinusoid_run, "--tasks", 10)
-    assert "published: 0.5 MSE" in capsys.readouterr().out
+    assert "published: MSE 0.5000 (A paper)" in capsys.readouterr().out
     before = (sinusoid_run / "report-own.json").read_text()
     run_cli("evaluate", sinusoid_run, "--tasks", 10, "--set", "tasks.shot=3")
     assert "published" not in capsys.readouterr().out

@@ -2,8 +2,8 @@
 
 Tables: [tasks], [network], [likelihood] (a `name` and the factory's options), `learner` (the default one),
 [learners.NAME] (options of each learner in this experiment), [augmentation] (of training images), [training],
-[evaluation], [published.NAME] (the paper's figures). [tasks.NAME], [likelihood.NAME] and [training.NAME] are what a
-learner has otherwise.
+[evaluation], [[published.NAME]] (papers' figures, see `results.published_in`). [tasks.NAME], [likelihood.NAME] and
+[training.NAME] are what a learner has otherwise.
 """
 
 import re

@@ -331,18 +331,22 @@ def fit(
     resume: bool = False,
     report: Callable[[dict[str, float]], None] | None = None,
     name: str = "the learner",
+    seconds: NonNegative | None = None,
 ) -> Fitted:
     """Meta-train: theta that minimises the learner's loss over tasks of `splits.train`.
 
     run keeps checkpoints and figures; resume=True goes on where it stands, with the same bits as if never stopped
     (under the conditions that the run notes; others are warned of).
-    report is called with each chunk's figures. Raises NonFiniteLoss with the last good state. Ctrl-C,
+    report is called with each chunk's figures. seconds: after so many, training ends with the chunk at hand, validated
+    and saved, and `Fitted.state.step` says how far it came; a resume goes on from there. Raises NonFiniteLoss with the
+    last good state. Ctrl-C,
     SIGTERM and SIGHUP end it after the chunk, saved; a second one ends the process at once. Raises ValueError for
     arguments of a wrong type, and for sources that hold no numbers or weights that cannot be.
     """
     training = training or Training()
     for source in (splits.train, splits.validation):
         check_source(source)
+    start = time.monotonic()
     state = init_state(learner, splits.train, training)
     best, lowest, history = None, float("inf"), []
     if run is not None:
@@ -370,12 +374,13 @@ def fit(
                     run.save(state)
                 raise NonFiniteLoss(done + steps, name, state)
             state = after
-            seconds = time.perf_counter() - began
-            row = {"step": done + steps, "seconds": seconds, "steps_per_second": steps / seconds}
+            took = time.perf_counter() - began
+            row = {"step": done + steps, "seconds": took, "steps_per_second": steps / took}
             row |= {f"train/{k}": float(v[finite].mean()) for k, v in metrics.items() if finite.any()}
             row |= {"train/skipped": float(steps - finite.sum())} if training.skip else {}
             validated = better = False
-            if row["step"] % every == 0 or row["step"] == training.steps:
+            over = seconds is not None and time.monotonic() - start >= seconds
+            if row["step"] % every == 0 or row["step"] == training.steps or over:
                 figures = jax.device_get(validate(state.params, splits.validation, splits.train))
                 row |= {f"validation/{k}": float(v) for k, v in figures.items()}
                 validated, better = True, row["validation/nll"] < lowest
@@ -390,7 +395,7 @@ def fit(
             if run is not None and (validated or interrupted or time.monotonic() - saved >= SAVE_EVERY):
                 run.save(state, better)
                 saved = time.monotonic()
-            if interrupted:
+            if interrupted or (over and row["step"] < training.steps):
                 break
             if row["step"] == training.steps and not np.isfinite(row["validation/nll"]):
                 raise NonFiniteLoss(row["step"], f"{name} on validation tasks", state,

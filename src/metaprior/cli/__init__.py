@@ -1,4 +1,4 @@
-"""The command line: `metaprior train | evaluate | compare | adapt | plot | list | demo | truth | study`."""
+"""The command line: `metaprior COMMAND`, see COMMANDS."""
 
 import os
 import signal
@@ -15,6 +15,7 @@ from metaprior.cli.demo import demo
 from metaprior.cli.evaluate import evaluate
 from metaprior.cli.listing import listing
 from metaprior.cli.plot import plot
+from metaprior.cli.reproduce import reproduce, results
 from metaprior.cli.screen import screen
 from metaprior.cli.study import study
 from metaprior.cli.train import train
@@ -25,7 +26,7 @@ from metaprior.training import NonFiniteLoss
 
 COMMANDS = {
     "train": train, "evaluate": evaluate, "compare": compare, "adapt": adapt, "plot": plot, "list": listing,
-    "demo": demo, "truth": truth, "study": study,
+    "demo": demo, "truth": truth, "study": study, "reproduce": reproduce, "results": results,
 }  # fmt: skip
 
 

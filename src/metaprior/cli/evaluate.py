@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
+from rich.console import Console
 from rich.table import Table
 
 from metaprior.calibration import Calibration, calibrate, calibrate_softmax, temperature_scaled
 from metaprior.cli.reports import judged, name_of
 from metaprior.cli.screen import screen
-from metaprior.evaluation import TASKS, Report, Units
+from metaprior.evaluation import TASKS, Report, Units, title_of
 from metaprior.evaluation import evaluate as evaluate_learner
 from metaprior.files import check_output, write_atomically
 from metaprior.inference.normalised import gathered
@@ -39,6 +40,7 @@ from metaprior.recipe import (
     with_overrides,
 )
 from metaprior.rejection import Rejection, closeness, confidence, rejection, scored
+from metaprior.results import published_for
 from metaprior.runs import Run
 from metaprior.runtime import configure
 from metaprior.tasks import FixedTasks, one_shot_source
@@ -244,11 +246,21 @@ def evaluate(
         console.print(rejection_table(told))
     if (curve := report.curve_table()) is not None:
         console.print(curve)
-    others = split != "test" or any(option.startswith("tasks.") for option in set)  # than the paper's tasks
-    if not others and (published := recipe.published.get(recipe.learner)) is not None:
-        console.print(f"published: {published}")
+    _compare(console, opened, recipe, split)
     console.print(f"written: {opened.folder / name}.json and pictures in {opened.folder / 'plots'}", soft_wrap=True)
     return 0
+
+
+def _compare(console: Console, run: Run, recipe: Recipe, split: str) -> None:
+    """Print the published figures of the tasks that were judged, if there are any."""
+    try:
+        published = published_for(recipe, split)
+    except ValueError as error:
+        warnings.warn(f"{run.folder / 'recipe.json'}: {error}", stacklevel=2)
+        return
+    if not isinstance(published, str):
+        figures = ", ".join(f"{title_of(name)} {figure}" for name, figure in published.figures.items())
+        console.print(f"published: {figures} ({published.source or 'no source given'})", soft_wrap=True)
 
 
 def one_shot_runs_for(recipe: Recipe) -> FixedTasks:

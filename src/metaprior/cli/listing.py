@@ -10,15 +10,17 @@ from metaprior.inference.posteriors import POSTERIORS
 from metaprior.learners import LEARNERS
 from metaprior.networks import NETWORKS
 from metaprior.recipe import load_recipe, recipe_names
+from metaprior.suite import load_suite, suite_names
 from metaprior.tasks import SOURCES
 
 
 def listing() -> int:
-    """List learners, recipes, task sources, networks and posteriors."""
+    """List learners, recipes, suites, task sources, networks and posteriors."""
     console = screen()
     sections = {
         "learners": {name: _first_line(factory) for name, factory in LEARNERS.discovered().items()},
         "recipes": {name: load_recipe(name).description for name in recipe_names()},
+        "suites": {name: load_suite(name).title for name in suite_names()},
         "task sources": {name: _first_line(factory) for name, factory in SOURCES.discovered().items()},
         "networks": {name: _first_line(factory) for name, factory in NETWORKS.discovered().items()},
         "posteriors": {name: _first_line(factory) for name, factory in POSTERIORS.items()},

@@ -26,7 +26,7 @@ from metaprior.recipe import (
 )
 from metaprior.runs import Run, check_same_course
 from metaprior.runtime import configure
-from metaprior.training import fit
+from metaprior.training import Fitted, fit
 
 
 def train(
@@ -64,7 +64,7 @@ def train(
         if value is not None and (other := overrides.setdefault(f"training.{option}", value)) != value:
             raise ValueError(f"--{option} {value}: --set training.{option}={other} says otherwise; leave one out.")
     chosen = with_overrides(load_recipe(recipe), learner, overrides)
-    folder = out or Path("runs") / _one_name(f"{chosen.name}-{chosen.learner}")
+    folder = out or Path("runs") / one_name(f"{chosen.name}-{chosen.learner}")
     if resume:
         with Run.resume(folder) as run:
             chosen = going_on(run, recipe, learner, overrides)
@@ -79,7 +79,7 @@ def train(
             run.discard()  # a start that was refused leaves no folder
 
 
-def _one_name(text: str) -> str:
+def one_name(text: str) -> str:
     """A folder's name: a recipe may be called '../../x'."""
     return re.sub(r"[/\\\0]+", "_", text).lstrip(".") or "run"
 
@@ -106,7 +106,10 @@ def going_on(kept: Run, recipe: str, learner: str | None, overrides: dict[str, A
     return recipe_from_dict(wanted)
 
 
-def _train(run: Run, chosen: Recipe, experiment: Experiment, resume: bool) -> int:
+def trained_run(
+    run: Run, chosen: Recipe, experiment: Experiment, resume: bool, seconds: float | None = None
+) -> Fitted:
+    """Train a run, with its figures on the screen; seconds: see `training.fit`."""
     if experiment.preparation is not None and run.preparation is None:
         run.keep(experiment.preparation)
     console, training = screen(), experiment.training
@@ -114,7 +117,7 @@ def _train(run: Run, chosen: Recipe, experiment: Experiment, resume: bool) -> in
     console.print(named, soft_wrap=True)
     prepared = experiment.preparation
     with Progress(training.steps, console, prepared and prepared.standardised) as progress:
-        fitted = fit(
+        return fit(
             experiment.learner,
             experiment.splits,
             training,
@@ -122,8 +125,12 @@ def _train(run: Run, chosen: Recipe, experiment: Experiment, resume: bool) -> in
             resume=resume,
             report=progress.report,
             name=chosen.learner,
+            seconds=seconds,
         )
-    folder = run.folder
+
+
+def _train(run: Run, chosen: Recipe, experiment: Experiment, resume: bool) -> int:
+    fitted, console, folder = trained_run(run, chosen, experiment, resume), screen(), run.folder
     if fitted.interrupted:
         at = int(fitted.state.step)
         console.print(f"stopped at meta-step {at}, saved; go on with --resume --out {folder}", soft_wrap=True)

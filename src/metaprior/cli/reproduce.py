@@ -1,0 +1,242 @@
+"""metaprior reproduce: train and judge the runs of a suite, as data; metaprior results: pages of such data."""
+
+import json
+import re
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import tyro
+from rich.table import Table
+
+from metaprior.cli.evaluate import evaluate
+from metaprior.cli.reports import name_of, read_report
+from metaprior.cli.screen import screen
+from metaprior.cli.train import one_name, trained_run
+from metaprior.files import check_output, write_atomically
+from metaprior.named import lookup
+from metaprior.pages import headlines as headline_table
+from metaprior.pages import number, with_headlines, write_pages
+from metaprior.recipe import Recipe, as_dict, build, training_of
+from metaprior.results import Result, commit, read_result, recipe_hash, statuses
+from metaprior.runs import Run, environment
+from metaprior.runtime import configure
+from metaprior.suite import Planned, load_suite
+from metaprior.training import NonFiniteLoss
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+class Job(NamedTuple):
+    """A run of a suite to be made: what it is, the run's folder and the file of its result."""
+
+    name: str
+    planned: Planned
+    recipe: Recipe
+    folder: Path
+    path: Path
+
+
+def reproduce(
+    suite: Annotated[str, tyro.conf.Positional],
+    /,
+    budget: str | None = None,
+    only: tuple[str, ...] = (),
+    results: Path = Path("results"),
+    out: Path = Path("runs"),
+) -> int:
+    """Train and judge the runs of a suite (a built-in name or a TOML file), and write RESULTS/SUITE/RUN.json of each.
+
+    What is done already is not done again, and what was cut short or stopped goes on where it stood. A result of a run
+    that was cut short by its budget says so. `metaprior results` makes a page of the files.
+
+    Args:
+        suite: which runs, see `metaprior list`.
+        budget: time for training, as 90s, 10m or 2h. Each run that is not done gets an equal share of what is left,
+            and at least one chunk of meta-steps; judging comes on top. Default: train each to its end.
+        only: names of the runs to make (default: all).
+        results: the folder of the results.
+        out: the folder for the runs themselves; runs of the same settings share one.
+    """
+    seconds = None if budget is None else duration(budget)
+    chosen = load_suite(suite)
+    names = [lookup("--only", name, chosen.runs) and name for name in only] or list(chosen.runs)
+    check_output(results, "--results")
+    check_output(out, "--out")
+    console, codes = screen(), []
+    jobs = [_job(name, chosen.runs[name], results / chosen.name, out) for name in names]
+    waiting = []
+    for job in jobs:
+        if _done(job):
+            console.print(f"{job.name}: done already, {job.path}", soft_wrap=True)
+        else:
+            waiting.append(job)
+    for i, job in enumerate(waiting):
+        share = None if seconds is None else seconds / (len(waiting) - i)
+        began = time.monotonic()
+        try:
+            code, spent = _make(job, share)
+        except NonFiniteLoss as error:
+            console.print(f"{job.name}: {error}", soft_wrap=True)
+            code, spent = 1, time.monotonic() - began
+        codes.append(code)
+        if code > 128:
+            console.print("stopped; the same command goes on", soft_wrap=True)
+            return code
+        seconds = None if seconds is None else max(seconds - spent, 0.0)
+        jax.clear_caches()
+    console.print(_summary(chosen.title, jobs))
+    return max(codes, default=0)
+
+
+def results(
+    results: Path = Path("results"),
+    benchmarks: Path = Path("benchmarks/results"),
+    out: Path = Path("docs/results"),
+    headlines: Path | None = None,
+) -> int:
+    """Make a Markdown page of each suite's results, with the status of each row beside the published figure.
+
+    Args:
+        results: the folder that `metaprior reproduce` wrote, with a folder for each suite.
+        benchmarks: a folder of benchmarks' figures, which become the page speed.md, if it is there.
+        out: the folder for the pages.
+        headlines: a Markdown file whose lines between the two marks become the table of the best rows.
+    """
+    check_output(out, "--out")
+    for path in write_pages(results, benchmarks, out):
+        screen().print(f"written: {path}", soft_wrap=True)
+    if headlines is not None:
+        text = headlines.read_text(encoding="utf-8")
+        write_atomically(headlines, with_headlines(text, headline_table(results, f"{out.as_posix()}/")))
+    return 0
+
+
+def duration(text: str) -> float:
+    """Seconds of '90s', '10m' or '1.5h'.
+
+    Raises:
+        ValueError: anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"--budget must be a time such as 90s, 10m or 2h, got {text!r}.")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def _job(name: str, planned: Planned, results: Path, out: Path) -> Job:
+    recipe = planned.resolved()
+    folder = out / one_name(f"{recipe.name}-{recipe.learner}-{recipe_hash(recipe)[:8]}")
+    return Job(name, planned, recipe, folder, results / f"{one_name(name)}.json")
+
+
+def _done(job: Job) -> bool:
+    """Whether the result is there, whole and of these settings."""
+    if not job.path.is_file():
+        return False
+    kept = read_result(job.path)
+    if kept.run is None:
+        raise ValueError(
+            f"{job.path}: is a figure whose run was not kept, and would be lost; rename it, or name another --results."
+        )
+    same = (kept.recipe_hash, kept.judged, kept.split, kept.posterior, kept.calibrated) == (
+        recipe_hash(job.recipe), job.planned.judge, job.planned.split, job.planned.posterior, job.planned.calibrated,
+    )  # fmt: skip
+    return same and not kept.cut
+
+
+def _make(job: Job, seconds: float | None) -> tuple[int, float]:
+    """Train within the time, judge, and write the result; the status of a signal or 0, and the seconds of training."""
+    console, planned, began = screen(), job.planned, time.monotonic()
+    training = training_of(job.recipe)
+    configure(float64=training.float64)
+    console.print(f"{job.name}: up to {seconds:.0f} s of training" if seconds is not None else job.name)
+    resume = (job.folder / "recipe.json").is_file()
+    with Run.resume(job.folder) if resume else Run.create(job.folder, as_dict(job.recipe), planned.set) as run:
+        try:
+            fitted = trained_run(run, job.recipe, build(job.recipe, preparation=run.preparation), resume, seconds)
+        finally:
+            run.discard()
+    spent, done = time.monotonic() - began, int(fitted.state.step)
+    if fitted.interrupted:
+        return 128 + fitted.interrupted, spent
+    if done < training.steps:
+        at = f"{done:,} of {training.steps:,} meta-steps"
+        console.print(f"{job.name}: cut short by its budget at {at}", soft_wrap=True)
+    options = as_options(planned.judge)
+    evaluate(
+        job.folder, planned.posterior, calibrated=planned.calibrated, split=planned.split, set=options
+    )  # fmt: skip
+    name = name_of(planned.posterior, calibrated=planned.calibrated, split=planned.split, changed=options)
+    kept = read_report(run, name)
+    checkpoint = kept.settings["checkpoint"]
+    result = Result(
+        learner=job.recipe.learner,
+        recipe=job.recipe.name,
+        report=kept.report,
+        recipe_hash=recipe_hash(job.recipe),
+        overrides=planned.set,
+        judged=planned.judge,
+        split=planned.split,
+        posterior=planned.posterior,
+        calibrated=planned.calibrated,
+        steps=done,
+        asked=training.steps,
+        seed=training.seed,
+        minutes=round(sum(row["seconds"] for row in run.metrics()) / 60, 3),
+        device=_device(),
+        commit=commit(),
+        command=_commands(job, options),
+        run={"id": run.started.get("id"), "checkpoint": checkpoint, "jax": jax.__version__},
+    )
+    result.save(job.path)
+    console.print(f"written: {job.path}", soft_wrap=True)
+    return 0, spent
+
+
+def as_options(table: dict[str, Any]) -> tuple[str, ...]:
+    """The words of --set."""
+    return tuple(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in table.items())
+
+
+def _commands(job: Job, judged: tuple[str, ...]) -> list[str]:
+    """What a user would type to have the run and its report."""
+    options, folder = as_options(job.planned.set), f"runs/{job.folder.name}"
+    train = ["metaprior", "train", job.recipe.name, "--learner", job.recipe.learner, "--out", folder]
+    judge = ["metaprior", "evaluate", folder]
+    judge += ["--posterior", job.planned.posterior] if job.planned.posterior else []
+    judge += ["--calibrated"] if job.planned.calibrated else []
+    judge += ["--split", job.planned.split] if job.planned.split != "test" else []
+    lines = train + (["--set", *options] if options else []), judge + (["--set", *judged] if judged else [])
+    return [shlex.join(line) for line in lines]
+
+
+def _device() -> str:
+    """What this process computes with: '2 threads of AMD EPYC', or the accelerator's name."""
+    now, model = environment(), "a processor"
+    if jax.devices()[0].platform != "cpu":
+        return now["devices"]
+    info = Path("/proc/cpuinfo")
+    if info.is_file() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text(errors="replace"))):
+        model = found[1].strip()
+    return f"{now['threads']} threads of {model}"
+
+
+def _summary(title: str, jobs: list[Job]) -> Table:
+    """What each run of a suite has come to."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in ("run", "meta-steps", "figure", "published", "status"):
+        table.add_column(column, justify="left" if column in ("run", "status") else "right")
+    for job in jobs:
+        if not job.path.is_file():
+            table.add_row(job.name, "", "", "", "no result")
+            continue
+        result = read_result(job.path)
+        for name, (theirs, status) in statuses(result).items():
+            name = name or next(iter(result.report.figures))
+            own = result.report.figures.get(name) or result.report.pooled.get(name)
+            published = "" if status.kind == "not comparable" else number(theirs.mean, 4)
+            table.add_row(job.name, f"{result.steps:,} of {result.asked:,}", f"{name} {own}", published, str(status))
+    return table
