@@ -73,6 +73,11 @@ def test_a_status_follows_from_both_figures(ours, published, lower, expected):
     assert status_of(Figure(*ours), Figure(*published), lower=lower) == expected
 
 
+def published(recipe, learner=None, options=None, split="test"):
+    base = with_overrides(load_recipe(recipe), learner)
+    return published_for(with_overrides(base, None, options), base, split)
+
+
 def told(result):
     return {name: str(status) for name, (_, status) in statuses(result).items()}
 
@@ -104,19 +109,34 @@ def test_what_was_cut_short_is_no_verdict():
 
 
 def test_the_options_of_a_published_figure_choose_it():
-    protonet = load_recipe("omniglot-protonet")
     way, shot = {"tasks.way": 20}, {"tasks.shot": 5}
     for judged, accuracy in (({}, 0.988), (shot, 0.997), (way, 0.96), (way | shot, 0.989)):
-        assert published_for(with_overrides(protonet, None, judged)).figures["accuracy"].mean == accuracy
-    mini = load_recipe("miniimagenet-protonet")
-    assert "learner.context is None" in published_for(with_overrides(mini, "matching"))
-    full = with_overrides(mini, "matching", {"learner.context": True})
-    assert published_for(full).figures["accuracy"].mean == 0.4356
+        assert published("omniglot-protonet", None, judged).figures["accuracy"].mean == accuracy
+    assert "learner.context is None" in published("miniimagenet-protonet", "matching")
+    full = published("miniimagenet-protonet", "matching", {"learner.context": True})
+    assert full.figures["accuracy"].mean == 0.4356
     asking = {"tasks.unlabelled": "askable", "learner.ask": "attention"}
-    semi = with_overrides(load_recipe("omniglot-5way-5shot-semi"), None, asking)
-    assert published_for(semi).figures["accuracy"].mean == 0.9962
-    assert published_for(load_recipe("omniglot-siamese")).figures.keys() == {"verification"}
-    assert published_for(load_recipe("omniglot-siamese"), "one_shot").figures.keys() == {"accuracy"}
+    assert published("omniglot-5way-5shot-semi", None, asking).figures["accuracy"].mean == 0.9962
+    assert published("omniglot-siamese").figures.keys() == {"verification"}
+    assert published("omniglot-siamese", split="one_shot").figures.keys() == {"accuracy"}
+
+
+def test_a_recipe_that_has_changed_since_is_not_compared(tmp_path, monkeypatch):
+    now = recipe_hash(with_overrides(load_recipe("omniglot-5way-1shot"), "maml"))
+    assert told(replace(MAML, recipe_hash=now)) == {"accuracy": "within the interval"}
+    assert told(replace(MAML, recipe_hash="0" * 16)) == {"": "not comparable: the recipe has changed since"}
+    # A file of one's own that is called as a built-in recipe is not that recipe.
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "src/metaprior/recipes/omniglot-5way-1shot.toml").read_text()
+    better = text.replace("accuracy = {mean = 0.987, interval = 0.004}", "accuracy = 0.99")
+    Path("omniglot-5way-1shot.toml").write_text(better)
+    assert told(replace(MAML, recipe="omniglot-5way-1shot.toml")) == {"accuracy": "below"}
+    assert "tasks.shot is 3" in told(replace(MAML, recipe="omniglot-5way-1shot.toml", judged={"tasks.shot": 3}))[""]
+
+
+def test_few_tasks_are_said():
+    few = replace(MAML, report=replace(REPORT, tasks=20, figures={"accuracy": Figure(0.9, 0.2)}))
+    assert told(few) == {"accuracy": "within the interval, judged on 20 of 600 tasks"}
 
 
 def test_a_calibrated_report_is_not_held_against_uncalibrated_figures():
@@ -128,16 +148,15 @@ def test_a_calibrated_report_is_not_held_against_uncalibrated_figures():
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_published_figures_are_of_the_reports_names_and_units(name):
-    recipe = load_recipe(name)
-    for learner in recipe.published:
+    for learner in (recipe := load_recipe(name)).published:
         for entry in published_in(recipe, learner):
             assert entry.source
             assert entry.figures
-            assert isinstance(published_for(with_overrides(recipe, learner, entry.when), entry.split), tuple)
+            assert published(name, learner, entry.when, entry.split) == entry
 
 
 @pytest.mark.parametrize(
-    ("published", "message"),
+    ("given", "message"),
     [
         ([{"accuracy": 98.7}], "published.maml.accuracy must be a share from 0 to 1, got 98.7"),
         ([{"accuracy": "98.7 %"}], "published.maml.accuracy must be a finite number"),
@@ -147,10 +166,10 @@ def test_published_figures_are_of_the_reports_names_and_units(name):
         ([{"accuracy": 0.9, "when": {"task.way": 3}}], "task.way"),
     ],
 )
-def test_published_figures_that_cannot_be_are_named(published, message):
-    table = {"name": "mine", "tasks": {"name": "sinusoid"}, "published": {"maml": published}}
+def test_published_figures_that_cannot_be_are_named(given, message):
+    table = {"name": "mine", "tasks": {"name": "sinusoid"}, "published": {"maml": given}}
     with pytest.raises(ValueError, match=message):
-        published_for(recipe_from_dict(table))
+        published_for(recipe := recipe_from_dict(table), recipe)
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
@@ -169,6 +188,8 @@ def test_a_hash_is_of_what_is_trained_and_judged():
     assert recipe_hash(replace(recipe, description="x", published={"maml": []})) == recipe_hash(recipe)
     assert recipe_hash(with_overrides(recipe, None, {"training.steps": 7})) != recipe_hash(recipe)
     assert recipe_hash(with_overrides(recipe, None, {"learner.rate": 0.5})) != recipe_hash(recipe)
+    others = recipe.learners | {"fomaml": {"rate": 0.5}}
+    assert recipe_hash(replace(recipe, learners=others)) == recipe_hash(recipe)
 
 
 def test_training_ends_when_its_time_is_over_and_goes_on(tmp_path):

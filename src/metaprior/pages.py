@@ -16,6 +16,7 @@ from metaprior.options import accept
 from metaprior.results import LOWER, Result, figures_of, read_suite, statuses
 from metaprior.results import SHARES as PERCENT
 
+LEFT_OUT = ("width_", "coverage_50", "coverage_95", "brier")  # of tables; they are in the JSON files
 MADE = "<!-- Made by `make results` from the JSON files in {}; edit those. -->"
 OPEN, CLOSE = "<!-- headlines, made by `make results` -->", "<!-- end of headlines -->"
 STATUS = """\
@@ -31,11 +32,10 @@ def digits_of(name: str, result: Result | None) -> int:
     return usual if result is None else result.digits.get(name, usual)
 
 
-def shown(name: str, figure: Figure | float | None, result: Result | None = None) -> str:
+def shown(name: str, figure: Figure | None, result: Result | None = None) -> str:
     """A figure as a cell of the table; accuracy and its kin in %. result: the one whose figure it is."""
     if figure is None:
         return ""
-    figure = figure if isinstance(figure, Figure) else Figure(figure, None)
     scale, digits = 100 if name.startswith(PERCENT) else 1, digits_of(name, result)
     parts = [value for value in (figure.mean, figure.interval) if value is not None]
     return " ± ".join(number(scale * value, digits) for value in parts)
@@ -61,7 +61,7 @@ def result_tables(results: dict[str, Result]) -> str:
 
 def result_table(results: dict[str, Result]) -> str:
     """One table: what was judged, its figures, and, where any has a published figure or was cut short, the status."""
-    names = list(dict.fromkeys(n for r in results.values() for n in (*r.report.figures, *r.report.pooled)))
+    names = dict.fromkeys(n for r in results.values() for n in figures_of(r) if not n.startswith(LEFT_OUT))
     found = {name: statuses(result) for name, result in results.items()}
     compared = any("" not in one for one in found.values())
     columns: dict[str, Any] = {"learner": lambda name, r: label(name, r)}
@@ -71,9 +71,7 @@ def result_table(results: dict[str, Result]) -> str:
     columns["on"] = lambda name, r: r.device or ""
     columns["tasks"] = lambda name, r: f"{r.report.tasks:,}"
     for figure in names:
-        columns[heading(figure)] = lambda name, r, figure=figure: shown(
-            figure, r.report.figures.get(figure, r.report.pooled.get(figure)), r
-        )
+        columns[heading(figure)] = lambda name, r, figure=figure: shown(figure, figures_of(r).get(figure), r)
     if compared or any(result.cut for result in results.values()):
         columns["published"] = lambda name, r: ", ".join(
             (f"{title_of(of)} " if len(found[name]) > 1 else "") + shown(of, theirs)
@@ -162,6 +160,8 @@ def headlines(results: Path, pages: str) -> str:
                 figures = heading(name), shown(name, ours, result), shown(name, theirs)
                 best[key] = value, [link, label("", result), *figures, told(found)]
         rows += [row for _, (_, row) in sorted(best.items(), key=lambda item: item[0][0])]
+    if not rows:
+        return "None of the results has a published figure to compare it with."
     return markdown(["suite", "learner", "figure", "ours", "published", "status"], rows)
 
 

@@ -21,6 +21,7 @@ from metaprior.options import NonNegative, Seed, Whole, accept
 from metaprior.recipe import (
     Recipe,
     as_dict,
+    evaluation_of,
     load_recipe,
     own_table,
     recipe_names,
@@ -80,15 +81,11 @@ class Result:
         """Whether training ended before the meta-steps that it was to have."""
         return self.steps is not None and self.asked is not None and self.steps < self.asked
 
-    def resolved(self) -> Recipe | None:
-        """The recipe that the run was judged by; None where there is none of that name.
-
-        Raises:
-            ValueError: an option that the recipe does not have.
-        """
-        if self.recipe not in recipe_names():
+    def source(self) -> Recipe | None:
+        """The recipe as it stands, with the run's learner; None where there is none of that name or path."""
+        if self.recipe is None or not (self.recipe in recipe_names() or Path(self.recipe).is_file()):
             return None
-        return with_overrides(load_recipe(self.recipe), self.learner, self.overrides | self.judged)
+        return with_overrides(load_recipe(self.recipe), self.learner)
 
     def save(self, path: Path) -> None:
         """Write it whole or not at all."""
@@ -158,8 +155,13 @@ def natural(path: Path) -> list[tuple[int, str]]:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """A hash of what a recipe trains and judges; its description and published figures do not count."""
+    """A hash of what a recipe trains and judges.
+
+    Its description, published figures and the options of other learners do not count.
+    """
     table = {name: value for name, value in as_dict(recipe).items() if name not in ("description", "published")}
+    table["learners"] = table["learners"].get(recipe.learner, {})
+    table |= {name: own_table(table[name], recipe.learner) for name in ("tasks", "likelihood", "training")}
     return sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -192,12 +194,17 @@ def published_in(recipe: Recipe, learner: str) -> list[Published]:
     return found
 
 
-def published_for(recipe: Recipe, split: str = "test") -> Published | str:
-    """The published figures that a resolved recipe's learner compares with, or the reason why there are none."""
+def published_for(recipe: Recipe, base: Recipe, split: str = "test") -> Published | str:
+    """The published figures that a recipe's learner compares with, or the reason why there are none.
+
+    Args:
+        recipe: what was judged, with all options set.
+        base: the recipe before any option was set, to whose tasks a figure belongs that has no `when`.
+        split: of the tasks.
+    """
     entries = published_in(recipe, recipe.learner)
     if not entries:
         return "no published figure"
-    base = load_recipe(recipe.name) if recipe.name in recipe_names() else recipe
     options = {option for entry in entries for option in entry.when}
     options |= {f"tasks.{name}" for table in (base, recipe) for name in own_table(table.tasks, recipe.learner)}
     options -= {f"tasks.{name}" for name in FREE}
@@ -237,16 +244,19 @@ def status_of(ours: Figure, published: Figure, *, lower: bool = False) -> str:
 
 def statuses(result: Result) -> dict[str, tuple[Figure, Status]]:
     """By figure, the published one and the status beside it; {"": ...} with the reason where nothing compares."""
-    recipe = result.resolved()
-    nothing = Figure(math.nan, None)
-    if recipe is None:
-        return {"": (nothing, Status("not comparable", "no published figure", result.cut))}
-    found = published_for(recipe, result.split)
-    if isinstance(found, str):
-        return {"": (nothing, Status("not comparable", found, result.cut))}
-    report = figures_of(result)
+    base, nothing = result.source(), Figure(math.nan, None)
+    found: Published | str = "no published figure"
+    if base is not None:
+        trained = with_overrides(base, None, result.overrides)
+        if result.recipe_hash in (None, recipe_hash(trained)):
+            found = published_for(with_overrides(trained, None, result.judged), base, result.split)
+        else:
+            found = "the recipe has changed since"
+    if base is None or isinstance(found, str):
+        return {"": (nothing, Status("not comparable", str(found), result.cut))}
+    report, less = figures_of(result), how_much_less(result, base)
     compared = {
-        name: (theirs, Status(status_of(report[name], theirs, lower=name in LOWER), trained(result), result.cut))
+        name: (theirs, Status(status_of(report[name], theirs, lower=name in LOWER), less, result.cut))
         for name, theirs in found.figures.items()
         if name in report and not (result.calibrated and name in OF_CALIBRATION)
     }
@@ -259,14 +269,16 @@ def figures_of(result: Result) -> dict[str, Figure]:
     return result.report.figures | {n: Figure(v, None) for n, v in result.report.pooled.items() if v is not None}
 
 
-def trained(result: Result) -> str:
-    """'after 2.5 % of the recipe's tasks', where the run had fewer meta-steps times tasks than its recipe; or ''."""
-    recipe = result.resolved()
-    if recipe is None or result.steps is None:
-        return ""
-    whole = training_of(with_overrides(load_recipe(recipe.name), recipe.learner))
-    share = result.steps * training_of(recipe).meta_batch / (whole.steps * whole.meta_batch)
-    return "" if share >= 1 - CLOSE else f"after {100 * share:.2g} % of the recipe's tasks"
+def how_much_less(result: Result, base: Recipe) -> str:
+    """'after 2.5 % of the recipe's tasks, judged on 200 of 600', where a run had less than its recipe; or ''."""
+    parts, own, judged = [], training_of(base), evaluation_of(base)
+    if result.steps is not None:
+        batch = training_of(with_overrides(base, None, result.overrides)).meta_batch
+        share = result.steps * batch / (own.steps * own.meta_batch)
+        parts += [] if share >= 1 - CLOSE else [f"after {100 * share:.2g} % of the recipe's tasks"]
+    if result.split == "test" and judged.tasks is not None and result.report.tasks < judged.tasks:
+        parts.append(f"judged on {result.report.tasks} of {judged.tasks} tasks")
+    return ", ".join(parts)
 
 
 def commit() -> str | None:

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,12 @@ from metaprior.recipe import (
     distance_of,
     evaluation_of,
     keeps_unseen,
+    load_recipe,
     most_ways,
     own_table,
     parse_overrides,
     recipe_learner,
+    recipe_names,
     recipe_of,
     training_of,
     with_overrides,
@@ -246,15 +249,21 @@ def evaluate(
         console.print(rejection_table(told))
     if (curve := report.curve_table()) is not None:
         console.print(curve)
-    _compare(console, opened, recipe, split)
+    _compare(console, opened, recipe, split, changed)
     console.print(f"written: {opened.folder / name}.json and pictures in {opened.folder / 'plots'}", soft_wrap=True)
     return 0
 
 
-def _compare(console: Console, run: Run, recipe: Recipe, split: str) -> None:
+def _compare(console: Console, run: Run, recipe: Recipe, split: str, changed: Sequence[str]) -> None:
     """Print the published figures of the tasks that were judged, if there are any."""
+    if recipe.name in recipe_names():
+        base = with_overrides(load_recipe(recipe.name), recipe.learner)
+    elif any(o.startswith("tasks.") for o in (*run.started.get("asked", {}), *changed)):
+        return  # what the file had before is not known
+    else:
+        base = recipe
     try:
-        published = published_for(recipe, split)
+        published = published_for(recipe, base, split)
     except ValueError as error:
         warnings.warn(f"{run.folder / 'recipe.json'}: {error}", stacklevel=2)
         return

@@ -174,7 +174,7 @@ def _make(job: Job, seconds: float | None) -> tuple[int, float]:
     checkpoint = kept.settings["checkpoint"]
     result = Result(
         learner=job.recipe.learner,
-        recipe=job.recipe.name,
+        recipe=planned.recipe,
         report=kept.report,
         recipe_hash=recipe_hash(job.recipe),
         overrides=planned.set,
@@ -204,7 +204,7 @@ def as_options(table: dict[str, Any]) -> tuple[str, ...]:
 def _commands(job: Job, judged: tuple[str, ...]) -> list[str]:
     """What a user would type to have the run and its report."""
     options, folder = as_options(job.planned.set), f"runs/{job.folder.name}"
-    train = ["metaprior", "train", job.recipe.name, "--learner", job.recipe.learner, "--out", folder]
+    train = ["metaprior", "train", job.planned.recipe, "--learner", job.recipe.learner, "--out", folder]
     judge = ["metaprior", "evaluate", folder]
     judge += ["--posterior", job.planned.posterior] if job.planned.posterior else []
     judge += ["--calibrated"] if job.planned.calibrated else []
