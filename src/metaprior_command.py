@@ -15,8 +15,15 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the command line."""
     before = signal.signal(signal.SIGINT, _stop)
-    from metaprior.cli import main as command
+    from metaprior.extras import MissingExtra
 
+    try:
+        from metaprior.cli import commands
+        from metaprior.cli import main as command
+
+        commands(sys.argv[1:])  # imports what they need
+    except MissingExtra as error:
+        sys.exit(f"error: {error}")
     signal.signal(signal.SIGINT, before)
     try:
         command()

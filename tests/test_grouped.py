@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from metaprior import nuts
+from metaprior.cli import main
 from metaprior.cli.truth import truth
+from metaprior.extras import MissingExtra
 from metaprior.grouped import GroupScores, folds, held_out_tasks, judge_groups, pooled, rows_of_source
 from metaprior.inference.gaussian import DiagonalGaussian
 from metaprior.inference.particles import systematic
@@ -158,7 +160,7 @@ def test_bad_input_and_missing_packages(table, monkeypatch):
     with pytest.raises(ValueError, match="did you mean 'llama'"):
         learned_against_nuts("gaussian", ("lama",))
     monkeypatch.setitem(sys.modules, "statsmodels", None)
-    with pytest.raises(ValueError, match=r"mixed_by_statsmodels: needs statsmodels.*pip install 'metaprior\[truth\]'"):
+    with pytest.raises(MissingExtra, match=r"mixed_by_statsmodels needs the extra `truth`.*statsmodels"):
         mixed_by_statsmodels(table)
 
 
@@ -178,9 +180,12 @@ def test_truth_writes_both_comparisons(tmp_path, monkeypatch, capsys):
     assert written["given"]["nuts"]["coverage"] == 0.89
     assert written["learned"]["truth"]["prior"]["bias"] == 0.1
     assert "the prior learned from 30 tasks" in capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "metaprior.nuts", None)
-    with pytest.raises(ValueError, match="family poisson: needs NumPyro"):
-        truth(family="poisson", out=tmp_path)
+    monkeypatch.delitem(sys.modules, "metaprior.nuts")
+    monkeypatch.setitem(sys.modules, "numpyro", None)
+    with pytest.raises(SystemExit) as exit_:
+        main(["truth", "--family", "poisson", "--out", str(tmp_path)])
+    assert exit_.value.code == 1
+    assert "error: NUTS needs the extra `truth`" in capsys.readouterr().err
 
 
 SIZES = [2, 3, 4, 7, 9, 12, 1]

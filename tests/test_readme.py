@@ -34,14 +34,3 @@ def test_flax_modules_with_running_state_are_refused():
 
     with pytest.raises(ValueError, match="batch_stats"):
         mp.from_flax(Normed()).init(jax.random.key(0), jnp.ones((3, 1)))
-
-
-def test_public_names_exist_and_import_is_light():
-    import subprocess
-    import sys
-
-    assert all(hasattr(mp, name) for name in mp.__all__)
-    heavy = ("matplotlib", "scipy.optimize", "sklearn", "tensorboardX", "torch")
-    code = f"import sys, metaprior; print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"

@@ -1,24 +1,40 @@
 """metaprior: learn a prior from many small tasks; get an honest posterior on the next one."""
 
-from importlib.metadata import version
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from metaprior import learners, networks, tasks
-from metaprior.calibration import calibrate, calibrate_softmax, temperature_scaled
-from metaprior.evaluation import Report, evaluate
-from metaprior.inference.learned import optimise
-from metaprior.inference.posteriors import implicit, laplace, point
-from metaprior.learners import LEARNERS, learned_optimizer, make_learner
-from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
-from metaprior.networks import conv4, from_equinox, from_flax, mlp
-from metaprior.recipe import register
-from metaprior.training import Fitted, NonFiniteLoss, Training, TrainState, fit
-from metaprior.types import Attributes, Batch, Learner, Model, Predictive, Splits, Task, TaskSource, settled
-
 if TYPE_CHECKING:
+    from metaprior import learners, networks, tasks
+    from metaprior.calibration import calibrate, calibrate_softmax, temperature_scaled
     from metaprior.estimators import MetaClassifier, MetaRegressor
+    from metaprior.evaluation import Report, evaluate
+    from metaprior.inference.learned import optimise
+    from metaprior.inference.posteriors import implicit, laplace, point
+    from metaprior.learners import LEARNERS, learned_optimizer, make_learner
+    from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+    from metaprior.networks import conv4, from_equinox, from_flax, mlp
+    from metaprior.recipe import register
+    from metaprior.training import Fitted, NonFiniteLoss, Training, TrainState, fit
+    from metaprior.types import Attributes, Batch, Learner, Model, Predictive, Splits, Task, TaskSource, settled
 
-__version__ = version("metaprior")
+    __version__: str
+
+# Where each name above is imported from when it is first asked for: `import metaprior` itself imports nothing.
+_FROM = {
+    "calibration": ("calibrate", "calibrate_softmax", "temperature_scaled"),
+    "estimators": ("MetaClassifier", "MetaRegressor"),
+    "evaluation": ("Report", "evaluate"),
+    "inference.learned": ("optimise",),
+    "inference.posteriors": ("implicit", "laplace", "point"),
+    "learners": ("LEARNERS", "learned_optimizer", "make_learner"),
+    "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"),
+    "networks": ("conv4", "from_equinox", "from_flax", "mlp"),
+    "recipe": ("register",),
+    "training": ("Fitted", "NonFiniteLoss", "TrainState", "Training", "fit"),
+    "types": ("Attributes", "Batch", "Learner", "Model", "Predictive", "Splits", "Task", "TaskSource", "settled"),
+}
+_MODULE_OF = {name: module for module, names in _FROM.items() for name in names}
 
 __all__ = [
     "LEARNERS",
@@ -66,9 +82,20 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The estimators when first asked for: scikit-learn takes as long to import as JAX."""
-    if name in ("MetaClassifier", "MetaRegressor"):
-        from metaprior import estimators
+    """A public name or a module of the package, imported when it is first asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return getattr(estimators, name)
-    raise AttributeError(f"module 'metaprior' has no attribute {name!r}")
+        value = version("metaprior")
+    elif name in _MODULE_OF:
+        value = getattr(import_module(f"metaprior.{_MODULE_OF[name]}"), name)
+    elif not name.startswith("_") and find_spec(f"metaprior.{name}"):
+        return import_module(f"metaprior.{name}")
+    else:
+        raise AttributeError(f"module 'metaprior' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

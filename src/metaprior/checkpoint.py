@@ -11,14 +11,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from metaprior.extras import extra
 from metaprior.files import explained, sync
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import CheckpointManager
 
 RETRIES = 5
 
@@ -79,7 +82,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2, run: Callable[[], str | None] = lambda: None):
         self.folder, self.keep, self._run = folder, keep, run
-        self._keeper: ocp.CheckpointManager | None = None
+        self._keeper: CheckpointManager | None = None
 
     def steps(self) -> list[int]:
         """The steps that there are, in order."""
@@ -100,12 +103,15 @@ class Checkpoints:
         return found
 
     def _newest(self, like: PyTree, most: int | None) -> "Restored":
-        shapes, damaged = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), {}
+        with extra("cli", "A run's folder"):
+            from orbax.checkpoint import StandardCheckpointer
+            from orbax.checkpoint.utils import to_shape_dtype_struct
+        shapes, damaged = jax.tree.map(to_shape_dtype_struct, like), {}
         for step in reversed(self.steps()):
             if most is not None and step > most:
                 continue
             try:
-                with ocp.StandardCheckpointer() as reader:
+                with StandardCheckpointer() as reader:
                     path = self.folder.absolute() / str(step) / "default"
                     tree = reader.restore(path, shapes)
                 self._check(step, tree)
@@ -126,6 +132,8 @@ class Checkpoints:
 
     def save(self, step: int, tree: PyTree) -> None:
         """Write a checkpoint; earlier ones stay whole if this fails."""
+        with extra("cli", "A run's folder"):
+            from orbax.checkpoint.args import StandardSave
         try:
             keeper = self._writer()
             if step in keeper.all_steps():
@@ -135,7 +143,7 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with _quiet():
                 noted = {"step": step, "sha256": digest_of(tree)} | ({"run": run} if (run := self._run()) else {})
-                keeper.save(step, args=ocp.args.StandardSave(tree), force=True, custom_metadata=noted)
+                keeper.save(step, args=StandardSave(tree), force=True, custom_metadata=noted)
             sync(self.folder)
         except (OSError, ValueError, RuntimeError) as error:
             for _ in range(RETRIES):  # what is still being written comes back once or twice
@@ -161,13 +169,15 @@ class Checkpoints:
         if self._keeper is not None:
             self._keeper.reload()
 
-    def _writer(self) -> ocp.CheckpointManager:
+    def _writer(self) -> "CheckpointManager":
         if self._keeper is None:
+            with extra("cli", "A run's folder"):
+                from orbax.checkpoint import CheckpointManager, CheckpointManagerOptions
             self.folder.mkdir(parents=True, exist_ok=True)
-            options = ocp.CheckpointManagerOptions(
+            options = CheckpointManagerOptions(
                 max_to_keep=self.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
             )
-            self._keeper = ocp.CheckpointManager(self.folder.absolute(), options=options)
+            self._keeper = CheckpointManager(self.folder.absolute(), options=options)
         return self._keeper
 
 

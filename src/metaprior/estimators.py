@@ -14,12 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.metrics import accuracy_score, r2_score
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from metaprior.calibration import calibrate
+from metaprior.extras import extra
 from metaprior.learners.registry import traits_of
 from metaprior.options import Count, Seed, accept, parameters_of
 from metaprior.programs import SIZES, Setting, builder, compiled, frozen, kept, size_of, untuned
@@ -30,6 +27,12 @@ from metaprior.tasks.preparation import Preparation
 from metaprior.tasks.scaling import Scaling
 from metaprior.training import Training, fit
 from metaprior.types import Batch
+
+with extra("sklearn", "A scikit-learn estimator"):
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.metrics import accuracy_score, r2_score
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 TOGETHER = 32  # groups a compiled call answers for, where there are several
 CROSS_VALIDATION = (

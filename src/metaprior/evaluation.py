@@ -10,16 +10,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
-from rich.table import Table
 
 from metaprior.calibration import BINS, brier, expected_error, maximum_error, reliability
 from metaprior.devices import everywhere, map_over_tasks, task_mesh
+from metaprior.extras import extra
 from metaprior.files import write_atomically
 from metaprior.likelihoods import Categories, Counts, check_counts, check_labels, check_real
 from metaprior.options import Count, accept, checked, shown
@@ -38,6 +38,9 @@ from metaprior.types import (
     weighted_mean,
 )
 from metaprior.units import in_units
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 LEVELS = (0.5, 0.9, 0.95)  # of the central predictive intervals whose coverage is reported
 TASKS = 600  # by default, where tasks are independent draws
@@ -111,8 +114,10 @@ class Report:
             list(accept(tuple[str, ...], rows["notes"], "notes")),
         )
 
-    def table(self, title: str = "") -> Table:
+    def table(self, title: str = "") -> "Table":
         """The report as a table to print."""
+        with extra("cli", "A table to print"):
+            from rich.table import Table
         title = (title or f"{self.tasks} tasks") + (f" of {self.groups} groups" if self.groups else "")
         title += f"; in units of {self.target}" if self.target else ""
         table = Table(title=title, title_justify="left", header_style="bold")
@@ -128,10 +133,12 @@ class Report:
             table.add_row(title_of(name), "-" if value is None else f"{value:{_digits(value)}}", "")
         return table
 
-    def curve_table(self) -> Table | None:
+    def curve_table(self) -> "Table | None":
         """Figures after each inner step, or None where there are no inner steps."""
         if not self.curve:
             return None
+        with extra("cli", "A table to print"):
+            from rich.table import Table
         table = Table(title="after each inner step", title_justify="left", header_style="bold")
         table.add_column("steps", justify="right")
         for name in self.curve[0]:

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from metaprior.extras import extra
+
 
 class Events:
     """An event file of its own in `folder`, after those that are there.
@@ -18,8 +20,9 @@ class Events:
     """
 
     def __init__(self, folder: Path, after: int | None = None):
-        from tensorboardX.proto import event_pb2  # slow to import, and only training writes events
-        from tensorboardX.record_writer import RecordWriter
+        with extra("cli", "Writing figures for TensorBoard"):
+            from tensorboardX.proto import event_pb2
+            from tensorboardX.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files by their names' order, whatever the clock said when they were made.
@@ -35,7 +38,8 @@ class Events:
 
     def write(self, row: dict[str, float]) -> None:
         """A row of figures at row["step"], on its way to the disk when this returns."""
-        from tensorboardX.summary import scalar
+        with extra("cli", "Writing figures for TensorBoard"):
+            from tensorboardX.summary import scalar
 
         for name, value in row.items():
             if name != "step":

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from metaprior.extras import extra
 from metaprior.inference.particles import systematic
 from metaprior.likelihoods import Normals
 from metaprior.tasks.linear_gaussian import Hierarchy, exact_log_marginal, exact_predictive
@@ -40,11 +41,13 @@ def mixed_by_nuts(
     """Draws of (mu, Sigma, s), along the leading axis of each; the whole hierarchy in one chain, non-centred.
 
     varying: the columns of [1, x] whose coefficients vary from group to group (None: all). Weak hyper-priors, for
-    standardised columns: mu ~ N(0, 5^2), sds and s ~ |N(0, 2^2)|, correlations LKJ(2). Raises ValueError without
-    numpyro, or for columns that are not there.
+    standardised columns: mu ~ N(0, 5^2), sds and s ~ |N(0, 2^2)|, correlations LKJ(2). Raises MissingExtra without
+    numpyro, ValueError for columns that are not there.
     """
-    numpyro, infer = _needs("numpyro", "mixed_by_nuts"), _needs("numpyro.infer", "mixed_by_nuts")
-    given = _needs("numpyro.distributions", "mixed_by_nuts")
+    with extra("truth", "mixed_by_nuts"):
+        import numpyro
+        import numpyro.distributions as given
+        from numpyro import infer
     x, vary = with_intercept(rows.x), _columns(varying, rows)
     z_columns, groups = x[:, vary], int(rows.group.max()) + 1
 
@@ -56,7 +59,7 @@ def mixed_by_nuts(
         )
         numpyro.deterministic("root", root)
         noise = numpyro.sample("noise", given.HalfNormal(2))
-        z = numpyro.sample("z", given.Normal(0, 1).expand([groups, len(vary)]).to_event(2))
+        z: Any = numpyro.sample("z", given.Normal(0, 1).expand([groups, len(vary)]).to_event(2))
         centre = x @ mean + (z_columns * (z @ root.T)[rows.group]).sum(1)
         numpyro.sample("y", given.Normal(centre, noise), obs=rows.y[:, 0])
 
@@ -71,9 +74,10 @@ def mixed_by_nuts(
 def mixed_by_statsmodels(rows: Rows, *, varying: Sequence[int] | None = None) -> Hierarchy:
     """The restricted-likelihood estimate of (mu, Sigma, s) as a single draw: statsmodels' MixedLM.
 
-    varying: as in `mixed_by_nuts`. Raises ValueError without statsmodels, or for columns that are not there.
+    varying: as in `mixed_by_nuts`. Raises MissingExtra without statsmodels, ValueError for columns that are not there.
     """
-    MixedLM = _needs("statsmodels.regression.mixed_linear_model", "mixed_by_statsmodels").MixedLM
+    with extra("truth", "mixed_by_statsmodels"):
+        from statsmodels.regression.mixed_linear_model import MixedLM
     x, vary = np.asarray(with_intercept(rows.x), float), _columns(varying, rows)
     model = MixedLM(np.asarray(rows.y[:, 0], float), x, np.asarray(rows.group), exog_re=x[:, vary])
     found = model.fit(reml=True, method=["lbfgs", "bfgs", "cg"])
@@ -128,14 +132,3 @@ def _columns(varying: Sequence[int] | None, rows: Rows) -> np.ndarray:
     if not len(chosen) or chosen.min() < 0 or chosen.max() >= width or len(set(chosen.tolist())) < len(chosen):
         raise ValueError(f"varying: came {varying}, needs different columns of [1, x], 0 to {width - 1}")
     return chosen
-
-
-def _needs(module: str, who: str) -> Any:
-    from importlib import import_module
-
-    package = module.split(".")[0]
-    try:
-        import_module(package)
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{who}: needs {package} ({error}); pip install 'metaprior[truth]'") from error

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from metaprior.extras import extra
 from metaprior.inference.assemble import Adapted
 from metaprior.inference.particles import systematic
 from metaprior.learners.registry import learners_before, make_learner, traits_of
@@ -26,6 +27,11 @@ from metaprior.tasks.fixed import FixedTasks
 from metaprior.training import Training, fit
 from metaprior.truth import linear_model
 from metaprior.types import Batch, Learner, Splits, Task
+
+with extra("truth", "NUTS"):
+    import numpyro
+    import numpyro.distributions as given
+    from numpyro.infer import MCMC, NUTS
 
 NOISE = 0.5  # of Gaussian observations
 FAMILIES: dict[str, Likelihood] = {"gaussian": Gaussian(NOISE), "bernoulli": Bernoulli(), "poisson": Poisson()}
@@ -83,31 +89,25 @@ def hierarchy_tasks(
 
 
 def nuts(family: str, batches: Batch, key: PRNGKeyArray, draws: int = 2000) -> Float[Array, "draws tasks d"]:
-    """Draws of every task's phi under the prior N(0, I), all tasks in one chain. Raises ImportError without numpyro."""
-    import numpyro
-    from numpyro.distributions import Normal
-
+    """Draws of every task's phi under the prior N(0, I), all tasks in one chain."""
     tasks, _, features = batches.x.shape
 
     def model() -> None:
-        phi = numpyro.sample("phi", Normal(0, 1).expand([tasks, features]).to_event(2))
+        phi = numpyro.sample("phi", given.Normal(0, 1).expand([tasks, features]).to_event(2))
         _observe(family, batches, phi)
 
     return _chain(model, key, draws)["phi"]
 
 
 def nuts_hierarchy(family: str, batches: Batch, key: PRNGKeyArray, draws: int = 2000) -> Draws:
-    """Draws of the prior's mean and sd and of every task's phi, non-centred. Raises ImportError without numpyro."""
-    import numpyro
-    from numpyro.distributions import HalfNormal, Normal
-
+    """Draws of the prior's mean and sd and of every task's phi, non-centred."""
     lookup("family", family, FAMILIES)
     tasks, _, features = batches.x.shape
 
     def model() -> None:
-        mean = numpyro.sample("mean", Normal(0, 5).expand([features]).to_event(1))
-        sd = numpyro.sample("sd", HalfNormal(2).expand([features]).to_event(1))
-        z = numpyro.sample("z", Normal(0, 1).expand([tasks, features]).to_event(2))
+        mean = numpyro.sample("mean", given.Normal(0, 5).expand([features]).to_event(1))
+        sd = numpyro.sample("sd", given.HalfNormal(2).expand([features]).to_event(1))
+        z = numpyro.sample("z", given.Normal(0, 1).expand([tasks, features]).to_event(2))
         _observe(family, batches, numpyro.deterministic("phi", mean + sd * z))
 
     found = _chain(model, key, draws)
@@ -115,21 +115,16 @@ def nuts_hierarchy(family: str, batches: Batch, key: PRNGKeyArray, draws: int = 
 
 
 def _observe(family: str, batches: Batch, phi: Any) -> None:
-    import numpyro
-    from numpyro.distributions import Bernoulli, Normal, Poisson
-
     outputs = jnp.einsum("tnd,td->tn", batches.x, phi)
     likelihoods = {
-        "gaussian": lambda: Normal(outputs, NOISE),
-        "bernoulli": lambda: Bernoulli(logits=outputs),
-        "poisson": lambda: Poisson(jnp.exp(outputs)),
+        "gaussian": lambda: given.Normal(outputs, NOISE),
+        "bernoulli": lambda: given.Bernoulli(logits=outputs),
+        "poisson": lambda: given.Poisson(jnp.exp(outputs)),
     }
     numpyro.sample("y", likelihoods[family](), obs=batches.y.reshape(outputs.shape))
 
 
 def _chain(model: Callable[[], None], key: PRNGKeyArray, draws: int) -> dict[str, Array]:
-    from numpyro.infer import MCMC, NUTS
-
     chain = MCMC(NUTS(model), num_warmup=1000, num_samples=draws, progress_bar=False)
     chain.run(key)
     return chain.get_samples()

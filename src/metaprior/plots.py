@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from metaprior.evaluation import Report
-from metaprior.files import beside
+from metaprior.extras import extra
+from metaprior.files import beside, check_output
 from metaprior.tasks import Preparation
 from metaprior.types import Batch, Learner, Task
 
@@ -37,8 +38,21 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(partial)
 
 
+def check_pictures(folder: Path, option: str) -> None:
+    """Before anything is computed for pictures: matplotlib is there, and the folder may be written to.
+
+    Raises:
+        MissingExtra: there is no matplotlib.
+        ValueError: a folder that cannot be written to; the message begins with the option.
+    """
+    with extra("plots", "A picture"):
+        import matplotlib.figure  # noqa: F401
+    check_output(folder, option)
+
+
 def panels(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    from matplotlib.figure import Figure  # not above: commands that draw nothing need not wait for it
+    with extra("plots", "A picture"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, **options))

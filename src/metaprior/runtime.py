@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 import warnings
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -9,14 +10,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import platformdirs
 
 F = TypeVar("F", bound=Callable)
 
 
 def cache_folder() -> Path:
     """Where compiled programs and decoded data are kept: METAPRIOR_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("METAPRIOR_CACHE") or platformdirs.user_cache_dir("metaprior"))
+    if chosen := os.environ.get("METAPRIOR_CACHE"):
+        return Path(chosen)
+    usual = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local"}
+    found = usual.get(sys.platform) or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(found).expanduser() / "metaprior"
 
 
 def private_folder(name: str) -> Path | None:

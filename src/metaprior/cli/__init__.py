@@ -4,30 +4,61 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
+from importlib import import_module
 
-import tyro
-from rich.text import Text
-
-from metaprior.checkpoint import NotSaved
-from metaprior.cli.adapt import adapt
-from metaprior.cli.compare import compare
-from metaprior.cli.demo import demo
-from metaprior.cli.evaluate import evaluate
-from metaprior.cli.listing import listing
-from metaprior.cli.plot import plot
-from metaprior.cli.reproduce import reproduce, results
-from metaprior.cli.screen import screen
-from metaprior.cli.study import study
-from metaprior.cli.train import train
-from metaprior.cli.truth import truth
+import metaprior
+from metaprior.extras import MissingExtra, extra
 from metaprior.files import explained
 from metaprior.signals import Ended, breaking_in
-from metaprior.training import NonFiniteLoss
 
+with extra("cli", "The command line"):
+    import tyro
+    from rich.text import Text
+
+    from metaprior.cli.screen import screen
+
+# By name, where each is and what `--help` says of it, so that it need not be imported for that.
 COMMANDS = {
-    "train": train, "evaluate": evaluate, "compare": compare, "adapt": adapt, "plot": plot, "list": listing,
-    "demo": demo, "truth": truth, "study": study, "reproduce": reproduce, "results": results,
+    "train": ("train.train", "Meta-train a recipe (a built-in name or a TOML file) into a run folder."),
+    "evaluate": ("evaluate.evaluate", "Judge a run on new tasks: a table, a JSON file and pictures in its folder."),
+    "compare": ("compare.compare", "Hold the reports of several runs beside each other: a table, and a picture of "
+                "their courses by inner steps."),
+    "adapt": ("adapt.adapt", "Adapt a run to labelled examples and predict others: a table with class probabilities "
+              "or means and intervals."),
+    "plot": ("plot.plot", "Draw a run's training curve, for regression on a line what its posterior says of new "
+             "tasks, and learned gates."),
+    "list": ("listing.listing", "List learners, recipes, task sources, networks and posteriors."),
+    "demo": ("demo.demo", "Meta-train MAML on sinusoids, adapt to new ones from 5 and 10 points, and show what it is "
+             "sure of."),
+    "truth": ("truth.truth", "Hold learners' posteriors against exact ones: of the conjugate hierarchy, or of NUTS."),
+    "study": ("study.study", "Hold trained learners beside each other on one question."),
+    "reproduce": ("reproduce.reproduce", "Train and judge the runs of a suite (a built-in name or a TOML file), and "
+                  "write RESULTS/SUITE/RUN.json of each."),
+    "results": ("reproduce.results", "Make a Markdown page of each suite's results, with the status of each row beside "
+                "the published figure."),
 }  # fmt: skip
+
+
+def commands(args: list[str]) -> dict[str, Callable[..., int]]:
+    """The commands by name. Where the arguments begin with one, or ask for help alone, only that one is imported."""
+    first = args[0] if args else "--help"
+    one = first in (*COMMANDS, "-h", "--help")
+    return {name: _summary(text) if one and name != first else _imported(place)
+            for name, (place, text) in COMMANDS.items()}  # fmt: skip
+
+
+def _imported(place: str) -> Callable[..., int]:
+    module, _, name = place.partition(".")
+    return getattr(import_module(f"metaprior.cli.{module}"), name)
+
+
+def _summary(text: str) -> Callable[[], int]:
+    def command() -> int:
+        raise AssertionError("a command that was asked for is imported")
+
+    command.__doc__ = text
+    return command
 
 
 def one_set(args: list[str]) -> list[str]:
@@ -54,7 +85,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         warnings.showwarning = lambda message, *rest, **more: _say("warning", "yellow", message)
         with breaking_in():
-            sys.exit(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="metaprior", args=given) or 0)
+            sys.exit(tyro.extras.subcommand_cli_from_dict(commands(given), prog="metaprior", args=given) or 0)
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, Ended) else signal.SIGINT
         screen(stderr=True).print("stopped" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}")
@@ -66,9 +97,13 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         _say("error", "bold red", explained(error))
         sys.exit(1)
-    except (ValueError, NonFiniteLoss) as error:
+    except SystemExit:
+        raise  # before what follows is imported, as `--help` ends so
+    except (ValueError, MissingExtra, metaprior.NonFiniteLoss) as error:
+        from metaprior.checkpoint import NotSaved
+
         _say("error", "bold red", error)
-        sys.exit(1 if isinstance(error, (NonFiniteLoss, NotSaved)) else 2)
+        sys.exit(2 if isinstance(error, ValueError) and not isinstance(error, NotSaved) else 1)
     finally:
         warnings.showwarning = show
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from metaprior.cli.reports import Kept, command, name_in, read_report, reports_of
 from metaprior.cli.screen import screen
 from metaprior.evaluation import Report, title_of
-from metaprior.files import check_output, write_atomically
+from metaprior.files import write_atomically
 from metaprior.options import Whole, accept
-from metaprior.plots import compared_curves, save
+from metaprior.plots import check_pictures, compared_curves, save
 from metaprior.recipe import own_table
 from metaprior.runs import Run, told_apart
 
@@ -31,7 +31,7 @@ def compare(
         report: which of a run's reports: own, own-calibrated, implicit, ..., as in report-NAME.json.
         out: folder of compared.json and compared.png.
     """
-    check_output(out, "--out")
+    check_pictures(out, "--out")
     named = told_apart([Run.open(folder) for folder in runs])
     kept = {name: report_of(run, report) for name, run in named.items()}
     reports = {name: one.report for name, one in kept.items()}

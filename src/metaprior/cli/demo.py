@@ -9,12 +9,11 @@ from metaprior.calibration import calibrate
 from metaprior.cli.progress import Progress
 from metaprior.cli.screen import screen
 from metaprior.evaluation import evaluate
-from metaprior.files import check_output
 from metaprior.inference.posteriors import implicit, point
 from metaprior.learners import maml
 from metaprior.likelihoods import Gaussian
 from metaprior.networks import mlp
-from metaprior.plots import pit_histogram, prior_functions, regression_tasks, save, training_curve
+from metaprior.plots import check_pictures, pit_histogram, prior_functions, regression_tasks, save, training_curve
 from metaprior.runtime import configure
 from metaprior.tasks import sinusoid
 from metaprior.training import Training, fit
@@ -28,7 +27,7 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
         steps: meta-steps of training.
     """
     configure()
-    check_output(out, "--out")
+    check_pictures(out, "--out")
     console = screen()
     out.mkdir(parents=True, exist_ok=True)
     splits = {shot: sinusoid(shot=shot, query=10, test_query=100) for shot in (5, 10)}

@@ -20,11 +20,11 @@ from metaprior.cli.reports import judged, name_of
 from metaprior.cli.screen import screen
 from metaprior.evaluation import TASKS, Report, Units, title_of
 from metaprior.evaluation import evaluate as evaluate_learner
-from metaprior.files import check_output, write_atomically
+from metaprior.files import write_atomically
 from metaprior.inference.normalised import gathered
 from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from metaprior.networks.statistics import given
-from metaprior.plots import adaptation_curve, pit_histogram, reliability_diagram, save
+from metaprior.plots import adaptation_curve, check_pictures, pit_histogram, reliability_diagram, save
 from metaprior.recipe import (
     Experiment,
     Recipe,
@@ -185,7 +185,7 @@ def evaluate(
             step.
     """
     configure(devices=devices)
-    check_output(run, "run")
+    check_pictures(run, "run")
     options: dict[str, Any] = {}
     if posterior is not None:
         options["posterior"] = posterior

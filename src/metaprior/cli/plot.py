@@ -10,9 +10,8 @@ from jaxtyping import PyTree
 
 from metaprior.cli.evaluate import open_run
 from metaprior.cli.screen import screen
-from metaprior.files import check_output
 from metaprior.learners.registry import traits_of
-from metaprior.plots import gate_values, regression_tasks, save, training_curve
+from metaprior.plots import check_pictures, gate_values, regression_tasks, save, training_curve
 from metaprior.types import Learner, Task
 
 
@@ -22,7 +21,7 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
     Args:
         run: the folder that `train` wrote.
     """
-    check_output(run, "run")
+    check_pictures(run, "run")
     opened, recipe, experiment, params = open_run(run)
     plots = opened.folder / "plots"
     plots.mkdir(exist_ok=True)

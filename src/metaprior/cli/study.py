@@ -11,10 +11,10 @@ from rich.table import Table
 from metaprior.cli.evaluate import open_run
 from metaprior.cli.screen import screen
 from metaprior.evaluation import Figure
-from metaprior.files import check_output, write_atomically
+from metaprior.files import write_atomically
 from metaprior.learners import LEARNERS
 from metaprior.named import option_names
-from metaprior.plots import save
+from metaprior.plots import check_pictures, save
 from metaprior.recipe import recipe_of
 from metaprior.runs import Run, told_apart
 from metaprior.studies import active, ambiguity, novelty, referee
@@ -50,7 +50,7 @@ def study_ambiguity(
         seed: of tasks and draws.
         set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
     """
-    check_output(out, "--out")
+    check_pictures(out, "--out")
     opened, key = _open(runs, set, posterior, draws), jax.random.key(seed)
     source = next(iter(opened.values())).source
     found = {TRUTH: referee(source, key, tasks=tasks, near=near)}
@@ -93,7 +93,7 @@ def study_active(
         seed: of tasks and choices.
         set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
     """
-    check_output(out, "--out")
+    check_pictures(out, "--out")
     opened, key = _open(runs, set, posterior, draws, steps), jax.random.key(seed)
     found = {
         name: active(it.learner, it.params, it.source, key, tasks=tasks, start=start, pool=pool, points=points)
@@ -130,7 +130,7 @@ def study_novelty(
         seed: of tasks and draws.
         set: options of the tasks or the learners by name, e.g. --set tasks.test_query=5
     """
-    check_output(out, "--out")
+    check_pictures(out, "--out")
     opened = _open(runs, set, posterior, draws, transductive=None if transductive else False)
     found = {
         name: novelty(it.learner, it.params, it.source, jax.random.key(seed), tasks=tasks)

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from metaprior.cli.screen import screen
-from metaprior.files import check_output, write_atomically
-from metaprior.plots import pit_histogram, save
+from metaprior.files import write_atomically
+from metaprior.plots import check_pictures, pit_histogram, save
 from metaprior.runtime import configure
 from metaprior.truth import Verdict, referee
 
@@ -50,7 +50,7 @@ def truth(
         out: folder for the figures (truth.json) and each learner's PIT histogram.
     """
     configure()
-    check_output(out, "--out")
+    check_pictures(out, "--out")
     console = screen()
     if family != "gaussian":
         return _by_nuts(console, family, learners, steps, tasks, shot, seen, seed, out)
@@ -89,14 +89,11 @@ def _by_nuts(
     seed: int,
     out: Path,
 ) -> int:
-    try:
-        from metaprior.nuts import against_nuts, learned_against_nuts
+    from metaprior.nuts import against_nuts, learned_against_nuts  # which needs the extra `truth`
 
-        given = against_nuts(family, learners or None, tasks=tasks, shot=shot, seed=seed)
-        sizes = {"tasks": tasks, "shot": shot, "seen": seen}
-        learned = learned_against_nuts(family, learners or None, steps=steps, seed=seed, **sizes)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--family {family}: needs NumPyro ({error}); pip install 'metaprior[truth]'") from error
+    given = against_nuts(family, learners or None, tasks=tasks, shot=shot, seed=seed)
+    sizes = {"tasks": tasks, "shot": shot, "seen": seen}
+    learned = learned_against_nuts(family, learners or None, steps=steps, seed=seed, **sizes)
     columns = ("bias", "sd ratio", "coverage of 90 %")
     rows = {name: tuple(row) for name, row in given.items()}
     console.print(_figures(f"{family}, the true prior given: {tasks} new tasks against NUTS", columns, rows))

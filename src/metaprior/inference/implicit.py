@@ -6,7 +6,6 @@ phi* = argmin L(phi) + s/2 |phi - theta|^2 (eq. 3). At phi*, s (theta - phi*) = 
 
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -70,6 +69,8 @@ def proximal(
     """
     if steps < 0 or cg_steps < 1:
         raise ValueError(f"steps, cg_steps: came {steps} and {cg_steps}, need at least 0 and 1")
+    import equinox as eqx  # not above: it takes a sixth of a second
+
     solver = optax.with_extra_args_support(optax.sgd(rate) if optimizer is None else optimizer)
     # Everything that loss closes over becomes an argument: a task's data is a tracer of the vmap over tasks, which a
     # custom derivative must not hold on to.

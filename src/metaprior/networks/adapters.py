@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
@@ -30,6 +29,8 @@ def from_flax(module: Any) -> Model:
 
 def from_equinox(build: Callable[[PRNGKeyArray], Any]) -> Model:
     """An Equinox module on *one* example, from build(key) -> module; it is vmapped over the batch."""
+    import equinox as eqx  # not above: it takes a sixth of a second
+
     skeleton = eqx.partition(build(jax.random.key(0)), eqx.is_inexact_array)[1]
 
     def init(key: PRNGKeyArray, x: PyTree) -> PyTree:

@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import Image
 
+from metaprior.extras import extra
 from metaprior.options import Count, Seed, Way, checked
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.limits import open_zip
@@ -151,6 +151,8 @@ def read_zip(path: Path) -> Bool[np.ndarray, "characters drawers h w"]:
 
 def read_png(data: bytes) -> Bool[np.ndarray, "h w"]:
     """One drawing, True = paper."""
+    with extra("data", "Reading drawings"):
+        from PIL import Image
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("L")) > 127
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from metaprior.extras import extra
 from metaprior.options import Count, Seed, checked
 from metaprior.tasks.arrays import array_tasks
 from metaprior.types import Batch, Splits, Task
@@ -53,7 +54,8 @@ def digits(
     Raises:
         DataError: shot + query above the images of a split.
     """
-    from sklearn.datasets import load_digits
+    with extra("sklearn", "The task source 'digits'"):
+        from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(y))

@@ -11,21 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
+from metaprior.extras import extra
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.columns import missing
 from metaprior.tasks.limits import check_expansion, check_member, check_pixels, check_regular, open_arrays, open_zip
 from metaprior.tasks.store import DAMAGE, reading
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-DAMAGED_PICTURE = (*DAMAGE, Image.DecompressionBombError, SyntaxError)
 
 
 class Picture(NamedTuple):
@@ -186,6 +187,8 @@ def _slice(data: np.ndarray, start: int, stop: int) -> bytes:
 
 def decode_picture(picture: Picture, size: tuple[int, int] | None, channels: int) -> UInt8[np.ndarray, "h w c"]:
     """One picture as bytes; another size is reached by antialiased bicubic resizing (the aspect is not kept)."""
+    with extra("data", "Reading pictures"):
+        from PIL import Image, ImageOps
     try:
         data = picture.read()
         opened = _as_image(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
@@ -197,7 +200,7 @@ def decode_picture(picture: Picture, size: tuple[int, int] | None, channels: int
             array = np.asarray(image)
     except DataError:
         raise
-    except DAMAGED_PICTURE as error:
+    except (*DAMAGE, Image.DecompressionBombError, SyntaxError) as error:
         raise DataError(
             f"{picture.place}: cannot be decoded as a picture ({type(error).__name__}: {error}); it is corrupt or "
             "truncated: delete it or download it again"
@@ -205,21 +208,25 @@ def decode_picture(picture: Picture, size: tuple[int, int] | None, channels: int
     return array.reshape(*array.shape[:2], channels)
 
 
-def _plain(image: Image.Image, channels: int, place: str) -> Image.Image:
+def _plain(image: "Image", channels: int, place: str) -> "Image":
     """The picture with this many channels of 8 bits, as it looks on white paper."""
+    with extra("data", "Reading pictures"):
+        from PIL.Image import alpha_composite, fromarray, new
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         wide = np.asarray(image).astype(np.uint32)  # convert() would cut 16 bits at 255
-        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+        image = fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "La", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"):
         raise DataError(f"{place} has pixels of mode {image.mode}, whose white is not known; save it as an 8-bit PNG.")
     if channels < 4 and ("A" in image.mode or "a" in image.mode or "transparency" in image.info):
         seen = image.convert("RGBA")  # ink on nothing is often black on transparent black
-        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+        image = alpha_composite(new("RGBA", seen.size, "white"), seen)
     return image.convert(MODES[channels])
 
 
-def _as_image(array: np.ndarray) -> Image.Image:
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array)
+def _as_image(array: np.ndarray) -> "Image":
+    with extra("data", "Reading pictures"):
+        from PIL.Image import fromarray
+    return fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array)
 
 
 def decode_pictures(
@@ -235,6 +242,8 @@ def decode_pictures(
             out[i] = decode_picture(pictures[i], size, channels)
         return start
 
+    with extra("data", "Reading pictures"):
+        from tqdm import tqdm
     quiet = True if len(pictures) < 2000 else None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         starts = range(0, len(pictures), step)

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pooch
-import requests
 
+from metaprior.extras import extra
 from metaprior.files import partial_prefix, remove_partials
 from metaprior.runtime import cache_folder
 from metaprior.tasks.checks import DataError
@@ -69,7 +68,12 @@ def download(url: str, sha256: str | None, dataset: str) -> Path:
 
     Raises:
         DataError: no network, or a file that is not the official one.
+        MissingExtra: pooch, requests or tqdm is not installed.
     """
+    with extra("data", f"Downloading {dataset}"):
+        import pooch
+        import requests
+        import tqdm  # noqa: F401  pooch's progress bar
     folder = cache_folder() / "downloads" / dataset
     advice = (
         f"check the network and run again, or fetch {url} on another machine, put it into a folder {dataset}/ and let "

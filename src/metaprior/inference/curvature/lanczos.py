@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
-from matfree.decomp import tridiag_sym
 
+from metaprior.extras import extra
 from metaprior.inference.curvature.dual import Dual, gram_of
 from metaprior.inference.curvature.rows import Outputs, as_scale, chunked, curvature_root, pulled, scaled
 from metaprior.inference.curvature.spectral import SpectralGaussian, Spectrum
@@ -124,6 +124,8 @@ def _tridiagonal(
     matvec: Operator, start: Float[Array, " d"], order: int
 ) -> tuple[Float[Array, "order d"], Float[Array, "order order"]]:
     """Lanczos vectors and the tridiagonal matrix, as constants; an exactly exhausted space goes on with zeros."""
+    with extra("lanczos", "Lanczos curvature"):
+        from matfree.decomp import tridiag_sym
     decomposed = tridiag_sym(order, custom_vjp=False)(matvec, start)
     krylov, small = jax.lax.stop_gradient((decomposed.Q_tall, decomposed.J_small))
     return jnp.nan_to_num(jnp.asarray(krylov)), jnp.nan_to_num(jnp.asarray(small))
