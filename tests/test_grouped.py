@@ -159,7 +159,7 @@ def test_bad_input_and_missing_packages(table, monkeypatch):
         learned_against_nuts("gaussian", ("llama",), seen=0)
     with pytest.raises(ValueError, match="did you mean 'llama'"):
         learned_against_nuts("gaussian", ("lama",))
-    monkeypatch.setitem(sys.modules, "statsmodels", None)
+    monkeypatch.setitem(sys.modules, "statsmodels.regression.mixed_linear_model", None)
     with pytest.raises(MissingExtra, match=r"mixed_by_statsmodels needs the extra `truth`.*statsmodels"):
         mixed_by_statsmodels(table)
 

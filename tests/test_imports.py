@@ -136,7 +136,7 @@ def test_help_says_of_each_command_what_the_command_says():
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtra, match=r"^A picture needs the extra `plots` \(.*matplotlib.*metaprior\[plots\]'$"):
         mp.plots.panels(1, 1)
     with pytest.raises(ModuleNotFoundError, match=r"metaprior\.nothing"), extra("plots", "A picture"):

@@ -8,7 +8,7 @@ statsmodels. Both need the extra `truth`.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,13 +53,13 @@ def mixed_by_nuts(
 
     def model() -> None:
         mean = numpyro.sample("mean", given.Normal(0, 5).expand([x.shape[1]]).to_event(1))
-        sd = numpyro.sample("sd", given.HalfNormal(2).expand([len(vary)]).to_event(1))
+        sd = jnp.asarray(numpyro.sample("sd", given.HalfNormal(2).expand([len(vary)]).to_event(1)))
         root = sd[:, None] * (
             numpyro.sample("correlation", given.LKJCholesky(len(vary), 2.0)) if len(vary) > 1 else jnp.ones((1, 1))
         )
         numpyro.deterministic("root", root)
         noise = numpyro.sample("noise", given.HalfNormal(2))
-        z: Any = numpyro.sample("z", given.Normal(0, 1).expand([groups, len(vary)]).to_event(2))
+        z = numpyro.sample("z", given.Normal(0, 1).expand([groups, len(vary)]).to_event(2))
         centre = x @ mean + (z_columns * (z @ root.T)[rows.group]).sum(1)
         numpyro.sample("y", given.Normal(centre, noise), obs=rows.y[:, 0])
 
