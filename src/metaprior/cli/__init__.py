@@ -28,7 +28,7 @@ COMMANDS = {
               "or means and intervals."),
     "plot": ("plot.plot", "Draw a run's training curve, for regression on a line what its posterior says of new "
              "tasks, and learned gates."),
-    "list": ("listing.listing", "List learners, recipes, task sources, networks and posteriors."),
+    "list": ("listing.listing", "List learners, recipes, suites, task sources, networks and posteriors."),
     "demo": ("demo.demo", "Meta-train MAML on sinusoids, adapt to new ones from 5 and 10 points, and show what it is "
              "sure of."),
     "truth": ("truth.truth", "Hold learners' posteriors against exact ones: of the conjugate hierarchy, or of NUTS."),

@@ -19,6 +19,7 @@ from metaprior.files import check_output, write_atomically
 from metaprior.named import lookup
 from metaprior.pages import headlines as headline_table
 from metaprior.pages import number, with_headlines, write_pages
+from metaprior.plots import check_pictures
 from metaprior.recipe import Recipe, as_dict, build, training_of
 from metaprior.results import Result, commit, read_result, recipe_hash, statuses
 from metaprior.runs import Run, environment
@@ -64,7 +65,7 @@ def reproduce(
     chosen = load_suite(suite)
     names = [lookup("--only", name, chosen.runs) and name for name in only] or list(chosen.runs)
     check_output(results, "--results")
-    check_output(out, "--out")
+    check_pictures(out, "--out")
     console, codes = screen(), []
     jobs = [_job(name, chosen.runs[name], results / chosen.name, out) for name in names]
     waiting = []
