@@ -65,6 +65,8 @@ def result_table(results: dict[str, Result]) -> str:
     found = {name: statuses(result) for name, result in results.items()}
     compared = any("" not in one for one in found.values())
     columns: dict[str, Any] = {"learner": lambda name, r: label(name, r)}
+    if len({result.recipe for result in results.values()} - {None}) > 1:
+        columns["recipe"] = lambda name, r: f"`{r.recipe}`" if r.recipe else ""
     columns["as judged"] = lambda name, r: asked_of(r)
     columns["meta-steps"] = lambda name, r: length(r)
     columns["minutes"] = lambda name, r: "" if r.minutes is None else f"{r.minutes:.4g}"
