@@ -69,22 +69,17 @@ def proximal(
     """
     if steps < 0 or cg_steps < 1:
         raise ValueError(f"steps, cg_steps: came {steps} and {cg_steps}, need at least 0 and 1")
-    import equinox as eqx  # not above: it takes a sixth of a second
-
     solver = optax.with_extra_args_support(optax.sgd(rate) if optimizer is None else optimizer)
-    # Everything that loss closes over becomes an argument: a task's data is a tracer of the vmap over tasks, which a
-    # custom derivative must not hold on to.
-    closed = eqx.filter_closure_convert(loss, theta)
-    floats, others = eqx.partition(closed, eqx.is_inexact_array)
-    arrays, static = eqx.partition(others, eqx.is_array)
+    s = jnp.asarray(strength, jax.tree.leaves(theta)[0].dtype)
 
-    def grad(phi: PyTree, floats: PyTree, arrays: PyTree) -> PyTree:
-        return jax.grad(eqx.combine(floats, arrays, static))(phi)
+    def stationary(phi: PyTree) -> PyTree:
+        """phi - theta + grad L(phi)/s, 0 at phi*, whose derivative is I + H/s."""
+        return jax.tree.map(lambda p, t, g: p - t + g / s, phi, theta, jax.grad(loss)(phi))
 
-    def solve(theta: PyTree, strength: Array, floats: PyTree, arrays: PyTree) -> PyTree:
-        def objective(phi: PyTree) -> Scalar:
-            return eqx.combine(floats, arrays, static)(phi) + strength * half_square(phi, theta)
+    def objective(phi: PyTree) -> Scalar:
+        return loss(phi) + s * half_square(phi, theta)
 
+    def solve(_: Callable, phi: PyTree) -> PyTree:
         def step(_: Array, at: tuple) -> tuple:
             phi, state = at
             value, pull = jax.value_and_grad(objective)(phi)
@@ -92,26 +87,15 @@ def proximal(
             update, state = solver.update(pull, state, phi, value=value, grad=pull, value_fn=objective)
             return optax.apply_updates(phi, update), state
 
-        return jax.lax.fori_loop(0, steps, step, (theta, solver.init(theta)))[0]
+        return jax.lax.fori_loop(0, steps, step, (phi, solver.init(phi)))[0]
 
-    def forward(theta: PyTree, strength: Array, floats: PyTree, arrays: PyTree) -> tuple[PyTree, tuple]:
-        phi = solve(theta, strength, floats, arrays)
-        return phi, (phi, theta, strength, floats, arrays)
+    def tangent(matvec: Callable[[PyTree], PyTree], b: PyTree) -> PyTree:
+        def damped(p: PyTree) -> PyTree:
+            return jax.tree.map(lambda a, h: damping * a + h, p, matvec(p))
 
-    def backward(kept: tuple, v: PyTree) -> tuple:
-        phi, theta, strength, floats, arrays = kept
+        def inner(matvec: Callable[[PyTree], PyTree], b: PyTree) -> PyTree:
+            return conjugate_gradients(matvec, b, cg_steps)
 
-        def matvec(p: PyTree) -> PyTree:
-            hp = jax.jvp(lambda q: grad(q, floats, arrays), (phi,), (p,))[1]
-            return jax.tree.map(lambda a, h: (1 + damping) * a + h / strength, p, hp)
+        return jax.lax.custom_linear_solve(damped, b, inner, symmetric=True)
 
-        g = conjugate_gradients(matvec, v, cg_steps)
-        # phi* moves by (H + s)^-1 (s dtheta - d(grad L) - ds (phi - theta)), and g = s (H + s)^-1 v.
-        _, pull = jax.vjp(lambda held: grad(phi, held, arrays), floats)
-        (to_floats,) = pull(jax.tree.map(lambda leaf: -leaf / strength, g))
-        gap = jax.tree.map(lambda a, p, t: jnp.vdot(a, t - p), g, phi, theta)
-        return g, sum(jax.tree.leaves(gap)) / strength, to_floats, None
-
-    implicit = jax.custom_vjp(solve)
-    implicit.defvjp(forward, backward)
-    return implicit(theta, jnp.asarray(strength, jax.tree.leaves(theta)[0].dtype), floats, arrays)
+    return jax.lax.custom_root(stationary, theta, solve, tangent)
