@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types docs results bench clean
+.PHONY: demo quick learner test full lint docs results bench clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,10 +15,22 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/metaprior demo --out demo
 
-test: $(STAMP) lint docs
+# A minute: no training, command line or data, and four learners' contract. tests/conftest.py has the rule.
+quick: $(STAMP)
+	$(BIN)/python -m pytest --quick -n 2 --dist worksteal
+
+# What is asked of every learner, and of this one: make learner NAME=cavia
+learner: $(STAMP)
+	$(BIN)/python -m pytest --learner $(NAME) tests/test_contract.py tests/test_bad_inputs.py
+
+# Everything.
+test: lint docs full
+
+full: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15
 
 lint: $(STAMP)
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/pyright --project pyproject.toml
 

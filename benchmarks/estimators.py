@@ -30,6 +30,7 @@ from metaprior.tasks import array_tasks
 from metaprior.tasks.columns import Columns, read_columns
 from metaprior.tasks.store import data_folder
 from metaprior.tasks.table import NAMED
+from metaprior.training import Training
 
 SHOWN = (0, 2, 5)
 VARYING = {"sleepstudy": [0, 1], "radon": [0, 1], "exam": [0, 1], "hsb82": [0, 1]}  # columns of [1, x]; else all
@@ -170,6 +171,10 @@ def main() -> None:
         "ways": {"nargs": "*", "default": list(WAYS), "choices": list(WAYS)}, "seeds": {"type": int, "default": 3},
     }  # fmt: skip
     args = options(__doc__, **extra)
+    ways = WAYS
+    if args.quick:
+        few = Training(steps=4, meta_batch=2, chunk=2, validate_every=2, validation_tasks=4)
+        ways, args.ways = WAYS | {"maml": meta("maml", training=few)}, args.ways[:4:3]
     figures: dict = {}
     print("| table | way | " + " | ".join(f"rmse {n} | nll {n}" for n in SHOWN) + " | s |")
     print("| --- " * (3 + 2 * len(SHOWN)) + "|", flush=True)
@@ -178,7 +183,7 @@ def main() -> None:
             found = []
             for seed in range(1 if args.quick else args.seeds):
                 table = SIMULATED[name](np.random.default_rng(100 + seed)) if name in SIMULATED else classic(name)
-                found.append(judge(table, WAYS[way], name, seed))
+                found.append(judge(table, ways[way], name, seed))
             figures.setdefault(name, {})[way] = found
             cells = [np.mean([f[str(n)][what] for f in found]) for n in SHOWN for what in ("rmse", "nll")]
             seconds = np.median([f["seconds"] for f in found])

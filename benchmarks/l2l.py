@@ -13,6 +13,8 @@ def main() -> None:
     extra["functions"] = {"type": int, "nargs": "+", "default": [1, 16, 128], "help": "optimised at once"}
     chosen = options(__doc__, **extra)
     rounds, seconds = (1, 0.3) if chosen.quick else (5, 1.0)
+    if chosen.quick:
+        del chosen.threads[1:], chosen.functions[1:]
     result = {}
     for functions in chosen.functions:
         name, at_once = f"quadratics-{functions}", max(64 // functions, 1)

@@ -56,7 +56,7 @@ def measure(name: str, steps: int) -> dict[str, float]:
 def verdicts(result: dict[str, dict[str, dict]]) -> dict[str, dict]:
     """Largest over smallest temp for the flat ones; growth over sqrt(k) for rematerialised MAML."""
     spread = {}
-    for name in FLAT:
+    for name in (name for name in FLAT if name in result):
         temp = [row["temp_mib"] for row in result[name].values()]
         spread[name] = {"max_over_min": max(temp) / min(temp), "met": max(temp) <= 1.05 * min(temp)}
     remat = {int(k): row["temp_mib"] for k, row in result["maml with remat"].items()}
@@ -71,9 +71,9 @@ def main() -> None:
         print(json.dumps(measure(chosen.one[0], int(chosen.one[1]))))
         return
     result = {}
-    for name in LEARNERS:
+    for name in LEARNERS[1:3] if chosen.quick else LEARNERS:
         result[name] = {}
-        for steps in (1, 4) if chosen.quick else STEPS:
+        for steps in (1,) if chosen.quick else STEPS:
             row = result[name][str(steps)] = alone("memory.py", name, steps)
             print(f"{name:18s} {steps:3d} steps: temp {row['temp_mib']:8.1f} MiB, peak {row['peak_mib']:8.1f} MiB")
     judged = verdicts(result)

@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from bad_inputs import CASES, judge
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_bad_input_is_answered_clearly(case, tmp_path, monkeypatch):

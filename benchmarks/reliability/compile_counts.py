@@ -34,7 +34,8 @@ def main() -> None:
     jax.monitoring.register_event_duration_secs_listener(count)
     rng = np.random.default_rng(0)
     x, group = rng.normal(size=(500, 1)), np.repeat(np.arange(50), 10)
-    training = Training(steps=300, chunk=100, validate_every=100, validation_tasks=20)
+    steps = 3 if quick else 300
+    training = Training(steps=steps, chunk=steps // 3, validate_every=steps // 3, validation_tasks=20)
     model = MetaRegressor("maml", training=training)
     calls = {
         "fit": lambda: model.fit(x, x[:, 0] + group, group),

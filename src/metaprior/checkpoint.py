@@ -198,6 +198,11 @@ def unreadable(folder: Path, damaged: dict[int, str]) -> CheckpointError:
     )
 
 
+def _retrieved(record: logging.LogRecord) -> bool:
+    """Not about an error of a second write, when the first one's is ours to say."""
+    return "exception was never retrieved" not in record.getMessage()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """What goes wrong is said by our own error: orbax logs tracebacks of its threads besides."""
@@ -210,6 +215,7 @@ def _quiet() -> Iterator[None]:
         hook = sys.unraisablehook
         # Its other writes end later, and find their event loop gone.
         sys.unraisablehook = lambda what: None if "Event loop is closed" in str(what.exc_value) else hook(what)
+        logging.getLogger("asyncio").addFilter(_retrieved)
         raise
     finally:
         log.setLevel(before)
