@@ -112,7 +112,8 @@ def pytest_runtest_teardown(item, nextitem):
     global _done
     _done += 1
     same = nextitem is not None and learner_of(item) is not None and learner_of(item) == learner_of(nextitem)
-    if _done >= CLEARED_EVERY and not same:  # tests of one learner share its programs
+    often = 100 if item.config.getoption("quick") else CLEARED_EVERY
+    if _done >= often and not same:  # tests of one learner share its programs
         _done = 0
         jax.clear_caches()
 

@@ -115,4 +115,4 @@ def main(tasks: int) -> None:
 
 if __name__ == "__main__":
     with jax.enable_x64(True):
-        main(2 if "--quick" in sys.argv else 20)
+        main(1 if "--quick" in sys.argv else 20)
