@@ -58,6 +58,8 @@ def main() -> None:
         shots={"type": int, "nargs": "+", "default": [1, 5]},
     )
     tasks, seed, result = 20 if chosen.quick else Evaluation().tasks, Evaluation().seed, {}
+    if chosen.quick:
+        del chosen.data[1:], chosen.shots[1:]
     for data in chosen.data:
         for shot in chosen.shots:
             splits = SOURCES[data](shot=shot)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,6 +42,10 @@ def test_a_benchmark_runs(script, monkeypatch, capsys, tmp_path, request):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, "--quick"])
     monkeypatch.setattr(sys, "path", [str(path.parent), str(FOLDER), *sys.path])
+    if "os.fork" in TEXTS[script]:  # not in a process whose JAX has threads
+        done = subprocess.run([sys.executable, path, "--quick"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
     with ended_well():
         runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out
