@@ -18,7 +18,7 @@ import optax
 
 from harness import options, write
 from metaprior import Batch, Categorical, Model, Training, learned_optimizer, mlp, optimise
-from metaprior.inference.gradient import mean_nll, minibatches
+from metaprior.inference.gradient import drawn, mean_nll, minibatches
 from metaprior.networks import linear
 from metaprior.recipe import build, load_recipe, with_overrides
 from metaprior.runtime import configure
@@ -64,8 +64,8 @@ def network(model: Model) -> Problem:
 
     def draw(key: jax.Array) -> tuple:
         support = jax.tree.map(lambda leaf: leaf[0], source.sample(key, 1)).support
-        batches = minibatches(jax.random.fold_in(key, 2), support, BATCH, STEPS + 1)
-        return model.init(jax.random.fold_in(key, 1), support.x), batches
+        places = minibatches(jax.random.fold_in(key, 2), len(support.y), BATCH, STEPS + 1)
+        return model.init(jax.random.fold_in(key, 1), support.x), drawn(support, places)
 
     def loss(phi: dict, batch: Batch) -> jax.Array:
         return mean_nll(Categorical(), model.apply(phi, batch.x), batch)

@@ -45,10 +45,10 @@ def log_densities(model: MetaRegressor, groups: int) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two learners, 20 meta-steps, 4 groups")
+    parser.add_argument("--quick", action="store_true", help="one learner, 20 meta-steps, 2 groups")
     parser.add_argument("--learners", nargs="*", default=[name for name in LEARNERS if not traits_of(name).of_classes])
     asked = parser.parse_args()
-    steps, groups, most = (20, 4, 2) if asked.quick else (3_000, 200, None)
+    steps, groups, most = (20, 2, 1) if asked.quick else (3_000, 200, None)
     training = Training(steps=steps, meta_batch=8, clip_norm=1.0, chunk=steps // 5, validate_every=steps // 5,
                         validation_tasks=50)  # fmt: skip
     print("| learner | " + " | ".join(f"{n} shown" for n in SHOWN) + " | verdict | seconds |")
