@@ -75,9 +75,7 @@ def conv_flop(equation: jax.extend.core.JaxprEqn) -> float:
     return 2 * tasks * images * prod(shape.output) * prod(shape.kernel) * inputs * tensors["y"].aval.shape[-1]
 
 
-def step(
-    tasks: Task, downsample: str, task_chunk: int | None, remat: bool = False, repeats: int = 1
-) -> Contender:
+def step(tasks: Task, downsample: str, task_chunk: int | None, remat: bool = False, repeats: int = 1) -> Contender:
     """(params, tasks) -> the mean meta-gradient of all tasks, `task_chunk` of them at once."""
     network = conv4(gain=True, downsample=downsample)
     model = Model(network.init, jax.checkpoint(network.apply)) if remat else network

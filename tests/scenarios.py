@@ -29,9 +29,7 @@ def tiny_splits() -> Splits:
 
 def same_bits(a, b) -> bool:
     """Whether two pytrees hold the same arrays, to the bit."""
-    return all(
-        (u == v).all() for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
+    return all((u == v).all() for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 KEY = jax.random.key(0)

@@ -13,6 +13,8 @@ from metaprior.tasks.augment import recoloured, shifted
 from metaprior.types import Batch, Splits, Task
 
 KEY = jax.random.key(0)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Numbered:

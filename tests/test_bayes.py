@@ -29,6 +29,7 @@ def gaussian(mean, sd):
 
 def orthogonal_task(features=3):
     """Inputs that are axes, so that the exact posterior is a diagonal Gaussian."""
+
     def batch(key):
         x = jnp.tile(jnp.eye(features), (2, 1))
         return Batch(x, jax.random.normal(key, (2 * features, 1)) + 1)

@@ -314,6 +314,7 @@ def test_a_posterior_in_a_table_and_one_that_cannot_be_kept():
     with pytest.raises(ValueError, match="options: rate must be hashable"):
         MetaRegressor("maml", options={"rate": np.ones(2)}, training=quick).fit(x, y, group)
 
+
 def test_an_answer_of_the_prior_to_a_forgotten_group_is_told(regressor):
     x, y, group = lines(0)
     for ask in (lambda: regressor.predict(x), lambda: regressor.predict_interval(x), lambda: regressor.score(x, y)):

@@ -37,9 +37,7 @@ def meta_gradient(steps, **options):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("steps", "second", "first"), [(1, -4.32, -5.4), (2, -3.1488, -4.92)]
-)
+@pytest.mark.parametrize(("steps", "second", "first"), [(1, -4.32, -5.4), (2, -3.1488, -4.92)])
 def test_quadratic_meta_gradients_by_hand(steps, second, first):
     assert meta_gradient(steps) == pytest.approx(second, abs=1e-12)
     assert meta_gradient(steps, remat=True) == pytest.approx(second, abs=1e-12)

@@ -40,9 +40,7 @@ def log_softmax(scores):
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("learned", [False, True])
 def test_prototypes_are_class_means_and_absent_classes_have_no_probability(distance, learned):
-    learner = protonet(
-        PLAIN, Categorical(), distance=distance, temperature=0.7, learn_temperature=learned, way=WAY
-    )
+    learner = protonet(PLAIN, Categorical(), distance=distance, temperature=0.7, learn_temperature=learned, way=WAY)
     params = learner.init(KEY, TASK)
     x, q = np.asarray(TASK.support.x), np.asarray(QUERY)
     means = np.stack([x[:3].mean(0), x[3:5].mean(0), x[5]])
@@ -55,9 +53,7 @@ def test_prototypes_are_class_means_and_absent_classes_have_no_probability(dista
     np.testing.assert_allclose(predictive.log_probs[0][:, [0, 1, 3]], expected, rtol=1e-4, atol=1e-5)
     assert (predictive.mean()[:, 2] == 0).all()
     y = np.array([0, 1, 2, 0, 1])
-    np.testing.assert_allclose(
-        learner.loss(params, TASK, KEY)[0], -expected[np.arange(5), y].mean(), rtol=1e-4
-    )
+    np.testing.assert_allclose(learner.loss(params, TASK, KEY)[0], -expected[np.arange(5), y].mean(), rtol=1e-4)
     gradient = jax.grad(lambda p: learner.loss(p, TASK, KEY)[0])(params)
     assert (gradient.log_temperature is None) == (not learned)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))

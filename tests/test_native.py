@@ -148,7 +148,7 @@ def test_a_library_of_another_user_is_not_loaded(compiled_once, monkeypatch):
 
 def test_a_library_in_doubt_is_compiled_again(tmp_path):
     source = tmp_path / "small.cc"
-    source.write_text("extern \"C\" int metaprior() { return 7; }\n")
+    source.write_text('extern "C" int metaprior() { return 7; }\n')
     library = build(source, tmp_path / "kept")
     cut(library, 0.5)
     again = build(source, tmp_path / "kept")
@@ -158,7 +158,7 @@ def test_a_library_in_doubt_is_compiled_again(tmp_path):
 
 
 def test_processes_that_compile_at_once_all_get_a_whole_library(tmp_path):
-    (tmp_path / "small.cc").write_text("extern \"C\" int metaprior() { return 7; }\n")
+    (tmp_path / "small.cc").write_text('extern "C" int metaprior() { return 7; }\n')
     code = (
         "import sys, ctypes; from pathlib import Path; from metaprior.networks.native import build\n"
         "print(ctypes.CDLL(str(build(Path(sys.argv[1]), Path(sys.argv[2])))).metaprior())"

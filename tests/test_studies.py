@@ -360,6 +360,7 @@ def test_novelty_refuses(pool):
 
 # -- the command line --------------------------------------------------------------------------------------------------
 
+
 def untrained(folder, recipe):
     """A run folder as training leaves it, at meta-step 0: what a study does does not depend on how good a run is."""
     experiment = build(recipe)

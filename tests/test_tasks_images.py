@@ -163,7 +163,6 @@ def test_files_copied_anew_share_what_was_decoded(source, cache):
     assert not copies[0].samefile(copies[1])
 
 
-
 def test_nothing_damaged_or_absent(tmp_path, source):
     with pytest.raises(DataError, match=r"path: came .*absent, which does not exist"):
         images(path=tmp_path / "absent")

@@ -73,7 +73,7 @@ def test_same_key_same_bits_and_jit_equals_eager():
 def test_data_are_arguments_not_constants():
     source = class_pool(marked_images([100] * 6), [100] * 6, way=3)
     text = jax.jit(lambda s, key: s.sample(key, 1)).lower(source, jax.random.key(0)).as_text()
-    assert "dense<\"0x" not in text
+    assert 'dense<"0x' not in text
 
 
 def test_distinct_is_uniform():
@@ -172,6 +172,4 @@ def test_training_may_have_more_ways_and_labels_of_its_own(turned):
     # Tests are of `way` classes, labelled by their places in the task.
     assert set(np.asarray(sample(splits.test, jax.random.key(0), 9).query.y).ravel()) == {0, 1}
     with pytest.raises(ValueError, match="train_labels must be one of"):
-        pool_splits(
-            marked_images(), COUNTS, parts, way=2, shot=1, query=2, test_query=2, train_labels="clas"
-        )
+        pool_splits(marked_images(), COUNTS, parts, way=2, shot=1, query=2, test_query=2, train_labels="clas")

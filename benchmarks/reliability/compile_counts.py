@@ -1,6 +1,6 @@
 """How many programs the estimators compile, and the seconds they take, at the first call and at the second.
 
-    python benchmarks/reliability/compile_counts.py [--quick]
+python benchmarks/reliability/compile_counts.py [--quick]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The closed-form predictive of a softmax under Gaussian logits against Monte Carlo: the largest gap of a probability.
 
-    python benchmarks/reliability/softmax.py [--quick]
+python benchmarks/reliability/softmax.py [--quick]
 """
 
 import sys

@@ -334,9 +334,7 @@ class Units:
             return cls()
         return cls(preparation.target.name, preparation.target.deviation)
 
-    def score(
-        self, predictive: Any, y: Array, by: Callable[..., dict[str, Array]] | None = None
-    ) -> dict[str, Array]:
+    def score(self, predictive: Any, y: Array, by: Callable[..., dict[str, Array]] | None = None) -> dict[str, Array]:
         """Scores of a predictive of standardised targets, relative to the largest scale."""
         if set(self.scale) - {1.0}:
             relative = np.asarray(self.scale) / max(self.scale)

@@ -49,8 +49,10 @@ def check_labels(y: Any, classes: int, rows: int | None = None) -> Array | float
     return _possible(
         y,
         lambda v: (v >= 0) & (v < classes) & (v == v // 1),
-        lambda v: f"label {v} is not one of the {classes} classes 0..{classes - 1}. Number the classes from 0 (see "
-        "metaprior.tasks.encode_labels), or give the network as many outputs as there are classes.",
+        lambda v: (
+            f"label {v} is not one of the {classes} classes 0..{classes - 1}. Number the classes from 0 (see "
+            "metaprior.tasks.encode_labels), or give the network as many outputs as there are classes."
+        ),
     )
 
 
@@ -218,9 +220,7 @@ class Likelihood(Protocol):
         """L with L L' the Fisher information of one example in its outputs."""
         ...
 
-    def predictive(
-        self, outputs: Float[Array, "s n c"], variance: Float[Array, "s n c"] | None = None
-    ) -> Predictive:
+    def predictive(self, outputs: Float[Array, "s n c"], variance: Float[Array, "s n c"] | None = None) -> Predictive:
         """The mixture over s draws of outputs; `variance` is the outputs' posterior variance in closed form."""
         ...
 
@@ -296,9 +296,7 @@ class Categorical:
         root = jnp.exp(jax.nn.log_softmax(outputs) / 2)
         return jax.vmap(jnp.diag)(root) - (root**2)[:, :, None] * root[:, None, :]
 
-    def predictive(
-        self, outputs: Float[Array, "s n c"], variance: Float[Array, "s n c"] | None = None
-    ) -> Categories:
+    def predictive(self, outputs: Float[Array, "s n c"], variance: Float[Array, "s n c"] | None = None) -> Categories:
         """With `variance`, E softmax of independent normal logits by quadrature (see `log_softmax_mean`)."""
         if variance is None:
             return Categories(jax.nn.log_softmax(outputs))
@@ -321,9 +319,7 @@ class Bernoulli:
     def hessian_root(self, outputs: Float[Array, "n 1"]) -> Float[Array, "n 1 1"]:
         return jnp.exp((jax.nn.log_sigmoid(outputs) + jax.nn.log_sigmoid(-outputs)) / 2)[..., None]
 
-    def predictive(
-        self, outputs: Float[Array, "s n 1"], variance: Float[Array, "s n 1"] | None = None
-    ) -> Categories:
+    def predictive(self, outputs: Float[Array, "s n 1"], variance: Float[Array, "s n 1"] | None = None) -> Categories:
         """With `variance`, E sigmoid of a normal logit by quadrature (see `log_sigmoid_mean`)."""
         _one_logit(outputs)
         if variance is None:

@@ -36,6 +36,7 @@ with extra("truth", "NUTS"):
 NOISE = 0.5  # of Gaussian observations
 FAMILIES: dict[str, Likelihood] = {"gaussian": Gaussian(NOISE), "bernoulli": Bernoulli(), "poisson": Poisson()}
 
+
 class Agreement(NamedTuple):
     """A posterior against that of NUTS; for NUTS itself 0, 1 and its own coverage.
 

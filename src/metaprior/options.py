@@ -316,7 +316,7 @@ def accept_all(
     named = accept_options(factory, options, path, taken=len(args))
     places = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     given = [accept(p.annotation, v, path + p.name) for p, v in zip(places, args, strict=False)]
-    return (*given, *args[len(given):]), named
+    return (*given, *args[len(given) :]), named
 
 
 def checked(factory: F) -> F:

@@ -1,7 +1,7 @@
 """Pages of results: a readable Markdown table of each suite, made from its JSON files and nothing else.
 
-    results/SUITE/about.md   results/SUITE/RUN.json   ->   docs/results/SUITE.md
-    benchmarks/results/NAME.json                      ->   docs/results/speed.md
+results/SUITE/about.md   results/SUITE/RUN.json   ->   docs/results/SUITE.md
+benchmarks/results/NAME.json                      ->   docs/results/speed.md
 """
 
 import json
@@ -23,7 +23,7 @@ STATUS = """\
 **Status** is computed from the row and the published figure. *Reached*: as good or better. *Within the interval*:
 either of the two lies in the other's 95 % interval. *Below*: worse than that. *Not comparable*: with the reason.
 *Cut short*: training ended before the meta-steps that it was to have."""
-DAGGER = "† A figure without its run: its run folder was not kept (`\"run\": null`)."
+DAGGER = '† A figure without its run: its run folder was not kept (`"run": null`).'
 
 
 def digits_of(name: str, result: Result | None) -> int:
@@ -115,8 +115,10 @@ def length(result: Result) -> str:
         return ""
     batch = result.overrides.get("training.meta_batch")
     said = f"{result.steps:,}" + (f" of {result.asked:,}" if result.cut else "")
-    return said + (f" x {batch}" if batch else "") + (
-        f", {schedule}" if (schedule := result.overrides.get("training.schedule")) else ""
+    return (
+        said
+        + (f" x {batch}" if batch else "")
+        + (f", {schedule}" if (schedule := result.overrides.get("training.schedule")) else "")
     )
 
 

@@ -226,9 +226,7 @@ def _stage(k: int) -> str:
     return f"after {k} step{'s' if k > 1 else ''}"
 
 
-def prior_functions(
-    learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyArray, show: int = 12
-) -> Figure:
+def prior_functions(learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyArray, show: int = 12) -> Figure:
     """What the learned prior knows: the start of every task, and where the supports of `show` tasks lead it."""
     figure, (ax,) = panels(5.4, 3.4)
     first = jax.tree.map(lambda leaf: leaf[0], tasks)

@@ -230,7 +230,7 @@ def option_of(recipe: Recipe, name: str) -> Any:
 
 
 def status_of(ours: Figure, published: Figure, *, lower: bool = False) -> str:
-    """"reached", "within the interval" or "below".
+    """ "reached", "within the interval" or "below".
 
     lower: whether less is better. An unknown interval counts as none, and a figure that is not finite is below.
     """
@@ -295,4 +295,3 @@ def commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD").strip() + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-

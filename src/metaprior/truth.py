@@ -139,5 +139,3 @@ def referee(
         verdicts[name] = judge(learner, fitted.params, splits.test, many, jax.random.key(seed + 8), tasks)  # pyright: ignore[reportArgumentType]
         report(name, verdicts[name])
     return verdicts
-
-

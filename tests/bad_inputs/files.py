@@ -135,6 +135,7 @@ def cases() -> list[Case]:
         Case("tar with a fifo", lambda f: source(tarred(f, tarfile.FIFOTYPE, "")), ("a.tar",)),
     ]  # fmt: skip
     for name, text in {"empty": "", "text": "hello", "of another kind": '{"a": 1}'}.items():
+
         def examples(text: str, f: Path) -> Any:
             (f / "e.csv").write_text(text)
             return read_examples(f / "e.csv", target="y")

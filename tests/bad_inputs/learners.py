@@ -219,6 +219,7 @@ UNUSUAL: dict[str, Callable[[Task], Task]] = {
 def in_float64(name: str, classes: bool, _: Path) -> Any:
     """The types of answer and loss in float64."""
     with jax.enable_x64(True):
+
         def wide(tree: Any) -> Any:
             return jax.tree.map(lambda v: jnp.asarray(np.asarray(v, float)) if v.dtype.kind == "f" else v, tree)
 

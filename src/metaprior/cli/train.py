@@ -106,9 +106,7 @@ def going_on(kept: Run, recipe: str, learner: str | None, overrides: dict[str, A
     return recipe_from_dict(wanted)
 
 
-def trained_run(
-    run: Run, chosen: Recipe, experiment: Experiment, resume: bool, seconds: float | None = None
-) -> Fitted:
+def trained_run(run: Run, chosen: Recipe, experiment: Experiment, resume: bool, seconds: float | None = None) -> Fitted:
     """Train a run, with its figures on the screen; seconds: see `training.fit`."""
     if experiment.preparation is not None and run.preparation is None:
         run.keep(experiment.preparation)

@@ -88,9 +88,7 @@ def gradient_learner(
         return Implied(scale, k, None, optimizer, steps, unit, adaptation.by_tensor)
 
     def infer(params: PyTree, support: Batch, at: Descent, k: int | Array) -> Adapted:
-        around = posterior.infer(
-            outputs(params, None), likelihood, at.phi, support, implied(params, support, at, k)
-        )
+        around = posterior.infer(outputs(params, None), likelihood, at.phi, support, implied(params, support, at, k))
         kept = None if adaptation.local is None else params
         return Adapted(around, None if transductive else support.x, kept)
 

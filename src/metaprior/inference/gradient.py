@@ -254,9 +254,7 @@ def inner_rates(
         signs = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
         z = jax.tree.unflatten(treedef, signs)
         response = jax.jvp(lambda v: told.update(v, at.state, at.phi, **asked)[0], (g,), (z,))[1]
-        return jax.tree.map(
-            lambda a, b, d: jnp.where((d == 0) | ~jnp.isfinite(b), 0, -a * b), z, response, g
-        )
+        return jax.tree.map(lambda a, b, d: jnp.where((d == 0) | ~jnp.isfinite(b), 0, -a * b), z, response, g)
 
     estimates = [probe(key) for key in jax.random.split(jax.random.key(0), probes)]
     return jax.tree.map(lambda *e: sum(e) / probes, *estimates)

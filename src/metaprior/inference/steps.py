@@ -191,12 +191,14 @@ class TensorGaussian(NamedTuple):
         """C^(1/2) noise, without the mean."""
         told = jax.tree.map(lambda q, e: jnp.tensordot(q, e, axes=e.ndim), self.basis, noise)
         parts = jax.tree.leaves(told)
-        turned = jax.tree.unflatten(
-            jax.tree.structure(told), jnp.split(self.root @ jnp.concatenate(parts), len(parts))
-        )
+        turned = jax.tree.unflatten(jax.tree.structure(told), jnp.split(self.root @ jnp.concatenate(parts), len(parts)))
         return jax.tree.map(
             lambda e, q, c, m, b: safe_sqrt(b) * (e - jnp.tensordot(c, q, axes=1)) + jnp.tensordot(m, q, axes=1),
-            noise, self.basis, told, turned, self.flat,
+            noise,
+            self.basis,
+            told,
+            turned,
+            self.flat,
         )
 
     def sample(self, key: PRNGKeyArray) -> PyTree:

@@ -146,9 +146,7 @@ def expected_nll(
     return jax.vmap(both, (0, None))(jax.random.split(key, how.samples // 2), jnp.array([1.0, -1.0])).mean()
 
 
-def local_outputs(
-    model: Model, q: DiagonalGaussian, x: PyTree, key: PRNGKeyArray, sign: Scalar | float = 1.0
-) -> Array:
+def local_outputs(model: Model, q: DiagonalGaussian, x: PyTree, key: PRNGKeyArray, sign: Scalar | float = 1.0) -> Array:
     """The outputs of a network whose dense layers' outputs are drawn, each example's its own (Kingma et al. 2015).
 
     All other weights, of convolutions and norms, are drawn once for all examples: their draws are shared between

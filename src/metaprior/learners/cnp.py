@@ -66,7 +66,6 @@ def cnp(
     embed = embedding(model)
     h, g, address = mlp(width, encoder), mlp(hidden=decoder), mlp(width, encoder[:1])
 
-
     def init(key: PRNGKeyArray, task: Task) -> Process:
         keys = jax.random.split(key, 4)
         theta, x = model.init(keys[0], task.support.x), task.support.x

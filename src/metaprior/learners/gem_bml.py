@@ -136,9 +136,7 @@ def kl_chaser(
         key_chaser, key_leader = jax.random.split(key)
         q_s = infer(model, likelihood, theta, task.support, key_chaser, how)
         ahead = jax.lax.stop_gradient(q_s)
-        leader = infer(
-            model, likelihood, ahead, task.query, key_leader, how, first_order=True, differentiated=True
-        )
+        leader = infer(model, likelihood, ahead, task.query, key_leader, how, first_order=True, differentiated=True)
         metrics = fit_metrics(likelihood, model.apply(q_s.mean, task.query.x), task.query)
         return kl(jax.lax.stop_gradient(leader), q_s), jax.lax.stop_gradient(metrics)
 

@@ -57,9 +57,7 @@ def imaml(
 
     def loss(theta: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         fit = support_loss(free, likelihood, theta, task.support)
-        phi = proximal(
-            fit, theta, strength=strength, steps=steps, optimizer=inner, cg_steps=cg_steps, damping=damping
-        )
+        phi = proximal(fit, theta, strength=strength, steps=steps, optimizer=inner, cg_steps=cg_steps, damping=damping)
         outputs = adaptation.outputs(theta, phi, task.query.x)
         return mean_nll(likelihood, outputs, task.query), fit_metrics(likelihood, outputs, task.query)
 

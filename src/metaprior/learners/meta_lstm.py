@@ -142,9 +142,7 @@ def meta_lstm(
     )  # fmt: skip
 
 
-def gates(
-    model: Model, likelihood: Likelihood, params: MetaLSTM, support: Batch, steps: int, *, p: float = P
-) -> Gates:
+def gates(model: Model, likelihood: Likelihood, params: MetaLSTM, support: Batch, steps: int, *, p: float = P) -> Gates:
     """The forget and input gates of every parameter while phi is fitted to a support (the paper's Figure 2)."""
     if model.statistics == "task":
         model = beside(model, support)

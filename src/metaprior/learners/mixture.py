@@ -56,9 +56,7 @@ def gem_mixture(
 
     def init(key: PRNGKeyArray, task: Task) -> Mixture:
         keys = jax.random.split(key, components)
-        return Mixture(
-            jax.vmap(lambda k: around(model.init(k, task.support.x), log_sd))(keys), jnp.zeros(components)
-        )
+        return Mixture(jax.vmap(lambda k: around(model.init(k, task.support.x), log_sd))(keys), jnp.zeros(components))
 
     def posterior(prior: Mixture, batch: Batch, key: PRNGKeyArray, steps: int) -> Mixture:
         """Each component's own posterior, and the responsibilities as weights."""

@@ -123,6 +123,7 @@ def preconditioned(
     model: Model, likelihood: Likelihood, *, rate: Positive = 0.01, rank: Whole = 0, **options: Any
 ) -> Learner:
     """A learned positive definite B, diagonal (rank=0) or diagonal plus rank r, from B = rate * I."""
+
     def init_rule(key: PRNGKeyArray, theta: PyTree) -> Preconditioner:
         flat = ravel_pytree(theta)[0]
         # Columns of length 0.1 rate^(1/2): B's eigenvalues are within a few hundredths of `rate`.

@@ -84,4 +84,3 @@ def reptile(
         posterior=posterior,
         transductive=transductive,
     )
-

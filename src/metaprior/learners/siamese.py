@@ -75,9 +75,7 @@ def verification(odds: Float[Array, "n n"], y: Array, weight: Float[Array, " n"]
 
 @traits(of_classes=True, reads_unlabelled=True, rules_out_unseen=True)
 @checked
-def siamese(
-    model: Model, likelihood: Likelihood, *, way: Way | None = None, transductive: bool = True
-) -> Learner:
+def siamese(model: Model, likelihood: Likelihood, *, way: Way | None = None, transductive: bool = True) -> Learner:
     """Meta-learn to verify whether two examples are of one class; a query gets the class it is likeliest the same as.
 
     The model's features are a twin's output. The loss's metric `verification` is the accuracy of pairs, `same` and

@@ -1,7 +1,7 @@
 """What is true of a learner besides its functions. Each learner states it in its own file; nothing else lists names.
 
-    @traits(of_classes=True, small={"rate": 0.3})
-    def my_learner(model, likelihood, *, rate=0.1): ...
+@traits(of_classes=True, small={"rate": 0.3})
+def my_learner(model, likelihood, *, rate=0.1): ...
 """
 
 from collections.abc import Callable, Mapping
@@ -78,4 +78,3 @@ def traits(**said: Any) -> Callable[[F], F]:
 def stated(factory: Callable) -> Traits:
     """The traits of a learner's factory."""
     return getattr(factory, "traits", Traits())
-

@@ -19,9 +19,7 @@ from metaprior.types import PLAIN, Batch, Call, Model, examples
 Network = Callable[..., Array]  # (x, call) -> outputs, the network under some parameters
 
 
-def statistics_of(
-    network: Network, x: PyTree, weight: Float[Array, " n"] | None = None
-) -> dict[str, Statistics]:
+def statistics_of(network: Network, x: PyTree, weight: Float[Array, " n"] | None = None) -> dict[str, Statistics]:
     """Mean and variance of each layer's outputs, channel by channel, while the examples are normalised by themselves.
 
     In proportion to the examples' weights, so that padding does not count.

@@ -46,9 +46,7 @@ def lay_out(task: Task, start: int, pool: int) -> Setting:
     def cut(batch: Batch, low: int, high: int | None) -> Batch:
         return jax.tree.map(lambda leaf: leaf[low:high], Batch(batch.x, batch.y))
 
-    support = jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b]), cut(task.support, 0, start), cut(task.query, 0, pool)
-    )
+    support = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cut(task.support, 0, start), cut(task.query, 0, pool))
     return Setting(support, jnp.concatenate([jnp.ones(start), jnp.zeros(pool)]), cut(task.query, pool, None))
 
 

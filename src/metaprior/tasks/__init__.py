@@ -29,30 +29,33 @@ from metaprior.tasks.table import radon, sleepstudy, table
 from metaprior.tasks.texts import TextPool, banking77, clinc150, texts
 from metaprior.types import Splits
 
-SOURCES = Registry("tasks", {
-    "sinusoid": sinusoid,
-    "sinusoid_hard": sinusoid_hard,
-    "linear": linear,
-    "ambiguous": ambiguous,
-    "wave_or_line": wave_or_line,
-    "two_circles": two_circles,
-    "linear_gaussian": linear_gaussian,
-    "three_families": three_families,
-    "omniglot": omniglot,
-    "omniglot_strokes": omniglot_strokes,
-    "miniimagenet": miniimagenet,
-    "images": images,
-    "table": table,
-    "texts": texts,
-    "clinc150": clinc150,
-    "banking77": banking77,
-    "cloze": cloze,
-    "sleepstudy": sleepstudy,
-    "radon": radon,
-    "radon_all": radon_all,
-    "quadratics": quadratics,
-    "digits": digits,
-})
+SOURCES = Registry(
+    "tasks",
+    {
+        "sinusoid": sinusoid,
+        "sinusoid_hard": sinusoid_hard,
+        "linear": linear,
+        "ambiguous": ambiguous,
+        "wave_or_line": wave_or_line,
+        "two_circles": two_circles,
+        "linear_gaussian": linear_gaussian,
+        "three_families": three_families,
+        "omniglot": omniglot,
+        "omniglot_strokes": omniglot_strokes,
+        "miniimagenet": miniimagenet,
+        "images": images,
+        "table": table,
+        "texts": texts,
+        "clinc150": clinc150,
+        "banking77": banking77,
+        "cloze": cloze,
+        "sleepstudy": sleepstudy,
+        "radon": radon,
+        "radon_all": radon_all,
+        "quadratics": quadratics,
+        "digits": digits,
+    },
+)
 
 # The sources whose support has class attributes in place of examples.
 DESCRIBED_SOURCES = ("omniglot_strokes",)

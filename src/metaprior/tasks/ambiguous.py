@@ -111,9 +111,7 @@ def linear(
     support_domain: Interval | None = None,
 ) -> Splits:
     """Lines y = slope x + intercept + noise; x and y are [n, 1]. Options and errors as for `sinusoid`."""
-    lines = Lines(
-        slope, intercept, noise
-    )
+    lines = Lines(slope, intercept, noise)
     return function_splits(lines, shot, query, test_query, domain, support_domain, test_noise)
 
 

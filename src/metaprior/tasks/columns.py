@@ -174,9 +174,7 @@ def refuse_missing(values: np.ndarray, name: str, columns: Columns, argument: st
         )
 
 
-def as_numbers(
-    values: np.ndarray, name: str, columns: Columns, argument: str = "features"
-) -> Float[np.ndarray, "n k"]:
+def as_numbers(values: np.ndarray, name: str, columns: Columns, argument: str = "features") -> Float[np.ndarray, "n k"]:
     """A column of numbers in float64, [n, k] (k = 1 but for wide arrays).
 
     Text is read strictly: digits, a point, an exponent; no '1_0', '1,5', 'infinity'.

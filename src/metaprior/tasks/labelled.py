@@ -23,9 +23,7 @@ class Texts(NamedTuple):
     labels: list[Any] | None
 
 
-def read_texts(
-    path: str | Path, *, text: str | None = None, label: str | None = None, labelled: bool = True
-) -> Texts:
+def read_texts(path: str | Path, *, text: str | None = None, label: str | None = None, labelled: bool = True) -> Texts:
     """Texts with their labels.
 
     Args:

@@ -229,9 +229,7 @@ def _as_image(array: np.ndarray) -> "Image":
     return fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array)
 
 
-def decode_pictures(
-    pictures: Sequence[Picture], size: tuple[int, int], channels: int
-) -> UInt8[np.ndarray, "n h w c"]:
+def decode_pictures(pictures: Sequence[Picture], size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "n h w c"]:
     """All pictures, in their order; decoded by as many threads as there are cores, with a progress bar."""
     check_channels(channels)
     out = np.empty((len(pictures), *size, channels), np.uint8)

@@ -240,9 +240,7 @@ class Preparation:
         for column in self.columns:
             raw = column.raw(columns, unknown="error" if strict else "warn")
             if raw.shape[1] != len(column.mean):
-                raise DataError(
-                    f"features: column {column.name!r} came {raw.shape[1]} wide, needs {len(column.mean)}"
-                )
+                raise DataError(f"features: column {column.name!r} came {raw.shape[1]} wide, needs {len(column.mean)}")
             if strict:
                 column.warn_of_strange(raw, columns)
             blocks.append(cast(column.scaled(raw), raw, column.name, columns, "features"))
@@ -416,5 +414,3 @@ def target_of(
     except TypeError:
         labels = sorted(labels, key=lambda label: (type(label).__name__, str(label)))
     return Target(name, "class", tuple(labels))
-
-

@@ -12,9 +12,7 @@ TURN, SHEAR, SCALE, SHIFT = 10.0, 0.3, 0.2, 2 / 105  # degrees, share, share, sh
 CHANCE = 0.5  # of each of the seven components
 
 
-def warp(
-    image: Float[Array, "h w c"], matrix: Float[Array, "2 2"], shift: Float[Array, " 2"]
-) -> Float[Array, "h w c"]:
+def warp(image: Float[Array, "h w c"], matrix: Float[Array, "2 2"], shift: Float[Array, " 2"]) -> Float[Array, "h w c"]:
     """The image under p -> matrix (p - centre) + centre + shift, p = (row, column): bilinear, 0 from outside."""
     h, w, _ = image.shape
     centre = jnp.array([(h - 1) / 2, (w - 1) / 2])
