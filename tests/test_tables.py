@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metaprior.cli.evaluate import open_run
 from metaprior.evaluation import Units, evaluate
 from metaprior.learners import maml
 from metaprior.likelihoods import Gaussian, Poisson
 from metaprior.networks import mlp
+from metaprior.opened import load
 from metaprior.plots import regression_tasks, training_curve
 from metaprior.recipe import task_sources
 from metaprior.tasks import (
@@ -109,7 +109,8 @@ def test_adapt_answers_in_the_units_of_the_table(prices, capsys):
     support, query = new[:5], [{n: v for n, v in row.items() if n != "price"} for row in new[5:9]]
     (xs, ys), (xq, _) = by_hand(support), by_hand(query)
     x_mean, x_sd, y_mean, y_sd = x.mean(0), x.std(0), y.mean(0), y.std(0)
-    _, _, experiment, params = open_run(folder / "run")
+    opened = load(folder / "run")
+    experiment, params = opened.experiment, opened.params
     learner, key = experiment.learner, jax.random.key(0)
     seen = Batch(*(jnp.asarray(v, jnp.float32) for v in ((xs - x_mean) / x_sd, (ys - y_mean) / y_sd)))
     predictive = learner.predict(params, learner.adapt(params, seen, key), jnp.asarray((xq - x_mean) / x_sd), key)
@@ -265,7 +266,8 @@ def test_class_codes_are_those_of_the_run(tmp_path, learner, capsys):
     own = recipe(tmp_path, "state", features, "categorical")
     run_cli("train", own, "--learner", learner, "--out", tmp_path / "run", "--set", *TRAINING)
     query = written(tmp_path / "q.csv", [{n: row[n] for n in features} for row in rows[:3]])
-    _, _, experiment, params = open_run(tmp_path / "run")
+    opened = load(tmp_path / "run")
+    experiment, params = opened.experiment, opened.params
     prep, key = experiment.preparation, jax.random.key(0)
     assert prep.target.classes == ("churn", "pause", "stay")
     for kept in (["stay", "pause"], ["stay"]):
@@ -628,7 +630,8 @@ def test_sleepstudy_answers_in_milliseconds(data_dir, tmp_path):
     train, *_ = Preparation.from_json((tmp_path / "run" / "preparation.json").read_text()).groups
     y = np.asarray([float(row["Y"]) for row in rows if int(row["G"]) in train])
     days, times = np.asarray([0, 2, 4, 6, 8.0]), np.asarray([250, 260, 275, 290, 300.0])
-    _, _, experiment, params = open_run(tmp_path / "run")
+    opened = load(tmp_path / "run")
+    experiment, params = opened.experiment, opened.params
     learner, key = experiment.learner, jax.random.key(0)
     x_sd = np.std(np.arange(10))
     seen = Batch(*(jnp.asarray(v[:, None], jnp.float32) for v in ((days - 4.5) / x_sd, (times - y.mean()) / y.std())))

@@ -18,19 +18,23 @@ from metaprior.inference.gradient import count, mean_nll
 from metaprior.learners.registry import make_learner
 from metaprior.likelihoods import Categorical, Gaussian, Poisson
 from metaprior.networks import mlp
+from metaprior.runs import Run
 from metaprior.tasks import FixedTasks
 from metaprior.training import (
     NonFiniteLoss,
     Training,
     fit,
     init_state,
+    mean_gradient,
     meta_gradient,
+    meta_step,
     outer_optimizer,
+    outer_update,
     run_chunk,
     step_mesh,
 )
 from metaprior.types import Batch, Splits, Task
-from scenarios import TINY, tiny_learner, tiny_splits
+from scenarios import TINY, same_bits, tiny_learner, tiny_splits
 
 
 def test_training_learns_and_reports_each_chunk():
@@ -83,7 +87,7 @@ from metaprior.runtime import configure
 configure(devices=2)
 from metaprior.evaluation import evaluate
 from metaprior.training import fit, init_state, run_chunk, step_mesh
-from scenarios import TINY, tiny_learner, tiny_splits
+from scenarios import TINY, same_bits, tiny_learner, tiny_splits
 learner, splits, training = tiny_learner(), tiny_splits(), replace(TINY, task_chunk=1)
 print("DEVICES", step_mesh(training).size)
 state = init_state(learner, splits.train, training)
@@ -195,6 +199,41 @@ def test_schedules_clipping_and_unknown_optimizers():
         np.testing.assert_allclose(update["w"], expected, rtol=1e-3)
     with pytest.raises(ValueError, match="'adamm'"):
         outer_optimizer(Training(optimizer="adamm"))
+
+
+def test_an_optax_transformation_is_an_outer_optimizer_and_is_told_the_loss(tmp_path):
+    """The same steps as by name; one that asks for the loss gets the mean over the meta-step's tasks."""
+    named = fit(tiny_learner(), tiny_splits(), replace(TINY, optimizer="sgd"))
+    given = fit(tiny_learner(), tiny_splits(), replace(TINY, optimizer=optax.sgd(TINY.rate), rate=1e-3))
+    assert same_bits(named.params, given.params)
+    seen = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros(()),
+        lambda g, state, params=None, *, value, **_: (jax.tree.map(jnp.zeros_like, g), value),
+    )
+    one = replace(TINY, steps=1, chunk=1, optimizer=seen, rate=1e-3)
+    run = Run.create(tmp_path / "run", {"name": "own"})
+    fitted = fit(tiny_learner(), tiny_splits(), one, run=run)
+    run.close()
+    np.testing.assert_allclose(jax.tree.leaves(fitted.state.opt_state)[0], fitted.history[0]["train/loss"], rtol=1e-6)
+    assert "an optax transformation" in (tmp_path / "run" / "training.json").read_text()
+    with pytest.raises(ValueError, match=r"training.schedule must be left out where training.optimizer is an optax"):
+        Training(optimizer=seen, schedule="cosine")
+
+
+def test_a_meta_step_is_a_gradient_and_an_update():
+    """Gradients of two halves of the tasks, made apart, are put together outside."""
+    learner, splits = tiny_learner(), tiny_splits()
+    state = init_state(learner, splits.train, TINY)
+    tasks, keys = splits.train.sample(jax.random.key(0), 4), jax.random.split(jax.random.key(1), 4)
+    whole, _ = meta_step(learner, TINY)(state, (tasks, keys))
+    mean = mean_gradient(learner, replace(TINY, meta_batch=2))
+    drawn = [jax.tree.map(lambda leaf, h=h: leaf[h], (tasks, keys)) for h in (slice(2), slice(2, None))]
+    halves = [mean(state.params, half) for half in drawn]
+    metrics, gradient = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    apart = outer_update(TINY)(state, gradient, metrics)
+    assert int(apart.step) == int(whole.step) == 1
+    for a, b in zip(jax.tree.leaves(apart.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_data_are_arguments_of_the_compiled_chunk_not_constants():

@@ -85,7 +85,7 @@ def train(learner: str, folder: Path, steps: int, resume: bool) -> int:
 
 def read(folder: Path) -> int:
     """Open the run again and again until it is told to stop; whatever is wrong ends it with status 1."""
-    from metaprior.cli.evaluate import open_run
+    from metaprior.opened import load
     from metaprior.training import init_state
 
     stop = False
@@ -103,7 +103,7 @@ def read(folder: Path) -> int:
         if not (folder / "recipe.json").exists() or not Run(folder)._last.steps():
             continue
         if like is None:
-            _, _, experiment, _ = open_run(folder)
+            experiment = load(folder).experiment
             like = init_state(experiment.learner, experiment.splits.train, experiment.training)
         run = Run.open(folder)
         chosen = run.chosen(like, "last")
@@ -137,13 +137,13 @@ def judge(whole: Path, killed: Path) -> int:
     """0 if both runs are the same to the bit; prints what is not."""
     import jax
 
-    from metaprior.cli.evaluate import open_run
+    from metaprior.opened import load
     from metaprior.training import init_state
 
     def leaves(tree: object) -> list[bytes]:
         return [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(tree))]
 
-    _, _, experiment, _ = open_run(whole)
+    experiment = load(whole).experiment
     like = init_state(experiment.learner, experiment.splits.train, experiment.training)
     faults = []
     one, other = Run.open(whole), Run.open(killed)

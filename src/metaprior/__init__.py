@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from metaprior.learners import LEARNERS, learned_optimizer, make_learner
     from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
     from metaprior.networks import conv4, from_equinox, from_flax, mlp
+    from metaprior.opened import load
     from metaprior.recipe import register
     from metaprior.training import Fitted, NonFiniteLoss, Training, TrainState, fit
     from metaprior.types import Attributes, Batch, Learner, Model, Predictive, Splits, Task, TaskSource, settled
@@ -30,6 +31,7 @@ _FROM = {
     "learners": ("LEARNERS", "learned_optimizer", "make_learner"),
     "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"),
     "networks": ("conv4", "from_equinox", "from_flax", "mlp"),
+    "opened": ("load",),
     "recipe": ("register",),
     "training": ("Fitted", "NonFiniteLoss", "TrainState", "Training", "fit"),
     "types": ("Attributes", "Batch", "Learner", "Model", "Predictive", "Splits", "Task", "TaskSource", "settled"),
@@ -69,6 +71,7 @@ __all__ = [
     "laplace",
     "learned_optimizer",
     "learners",
+    "load",
     "make_learner",
     "mlp",
     "networks",

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LEVELS = (0.5, 0.9, 0.95)  # of the central predictive intervals whose coverage is reported
+CORRELATION = "variance_error_correlation"  # undefined where all variances are one
 TASKS = 600  # by default, where tasks are independent draws
 FEW = 30  # groups or tasks, below which the interval of a skewed figure covers less than 90 % (docs/reliability.md)
 
@@ -105,7 +106,7 @@ class Report:
             kind,
             accept(Count, table["tasks"], "tasks"),
             _figures(table["figures"], "figures"),
-            _numbers(table["pooled"], "pooled", undefined=True),
+            _numbers(table["pooled"], "pooled", undefined=(CORRELATION,)),
             [_figures(row, "curve") for row in rows["curve"]],
             [_numbers(row, "reliability") for row in rows["reliability"]],
             list(_numbers(dict(enumerate(rows["pit"])), "pit").values()),
@@ -149,13 +150,13 @@ class Report:
         return table
 
 
-def _numbers(table: Any, name: str, *, undefined: bool = False) -> dict[Any, Any]:
+def _numbers(table: Any, name: str, *, undefined: Sequence[str] = ()) -> dict[Any, Any]:
     """Numbers by name as JSON holds them; NaN and infinity are figures too, of tasks that diverged.
 
-    undefined: None may stand for one, such as the correlation with a constant.
+    undefined: those for which None may stand.
     """
     for key, value in accept(dict, table, name).items():
-        if undefined and value is None:
+        if key in undefined and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name}.{key} must be a number, got {shown(value)}.")
@@ -424,7 +425,7 @@ def summarise(
     error, spread = (np.log(np.maximum(flat[name].astype(float), least)) for name in ("mse", "variance"))
     pooled = {
         "rmse": float(np.sqrt(figures["mse"].mean)),
-        "variance_error_correlation": _correlation(error, spread, of_row),
+        CORRELATION: _correlation(error, spread, of_row),
     }
     targets = flat["pit"].reshape(len(of_row), -1)
     each = np.repeat(of_row / targets.shape[1], targets.shape[1])

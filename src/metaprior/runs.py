@@ -15,7 +15,6 @@ import uuid
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
@@ -240,7 +239,7 @@ class Run:
         self._training()
         if not resume and (self.metrics() or self._last.steps()):
             raise RunExists(f"{self.folder}: has been trained already; go on with it by resume=True.")
-        started, settings = self.started, asdict(training)
+        started, settings = self.started, training.table()
         check_same_course(self.folder, started.get("training", settings), settings)
         restored, step, damaged = self._restored(like)
         if training.steps < step:

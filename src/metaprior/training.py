@@ -6,9 +6,9 @@ the same devices, threads, kernels and versions.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ class Training:
     """Settings of the outer loop.
 
     steps: meta-steps. meta_batch: tasks a meta-step. optimizer, rate, schedule ("constant", "linear" or "cosine" to 0),
-    warmup (meta-steps from 0): the outer optimiser, an optax name. clip_value: each component of the meta-gradient to
+    warmup (meta-steps from 0): the outer optimiser, an optax name; or an optax transformation, which has a rate of its
+    own and is told the mean loss as `value`. clip_value: each component of the meta-gradient to
     +-c (MAML); clip_norm: its global norm. skip: so many meta-steps in a row may have a gradient that is not finite, as
     one diverging task makes it, and then change nothing (0: the first ends training). chunk: meta-steps a compiled
     call; a kill loses one, and ten seconds at most besides. task_chunk: tasks whose gradient is in memory at once
@@ -45,7 +46,7 @@ class Training:
     steps: Count = 10_000
     meta_batch: Count = 25
     rate: NonNegative = 1e-3
-    optimizer: OuterOptimizer = "adam"
+    optimizer: OuterOptimizer | optax.GradientTransformation = "adam"
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Whole = 0
     clip_value: Positive | None = None
@@ -64,6 +65,20 @@ class Training:
             raise ValueError(
                 f"training.task_chunk must divide training.meta_batch = {self.meta_batch}, got {self.task_chunk}."
             )
+        if not isinstance(self.optimizer, str):
+            for name, default in (("rate", 1e-3), ("schedule", "constant"), ("warmup", 0)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"training.{name} must be left out where training.optimizer is an optax transformation, got "
+                        f"{getattr(self, name)}; give the transformation its own."
+                    )
+
+    def table(self) -> dict[str, Any]:
+        """The settings as JSON holds them; of an optax transformation it says only that it is one."""
+        named = isinstance(self.optimizer, str)
+        return asdict(self if named else replace(self, optimizer="sgd")) | (
+            {} if named else {"optimizer": "an optax transformation"}
+        )
 
     @property
     def at_once(self) -> int | None:
@@ -132,6 +147,15 @@ class Recorder(Protocol):
 
 def outer_optimizer(training: Training) -> optax.GradientTransformation:
     """The outer optimiser with its schedule and clipping."""
+    clips = [] if training.clip_value is None else [optax.clip(training.clip_value)]
+    clips += [] if training.clip_norm is None else [optax.clip_by_global_norm(training.clip_norm)]
+    chained = optax.chain(*clips, _unclipped(training))
+    return optax.apply_if_finite(chained, training.skip) if training.skip else chained
+
+
+def _unclipped(training: Training) -> optax.GradientTransformation:
+    if not isinstance(training.optimizer, str):
+        return training.optimizer
     factory = getattr(optax, training.optimizer, None)
     if factory is None or training.optimizer.startswith("_"):
         raise ValueError(f"training.optimizer: came {training.optimizer!r}, needs an optax optimiser, e.g. 'adam'")
@@ -144,10 +168,7 @@ def outer_optimizer(training: Training) -> optax.GradientTransformation:
     if training.warmup:
         rise = optax.linear_schedule(0.0, training.rate, training.warmup)
         schedule = optax.join_schedules([rise, schedule], [training.warmup])
-    clips = [] if training.clip_value is None else [optax.clip(training.clip_value)]
-    clips += [] if training.clip_norm is None else [optax.clip_by_global_norm(training.clip_norm)]
-    chained = optax.chain(*clips, factory(schedule))
-    return optax.apply_if_finite(chained, training.skip) if training.skip else chained
+    return factory(schedule)
 
 
 @jax.jit
@@ -210,20 +231,39 @@ def draw_tasks(training: Training) -> Callable[[Int[Array, ""], TaskSource], tup
     return draw
 
 
-def meta_step(learner: Learner, training: Training) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """One outer step as a pure function (state, (tasks, keys)): mean meta-gradient, optimiser update."""
-    optimizer = outer_optimizer(training)
+def mean_gradient(learner: Learner, training: Training) -> Callable[..., tuple[dict[str, Array], PyTree]]:
+    """(params, (tasks, keys)) -> the tasks' mean metrics and mean meta-gradient, shared out over devices."""
 
     def own_mean(params: PyTree, drawn: tuple[Task, PRNGKeyArray]) -> tuple[dict[str, Array], PyTree]:
         return meta_gradient(learner, params, *drawn, training.at_once)
 
-    mean = mean_over_tasks(own_mean, step_mesh(training))
+    return mean_over_tasks(own_mean, step_mesh(training))
+
+
+def outer_update(training: Training) -> Callable[..., TrainState]:
+    """(state, gradient, metrics) -> the state after an outer step. The gradient may come from anywhere.
+
+    The optimiser is told the mean loss (`value`), and the metric `divergence` where the learner's loss has one.
+    """
+    optimizer = optax.with_extra_args_support(outer_optimizer(training))
+
+    def update(state: TrainState, gradient: PyTree, metrics: dict[str, Array]) -> TrainState:
+        told = {"value": metrics["loss"]} | {name: metrics[name] for name in ("divergence",) if name in metrics}
+        step, opt_state = optimizer.update(gradient, state.opt_state, state.params, **told)
+        return TrainState(optax.apply_updates(state.params, step), opt_state, state.step + 1)
+
+    return update
+
+
+def meta_step(learner: Learner, training: Training) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """One outer step as a pure function (state, (tasks, keys)): `mean_gradient`, then `outer_update`."""
+    mean, update = mean_gradient(learner, training), outer_update(training)
 
     def step(state: TrainState, drawn: tuple[Task, PRNGKeyArray]) -> tuple[TrainState, dict[str, Array]]:
         metrics, gradient = mean(state.params, drawn)
-        update, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        after = update(state, gradient, metrics)
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradient))
-        return TrainState(optax.apply_updates(state.params, update), opt_state, state.step + 1), metrics
+        return after, metrics
 
     return step
 

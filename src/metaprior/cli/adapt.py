@@ -13,13 +13,11 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from metaprior.cli.evaluate import knob_names, open_run, with_knobs
-from metaprior.cli.reports import calibrated_report, check_same
 from metaprior.cli.screen import screen
 from metaprior.files import beside, check_output
 from metaprior.likelihoods import Categories
+from metaprior.opened import load
 from metaprior.recipe import Recipe, most_ways
-from metaprior.runs import Run
 from metaprior.tasks import Examples, Preparation, encode_labels, read_columns, read_examples, read_texts
 from metaprior.tasks.columns import Columns, as_numbers
 from metaprior.types import Attributes, Batch
@@ -60,23 +58,10 @@ def adapt(
     """
     if out is not None:
         check_output(out, "--out", file=True)
-    options: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
-    if draws is not None:
-        if posterior in (None, "point"):
-            raise ValueError("--draws needs a posterior to draw from: give --posterior implicit or laplace too.")
-        options["draws"] = draws
-    kept = calibrated_report(Run.open(run), posterior, steps) if calibrated else None
-    if kept is not None:
-        # The scalars are right for the predictive that they were fitted for, and for no other.
-        fitted_for = {name: kept.settings[name] for name in ("draws", "linear") if kept.settings[name] is not None}
-        if draws is not None and draws != (needed := fitted_for.get("draws")):
-            raise ValueError(
-                f"--draws must be {needed} with --calibrated, as {kept.path} was fitted with so many, got {draws}; "
-                f"leave it out, or run `metaprior evaluate {run} --posterior {posterior} --calibrated --draws {draws}` "
-                "first."
-            )
-        options |= fitted_for
-    opened, recipe, experiment, params = open_run(run, steps, blank=True, **options)
+    if draws is not None and posterior in (None, "point"):
+        raise ValueError("--draws needs a posterior to draw from: give --posterior implicit or laplace too.")
+    opened = load(run, posterior=posterior, draws=draws, calibrated=calibrated, steps=steps, blank=True)
+    recipe, experiment, params, learner = opened.recipe, opened.experiment, opened.params, opened.learner
     like = jax.eval_shape(lambda: experiment.splits.train.sample(jax.random.key(0), 1)).support
     if isinstance(like.x, Attributes):
         raise ValueError(
@@ -90,11 +75,7 @@ def adapt(
         given = _given(run, recipe, like, *_from_examples(run, recipe, like.x.shape[2:], support, query))
     else:
         given = _given(run, recipe, like, *_from_texts(recipe, encode, support, query))
-    learner, key = experiment.learner, jax.random.key(seed)
-    if kept is not None:
-        steps = experiment.evaluation.steps if steps is None else steps
-        check_same(kept, opened, params, steps, knob_names(recipe, experiment, posterior))
-        learner = with_knobs(recipe, experiment, posterior, steps, options, kept.settings["fitted"])
+    key = jax.random.key(seed)
     shown = Batch(jnp.asarray(given.x), jnp.asarray(given.y))
     adapted = jax.jit(learner.adapt)(params, shown, key)
     predictive = jax.jit(learner.predict)(params, adapted, jnp.asarray(given.query), key)

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
-from metaprior.cli.reports import Kept, command, name_in, read_report, reports_of
 from metaprior.cli.screen import screen
 from metaprior.evaluation import Report, title_of
 from metaprior.files import write_atomically
 from metaprior.options import Whole, accept
 from metaprior.plots import check_pictures, compared_curves, save
 from metaprior.recipe import own_table
+from metaprior.reports import Kept, command, name_in, read_report, reports_of
 from metaprior.runs import Run, told_apart
 
 SHOWN = ("accuracy", "mse", "nll", "coverage_90", "ece", "mce")

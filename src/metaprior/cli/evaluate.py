@@ -1,11 +1,9 @@
 """metaprior evaluate: judge a run on new tasks."""
 
 import json
-import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,140 +13,30 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from metaprior.calibration import Calibration, calibrate, calibrate_softmax, temperature_scaled
-from metaprior.cli.reports import judged, name_of
 from metaprior.cli.screen import screen
 from metaprior.evaluation import TASKS, Report, Units, title_of
 from metaprior.evaluation import evaluate as evaluate_learner
 from metaprior.files import write_atomically
-from metaprior.inference.normalised import gathered
-from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from metaprior.networks.statistics import given
+from metaprior.opened import load
 from metaprior.plots import adaptation_curve, check_pictures, pit_histogram, reliability_diagram, save
 from metaprior.recipe import (
     Experiment,
     Recipe,
-    build,
     distance_of,
-    evaluation_of,
-    keeps_unseen,
     load_recipe,
     most_ways,
     own_table,
-    parse_overrides,
-    recipe_learner,
     recipe_names,
     recipe_of,
-    training_of,
     with_overrides,
 )
 from metaprior.rejection import Rejection, closeness, confidence, rejection, scored
+from metaprior.reports import judged, name_of
 from metaprior.results import published_for
 from metaprior.runs import Run
 from metaprior.runtime import configure
 from metaprior.tasks import FixedTasks, one_shot_source
-from metaprior.training import init_state
 from metaprior.types import Learner, group_count
-
-
-def open_run(
-    folder: Path, steps: int | None = None, overrides: tuple[str, ...] = (), *, blank: bool = False, **posterior: Any
-) -> tuple[Run, Recipe, Experiment, Any]:
-    """A run, its recipe (with options set anew), what that builds, and the parameters that validated best.
-
-    A table is prepared as it was for training, and its groups are shared out as they were, unless `tasks.path`,
-    `tasks.split` or `tasks.seed` is set anew. blank: the tasks of a table are of the right shapes and empty, so that
-    the table itself need not be there.
-    """
-    run = Run.open(folder)
-    run.warn_if_edited()
-    recipe = with_overrides(recipe_of(run), None, parse_overrides(overrides))
-    configure(float64=training_of(recipe).float64)
-    steps = evaluation_of(recipe).steps if steps is None else steps
-    preparation, tasks = run.preparation, own_table(recipe.tasks, recipe.learner)
-    if preparation is not None and any(re.match(r"tasks\.(path|split|seed)=", option) for option in overrides):
-        preparation = replace(preparation, groups=None)
-    splits = None
-    if blank and preparation is not None and recipe.network.get("norm") != "running":
-        shot, query = tasks.get("shot", 5), tasks.get("query", 5)
-        splits = preparation.blank(shot, query, padded=tasks.get("ragged", "pad") == "pad")
-    experiment = build(recipe, steps=steps, splits=splits, preparation=preparation, **posterior)
-    if preparation is None and experiment.preparation is not None:
-        warnings.warn(
-            f"{folder} was trained by a version that kept no preparation.json; columns, levels and scaling are taken "
-            "from the table as it is today",
-            stacklevel=2,
-        )
-    params = run.params(init_state(experiment.learner, experiment.splits.train, experiment.training))
-    if experiment.model.statistics == "running":
-        gather = jax.jit(partial(gathered, experiment.learner, experiment.model))
-        statistics = gather(params, experiment.splits.train, jax.random.key(experiment.training.seed))
-        model = given(experiment.model, statistics)
-        way = most_ways(recipe, experiment.preparation)
-        learner = recipe_learner(recipe, model, experiment.likelihood, steps=steps, way=way, **posterior)
-        experiment = experiment._replace(model=model, learner=learner)
-    return run, recipe, experiment, params
-
-
-def starting_knobs(posterior: str | None, likelihood: Likelihood) -> dict[str, float]:
-    """The positive scalars of a posterior that validation tasks can fit, at their pure values."""
-    knobs = {"implicit": {"temperature": 1.0}, "laplace": {"precision": 1.0}}.get(posterior or "point", {})
-    if isinstance(likelihood, Gaussian) and likelihood.scale is not None:
-        knobs = knobs | {"noise": float(likelihood.scale)}
-    return knobs
-
-
-def knob_names(recipe: Recipe, experiment: Experiment, posterior: str | None) -> set[str]:
-    """The scalars that `--calibrated` fits."""
-    of_classes = keeps_unseen(recipe) or isinstance(experiment.likelihood, Categorical | Bernoulli)
-    return {*starting_knobs(posterior, experiment.likelihood), *(["softmax_temperature"] if of_classes else [])}
-
-
-def with_knobs(
-    recipe: Recipe, experiment: Experiment, posterior: str | None, steps: int | None, options: dict[str, Any],
-    knobs: dict[str, Any],
-) -> Learner:  # fmt: skip
-    """The experiment's learner with fitted scalars in its posterior and in what predicts from it."""
-    way = most_ways(recipe, experiment.preparation)
-    learner, inner = experiment.learner, {n: v for n, v in knobs.items() if n != "softmax_temperature"}
-    if posterior is None and inner:
-        # The learner's own posterior stays as it is; only what predicts from it sees another noise.
-        noisy = recipe_learner(recipe, experiment.model, Gaussian(inner["noise"]), steps=steps, way=way)
-        learner = learner._replace(predict=noisy.predict)
-    elif inner:
-        likelihood, own = experiment.likelihood, options | inner
-        learner = recipe_learner(recipe, experiment.model, likelihood, steps=steps, way=way, **own)
-    scale = knobs.get("softmax_temperature")
-    if scale is not None and keeps_unseen(recipe):
-        return recipe_learner(
-            recipe, experiment.model, experiment.likelihood, steps=steps, way=way, softmax_temperature=scale
-        )
-    return learner if scale is None else temperature_scaled(learner, scale)
-
-
-def _fitted(
-    recipe: Recipe, experiment: Experiment, params: Any, posterior: str | None, steps: int | None,
-    options: dict[str, Any], tasks: int, key: jax.Array,
-) -> Calibration:  # fmt: skip
-    """The posterior's scalars first; then, of classes, the softmax's temperature around it, which leaves it alone."""
-    source, chunk = experiment.splits.validation, experiment.training.at_once or 10
-    found = []
-    if knobs := starting_knobs(posterior, experiment.likelihood):
-        build = partial(with_knobs, recipe, experiment, posterior, steps, options)
-        evaluations = 25 if options.get("draws") else 40
-        found.append(calibrate(build, params, source, key, knobs, tasks=tasks, evaluations=evaluations, chunk=chunk))
-    if keeps_unseen(recipe):
-        build = partial(with_knobs, recipe, experiment, posterior, steps, options)
-        found.append(calibrate(build, params, source, key, {"softmax_temperature": 1.0}, tasks=tasks, chunk=chunk))
-    elif isinstance(experiment.likelihood, (Categorical, Bernoulli)):
-        learner = with_knobs(recipe, experiment, posterior, steps, options, found[0].knobs if found else {})
-        found.append(calibrate_softmax(learner, params, source, key, tasks=tasks, chunk=chunk))
-    if not found:
-        raise ValueError(
-            f"--calibrated: {recipe.learner} with this likelihood has no scalar to fit; leave it out, or give "
-            "--posterior implicit or laplace"
-        )
-    return Calibration({n: v for f in found for n, v in f.knobs.items()}, found[0].nll_before, found[-1].nll_after)
 
 
 def evaluate(
@@ -194,22 +82,21 @@ def evaluate(
             regression = recipe.likelihood.get("name") == "gaussian"
             options["draws"] = (0 if regression else 16) if draws is None else draws
             options["linear"] = linear
-    opened, recipe, experiment, params = open_run(run, steps, set, **options)
-    settings = experiment.evaluation
+    opened = load(run, steps=steps, settings=set, **options)
+    recipe, experiment, params, settings = opened.recipe, opened.experiment, opened.params, opened.experiment.evaluation
     console = screen()
-    learner, fitted = experiment.learner, None
+    learner, fitted = opened.learner, None
     source = one_shot_runs_for(recipe) if split == "one_shot" else getattr(experiment.splits, split)
     number = settings.tasks if tasks is None and split != "one_shot" else tasks
     number = (group_count(source) or TASKS) if number is None else number
     changed = (*set, f"steps={steps}") if steps is not None else set  # other tasks or steps: another report
-    steps = settings.steps if steps is None else steps
     if calibrated:
         # Drawn networks are dear: one or two scalars are told well enough by fewer tasks.
         validation = min(number, 50 if options.get("draws") else 200)
         key = jax.random.key(settings.seed + 1)
-        result = _fitted(recipe, experiment, params, posterior, steps, options, validation, key)
+        result = opened.calibrate(validation, key)
         fitted = result.knobs
-        learner = with_knobs(recipe, experiment, posterior, steps, options, fitted)
+        learner = opened.turned(fitted)
         units = Units.of(source)
         shift = float(np.sum(np.log(units.scale)))  # from the nll of standardised targets to that in their own units
         before, after = (nll + shift for nll in (result.nll_before, result.nll_after))
@@ -219,8 +106,7 @@ def evaluate(
         console.print(told + (f", in units of {units.target}" if units.scale else ""), soft_wrap=True)
     course = learner
     if posterior not in (None, "point") and learner.path is not None:
-        way, likelihood = most_ways(recipe, experiment.preparation), experiment.likelihood
-        course = recipe_learner(recipe, experiment.model, likelihood, posterior="point", steps=steps, way=way)
+        course = opened.made(posterior="point")
     if not settings.course:
         course = course._replace(path=None)
     report = evaluate_learner(
@@ -235,12 +121,13 @@ def evaluate(
     )
     name = f"report-{name_of(posterior, calibrated=bool(fitted), split=split, changed=changed)}"
     told = _outsiders(learner, params, recipe, experiment, split, number, settings.seed if seed is None else seed)
-    asked = {"posterior": posterior, "draws": options.get("draws"), "linear": options.get("linear"), "steps": steps}
+    asked = {"posterior": posterior, "draws": options.get("draws"), "linear": options.get("linear")}
+    asked |= {"steps": opened.steps}
     asked |= {"fitted": fitted, "split": split, "set": set, "seed": settings.seed if seed is None else seed}
-    asked |= {"checkpoint": judged(opened, params)}
+    asked |= {"checkpoint": judged(opened.run, params)}
     kind = "official runs" if split == "one_shot" else "tasks"
     try:
-        _keep(opened, name, report, asked, told)
+        _keep(opened.run, name, report, asked, told)
     finally:
         # Figures that cost minutes are shown even where they cannot be written.
         title = f"{recipe.name}, {recipe.learner}, {posterior or 'own'} posterior, {number} {kind}"
@@ -249,8 +136,9 @@ def evaluate(
         console.print(rejection_table(told))
     if (curve := report.curve_table()) is not None:
         console.print(curve)
-    _compare(console, opened, recipe, split, changed)
-    console.print(f"written: {opened.folder / name}.json and pictures in {opened.folder / 'plots'}", soft_wrap=True)
+    _compare(console, opened.run, recipe, split, changed)
+    folder = opened.run.folder
+    console.print(f"written: {folder / name}.json and pictures in {folder / 'plots'}", soft_wrap=True)
     return 0
 
 

@@ -8,9 +8,9 @@ import jax
 import tyro
 from jaxtyping import PyTree
 
-from metaprior.cli.evaluate import open_run
 from metaprior.cli.screen import screen
 from metaprior.learners.registry import traits_of
+from metaprior.opened import load
 from metaprior.plots import check_pictures, gate_values, regression_tasks, save, training_curve
 from metaprior.types import Learner, Task
 
@@ -22,12 +22,13 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
         run: the folder that `train` wrote.
     """
     check_pictures(run, "run")
-    opened, recipe, experiment, params = open_run(run)
-    plots = opened.folder / "plots"
+    opened = load(run)
+    recipe, experiment, params = opened.recipe, opened.experiment, opened.params
+    plots = opened.run.folder / "plots"
     plots.mkdir(exist_ok=True)
     written = [plots / "training.png"]
     preparation = experiment.preparation
-    save(training_curve(opened.metrics(), preparation and preparation.standardised), written[0])
+    save(training_curve(opened.run.metrics(), preparation and preparation.standardised), written[0])
     task = experiment.splits.test.sample(jax.random.key(experiment.evaluation.seed), 3)
     x = task.support.x
     if recipe.likelihood["name"] == "gaussian" and getattr(x, "shape", (0,))[-1] == 1 and x.ndim == 3:

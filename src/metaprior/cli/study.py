@@ -8,12 +8,12 @@ import jax
 import tyro
 from rich.table import Table
 
-from metaprior.cli.evaluate import open_run
 from metaprior.cli.screen import screen
 from metaprior.evaluation import Figure
 from metaprior.files import write_atomically
 from metaprior.learners import LEARNERS
 from metaprior.named import option_names
+from metaprior.opened import load
 from metaprior.plots import check_pictures, save
 from metaprior.recipe import recipe_of
 from metaprior.runs import Run, told_apart
@@ -156,7 +156,7 @@ def study(status: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Stu
     return status
 
 
-class Opened(NamedTuple):
+class Subject(NamedTuple):
     """What a study needs of a run."""
 
     learner: Learner
@@ -171,7 +171,7 @@ def _open(
     draws: int | None,
     steps: int | None = None,
     transductive: bool | None = None,
-) -> dict[str, Opened]:
+) -> dict[str, Subject]:
     options: dict[str, Any] = {} if posterior is None else {"posterior": posterior}
     if draws is not None and posterior not in (None, "point"):
         options["draws"] = draws
@@ -180,8 +180,8 @@ def _open(
         learner = recipe_of(run).learner
         alone = transductive is not None and "transductive" in option_names(LEARNERS[learner])
         settings = (*overrides, f"learner.transductive={str(transductive).lower()}") if alone else overrides
-        _, _, experiment, params = open_run(run.folder, steps, settings, **options)
-        opened[name] = Opened(experiment.learner, params, experiment.splits.test)
+        subject = load(run.folder, steps=steps, settings=settings, **options)
+        opened[name] = Subject(subject.learner, subject.params, subject.splits.test)
     return opened
 
 
