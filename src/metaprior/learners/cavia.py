@@ -57,8 +57,8 @@ def cavia(
     inner = make_optimizer(optimizer, rate, differentiated=not first_order)
 
     def beside(phi: Float[Array, " k"], x: Array) -> Float[Array, "n d"]:
-        x = flat(x)
-        return jnp.concatenate([x, jnp.broadcast_to(phi, (x.shape[0], context)).astype(x.dtype)], -1)
+        x = flat(x).astype(phi.dtype)
+        return jnp.concatenate([x, jnp.broadcast_to(phi, (x.shape[0], context))], -1)
 
     def network(params: Told, phi: Float[Array, " k"], x: PyTree, call: Call) -> Array:
         if params.film is None:
@@ -73,7 +73,13 @@ def cavia(
     def init(key: PRNGKeyArray, task: Task) -> Told:
         x = task.support.x
         if layer is None:
-            return Told(model.init(key, beside(jnp.zeros(context), x)), None)
+            try:
+                return Told(model.init(key, beside(jnp.zeros(context), x)), None)
+            except ValueError as error:
+                raise ValueError(
+                    f"layer must be given for a network that does not take phi beside flat inputs ({error}); name the "
+                    "layer that phi modulates, e.g. 'block3' of conv4."
+                ) from error
         key_theta, key_film = jax.random.split(key)
         theta = model.init(key_theta, x)
         width = layer_width(model, layer, theta, x)
