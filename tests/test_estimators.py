@@ -452,3 +452,13 @@ def test_defaults_hold_until_one_of_them_is_said():
     ):  # fmt: skip
         model = MetaRegressor(hidden=(), options=options, training=quick).fit(x, y, group)
         assert dict(model.setting_.options) == expected
+
+
+def test_groups_named_by_dates_are_known_in_every_unit():
+    x, y, group = lines(0, groups=12)
+    days = np.datetime64("2024-01-01", "D") + group
+    quick = Training(steps=2, meta_batch=2, chunk=2, validation_tasks=2)
+    model = MetaRegressor(hidden=(), training=quick).fit(x, y, days)
+    known = model.predict(x, days)
+    np.testing.assert_array_equal(model.predict(x, days.astype("M8[ns]")), known)
+    np.testing.assert_array_equal(model.predict(x, days.astype(str)), known)

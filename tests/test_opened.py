@@ -1,6 +1,7 @@
 """A run opened in Python says what the command line says."""
 
 import csv
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -70,3 +71,12 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
         mp.load(folder / "run", posterior="laplace", calibrated=True)
     with pytest.raises(ValueError, match="draws needs a posterior"):
         mp.load(folder / "run", draws=3)
+
+
+def test_groups_that_trained_a_run_are_told_where_they_judge_it(folder):
+    with pytest.warns(UserWarning, match=r"[1-3] of 3 test groups trained this run"):
+        run = mp.load(folder / "run", settings=["tasks.seed=1"])
+    assert set(run.preparation.groups[2]) & set(mp.load(folder / "run").run.preparation.groups[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mp.load(folder / "run", settings=["evaluation.tasks=2"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -233,3 +234,52 @@ def test_sleepstudy_and_radon():
     assert (task.query.weight.sum(1) >= 1).all()
     counties = [set(np.asarray(s.groups).tolist()) for s in splits]
     assert sum(map(len, counties)) == len(set.union(*counties)) <= 85
+
+
+def frame(**columns):
+    """A table of 6 groups with 4 rows each."""
+    group = np.repeat(np.arange(6), 4)
+    return columns, np.linspace(0.0, 1.0, 24), group
+
+
+@pytest.mark.parametrize("twice", [["a", "a"], [0, "0"]])
+def test_columns_of_one_name_are_refused(twice):
+    x, y, group = pd.DataFrame(np.arange(48.0).reshape(24, 2)), np.linspace(0.0, 1.0, 24), np.repeat(np.arange(6), 4)
+    x.columns = twice
+    with pytest.raises(ValueError, match=r"2 columns are named '[a0]'; give each its own name"):
+        array_tasks(x, y, group, shot=2, query=2)
+
+
+def test_a_categorical_of_numbers_is_a_category():
+    """A feature a level, whatever the levels are written as; a missing one is missing."""
+    _, y, group = frame()
+    kinds = pd.DataFrame({"a": np.arange(24.0), "t": pd.Categorical(np.arange(24) % 3)})
+    splits = array_tasks(kinds, y, group, shot=2, query=2)
+    assert splits.train.x.shape == (24, 4)
+    lost = kinds.assign(t=pd.Categorical([None, *(np.arange(23) % 3)]))
+    with pytest.raises(ValueError, match=r"'t'.*row 0"):
+        array_tasks(lost, y, group, shot=2, query=2)
+
+
+@pytest.mark.parametrize("unit", ["D", "s", "ns"])
+def test_dates_name_groups_and_classes_alike_in_every_unit(unit):
+    x, y, group = np.arange(24.0)[:, None], np.linspace(0.0, 1.0, 24), np.repeat(np.arange(6), 4)
+    days = (np.datetime64("2024-03-01", "D") + group).astype(f"M8[{unit}]")
+    prep = array_tasks(x, y, days, shot=2, query=2, standardise=True).train.preparation
+    assert sorted(name for part in prep.groups for name in part) == [f"2024-03-0{i + 1}" for i in range(6)]
+    assert prep.from_json(prep.to_json()) == prep
+    times = (np.datetime64("2024-03-01T06:30", "m") + group % 2).astype("M8[ns]")
+    asked = array_tasks(x, times, group, shot=2, query=2, classification=True).train.preparation
+    assert asked.target.classes == ("2024-03-01T06:30:00", "2024-03-01T06:31:00")
+    assert asked.from_json(asked.to_json()) == asked
+
+
+def test_truth_values_and_frames_of_one_column_are_read_as_they_stand():
+    x, y, group = np.arange(48).reshape(24, 2) % 3 == 0, np.linspace(0.0, 1.0, 24), np.repeat(np.arange(6), 4)
+    plain = array_tasks(x.astype(float), y, group, shot=2, query=2)
+    for other in (
+        array_tasks(x, y, group, shot=2, query=2),
+        array_tasks(x, pd.DataFrame({"y": y}), pd.DataFrame({"g": group}), shot=2, query=2),
+    ):
+        np.testing.assert_array_equal(other.train.x, plain.train.x)
+        np.testing.assert_array_equal(other.train.y, plain.train.y)

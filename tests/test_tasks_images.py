@@ -1,19 +1,25 @@
 """Pictures by class from folders, archives and NPZ files, and the readers for one task's examples."""
 
+import csv
 import io
 import os
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from metaprior.tasks import DataError, images, miniimagenet, read_examples
+import metaprior as mp
+from metaprior.tasks import DataError, augmented, class_pool, images, miniimagenet, read_examples
 from metaprior.tasks.pictures import decode_pictures, find_pictures
 from metaprior.tasks.reading import check_same_form
+from metaprior.types import Splits
+from scenarios import run_cli
 
 COUNTS = {"ant": 4, "bee": 6, "cat": 5, "dog": 4, "elk": 4, "fox": 4}
 SPLIT = (("ant", "bee"), ("cat", "dog"), ("elk", "fox"))
@@ -252,3 +258,59 @@ def test_miniimagenet_is_the_published_benchmark():
         first = file["jpeg"][: file["offsets"][1]].tobytes()
     decoded = decode_pictures(some, (84, 84), 3)
     np.testing.assert_array_equal(decoded[0], np.asarray(Image.open(io.BytesIO(first)).convert("RGB")))
+
+
+def pictures(folder, rng, shape=(8, 8)):
+    """9 classes of 6 grey pictures, each class of a brightness of its own."""
+    for c in range(9):
+        (folder / f"c{c}").mkdir(parents=True)
+        for i in range(6):
+            level = 20 + 25 * c + rng.integers(-4, 5, shape)
+            Image.fromarray(level.astype(np.uint8)).save(folder / f"c{c}" / f"{i}.png")
+    return folder
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("size", ["8", "[8, 16]"])
+def test_adapt_shows_pictures_as_training_did(tmp_path, size):
+    """Normalised, and of the same size: prototypes of the pictures themselves, computed by hand."""
+    shape = (8, 8) if size == "8" else (8, 16)
+    folder = pictures(tmp_path / "pics", np.random.default_rng(0), shape)
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(
+        f'learner = "nearest_neighbour"\n[tasks]\nname = "images"\npath = "{folder}"\nway = 2\nshot = 2\nquery = 2\n'
+        f"test_query = 2\nsize = {size}\nchannels = 1\nsplit = [0.4, 0.3, 0.3]\nnormalise = true\n"
+        '[network]\nname = "mlp"\nhidden = [4]\n[likelihood]\nname = "categorical"\n'
+        '[learners.nearest_neighbour]\non = "pixels"\ndistance = "euclidean"\n'
+        "[training]\nsteps = 1\nmeta_batch = 1\nchunk = 1\nvalidation_tasks = 1\n"
+    )
+    run_cli("train", recipe, "--out", tmp_path / "run")
+    support = tmp_path / "support"
+    for c in (0, 8):
+        shutil.copytree(folder / f"c{c}", support / f"c{c}")
+    out = tmp_path / "told.csv"
+    run_cli("adapt", tmp_path / "run", "--support", support, "--query", folder / "c1" / "0.png", "--out", out)
+    told = next(csv.DictReader(out.open()))
+    run = mp.load(tmp_path / "run")
+    pool = run.splits.train
+    assert float(pool.deviation[0]) != 1
+
+    def image(path):
+        return (np.asarray(Image.open(path), np.float32)[..., None] / 255 - np.asarray(pool.mean)) / pool.deviation
+
+    x = jnp.stack([image(support / c / f"{i}.png") for c in ("c0", "c8") for i in range(6)])
+    batch = mp.Batch(x, jnp.repeat(jnp.arange(2), 6))
+    posterior = run.learner.adapt(run.params, batch, jax.random.key(0))
+    query = image(folder / "c1" / "0.png")[None]
+    p = run.learner.predict(run.params, posterior, jnp.asarray(query), jax.random.key(0)).mean()[0]
+    np.testing.assert_allclose([float(told["p(c0)"]), float(told["p(c8)"])], p, atol=1e-4)
+
+
+def test_augmentation_changes_pictures_in_0_to_1_before_they_are_normalised():
+    """A border of a crop is black, and brighter is brighter, whatever the mean and deviation."""
+    raw = np.full((8, 6, 6, 1), 128, np.uint8)
+    options = {"way": 2, "shot": 1, "query": 1}
+    plain, normal = (class_pool(raw, [4, 4], **options, **more) for more in ({}, {"mean": 0.4, "deviation": 0.2}))
+    for change in ({"crop": 2}, {"jitter": 0.4}):
+        one, other = (augmented(Splits(p, p, p), **change).train.sample(jax.random.key(0), 3) for p in (plain, normal))
+        np.testing.assert_allclose(other.support.x, (one.support.x - 0.4) / 0.2, rtol=1e-4, atol=1e-5)

@@ -357,3 +357,24 @@ def test_intents_from_the_command_line(data_dir, tmp_path, capsys):
     wrong = write_csv(tmp_path / "wrong.csv", [("what is my balance", "balance")], ("words", "label"))
     run_cli("adapt", folder, "--support", wrong, "--query", tmp_path / "query.txt", code=2)
     assert "'words', 'label'" in capsys.readouterr().err
+
+
+def test_white_space_around_a_label_does_not_make_a_class(tmp_path):
+    path = tmp_path / "texts.csv"
+    path.write_text("text,label\nhello, alpha\nbye,alpha \nhi,beta\n")
+    assert read_texts(path).labels == ["alpha", "alpha", "beta"]
+    path = tmp_path / "texts.json"
+    path.write_text('{"alpha": ["hello"], " alpha": ["bye"]}')
+    assert read_texts(path).labels == ["alpha", "alpha"]
+    path.write_text('[["hello", " "], ["bye", "b"]]')
+    with pytest.raises(ValueError, match="came no label in row 0"):
+        read_texts(path)
+
+
+@pytest.mark.parametrize("labels", ['1, "1"', 'true, "True"'])
+def test_a_label_that_is_text_and_a_number_is_named(tmp_path, labels):
+    one, other = labels.split(", ")
+    path = tmp_path / "texts.json"
+    path.write_text(f'[["hello", {one}], ["bye", {other}]]')
+    with pytest.raises(ValueError, match="as text and as a number"):
+        read_texts(path)

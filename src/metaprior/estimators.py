@@ -22,6 +22,7 @@ from metaprior.options import Count, Seed, accept, parameters_of
 from metaprior.programs import SIZES, Setting, builder, compiled, frozen, kept, size_of, untuned
 from metaprior.tasks.arrays import ArrayTasks, array_tasks
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.columns import dates_as_text
 from metaprior.tasks.labels import encode_labels
 from metaprior.tasks.preparation import Preparation
 from metaprior.tasks.scaling import Scaling
@@ -181,6 +182,8 @@ class _MetaEstimator(BaseEstimator):
     def _ids(self, groups: Any, rows: int) -> tuple[np.ndarray, list[Hashable]]:
         """A number a row, and what the numbers stand for."""
         values = groups if isinstance(groups, list | tuple) else np.asarray(groups)
+        if isinstance(values, np.ndarray) and values.dtype.kind == "M":
+            values = dates_as_text(values)
         if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
             values = values[:, 0]
         if groups is None:

@@ -208,6 +208,7 @@ def _opened(
             "from the table as it is today",
             stacklevel=3,
         )
+    _warn_of_leaks(run.preparation, experiment.preparation)
     params = run.params(init_state(experiment.learner, experiment.splits.train, experiment.training))
     opened = Opened(run, recipe, experiment, params, experiment.learner, steps, options)
     if experiment.model.statistics != "running":
@@ -217,3 +218,18 @@ def _opened(
     opened = replace(opened, experiment=experiment._replace(model=statistics.given(experiment.model, seen)))
     learner = opened.made(**options)
     return replace(opened, learner=learner, experiment=opened.experiment._replace(learner=learner))
+
+
+def _warn_of_leaks(old: Preparation | None, new: Preparation | None) -> None:
+    """Warn where groups that trained the run are to judge it, as its groups were shared out anew."""
+    if old is None or new is None or not old.groups or not new.groups or old.groups == new.groups:
+        return
+    trained = set(old.groups[0])
+    leaked = [name for name in new.groups[2] if name in trained]
+    if leaked:
+        warnings.warn(
+            f"tasks.path, tasks.split or tasks.seed was set anew: {len(leaked)} of {len(new.groups[2])} test groups "
+            f"trained this run ({leaked[0]!r}, ...), so figures on them are not of new groups. Leave them out of the "
+            "table, or name the groups of each part by tasks.split.",
+            stacklevel=4,
+        )

@@ -20,6 +20,7 @@ from metaprior.opened import load
 from metaprior.recipe import Recipe, most_ways
 from metaprior.tasks import Examples, Preparation, encode_labels, read_columns, read_examples, read_texts
 from metaprior.tasks.columns import Columns, as_numbers
+from metaprior.tasks.pool import ClassPool, innermost
 from metaprior.types import Attributes, Batch
 
 SHOWN = 50  # rows of the table on screen; --out holds all
@@ -72,7 +73,11 @@ def adapt(
     if preparation is not None:
         given = _from_tables(preparation, support, query)
     elif encode is None:
-        given = _given(run, recipe, like, *_from_examples(run, recipe, like.x.shape[2:], support, query))
+        shown, asked = _from_examples(run, recipe, like.x.shape[2:], support, query)
+        if isinstance(pool := innermost(experiment.splits.train), ClassPool):
+            seen = [np.asarray(pool.normalised(jnp.asarray(part.x))) for part in (shown, asked)]
+            shown, asked = shown._replace(x=seen[0]), asked._replace(x=seen[1])
+        given = _given(run, recipe, like, shown, asked)
     else:
         given = _given(run, recipe, like, *_from_texts(recipe, encode, support, query))
     key = jax.random.key(seed)
@@ -140,7 +145,7 @@ def _given(run: Path, recipe: Recipe, like: Batch, shown: Examples, asked: Examp
 def _from_examples(
     run: Path, recipe: Recipe, shape: tuple[int, ...], support: Path, query: Path
 ) -> tuple[Examples, Examples]:
-    image: dict[str, Any] = {"size": shape[0], "channels": shape[-1]} if len(shape) == 3 else {}
+    image: dict[str, Any] = {"size": shape[:2], "channels": shape[-1]} if len(shape) == 3 else {}
     # Omniglot's tasks show ink as 1 on 0; people's scans are dark ink on light paper.
     image |= {"invert": True} if recipe.tasks["name"] == "omniglot" else {}
     shown = read_examples(support, labelled=True, **image)

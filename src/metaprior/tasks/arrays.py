@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metaprior.options import Count, Seed, checked
 from metaprior.tasks.checks import DataError
-from metaprior.tasks.columns import Columns, as_ids, is_text, missing, refuse_missing
+from metaprior.tasks.columns import Columns, as_array, as_ids, is_categorical, is_text, missing, refuse_missing
 from metaprior.tasks.labels import encode_labels
 from metaprior.tasks.pool import distinct
 from metaprior.tasks.preparation import Preparation, target_of
@@ -124,7 +124,8 @@ def array_tasks(
         classification: whether y holds labels; by default if it is text or truth values. Whole numbers could be either,
             so it must be said of them. Labels become 0..k-1, sorted.
         counts: whether y holds counts, for a Poisson likelihood.
-        columns: names of the features. categories: columns by name that are categories although they hold numbers.
+        columns: names of the features. categories: columns by name that are categories although they hold numbers, as
+            pandas Categoricals are.
         names: of the target and of the group, for errors and reports.
         preparation: of an earlier run, in place of one fitted here: its levels, classes, scaling and groups' shares.
 
@@ -142,6 +143,8 @@ def array_tasks(
     if preparation is not None:
         _check_same_table(preparation, names)
     test_query = query if test_query is None else test_query
+    named = x.items() if isinstance(x, Mapping) or hasattr(x, "columns") else ()
+    categories = (*categories, *(str(name) for name, values in named if is_categorical(values)))
     raw, images = (x, None) if isinstance(x, Columns) else _as_columns(x, columns)
     goal, ids = _one_dimensional(y, names[0], raw), _one_dimensional(groups, names[1], raw)
     if not raw.rows == len(goal) == len(ids):
@@ -166,6 +169,8 @@ def array_tasks(
             raw, target, goal, np.isin(codes, kept[0]), standardise=standardise, categories=categories, group=names[1],
             groups=tuple(tuple(group_names[g] for g in part) for part in parts),
         )  # fmt: skip
+    elif preparation.groups is None:
+        preparation = replace(preparation, groups=tuple(tuple(group_names[g] for g in part) for part in parts))
     if images is not None and standardise:
         raise DataError(f"standardise: came features {images.shape}, needs [N, d]")
     features = preparation.encode(raw, strict=False) if images is None else images
@@ -190,8 +195,13 @@ def _check_same_table(preparation: Preparation, names: tuple[str, str]) -> None:
 def _as_columns(x: Any, names: Sequence[str] | None) -> tuple[Columns, np.ndarray | None]:
     """Features by name; those that are no columns, such as images, are returned as they are."""
     if isinstance(x, Mapping) or hasattr(x, "columns"):  # a DataFrame
+        names_of = [str(name) for name in getattr(x, "columns", x)]
+        if len(set(names_of)) < len(names_of):
+            twice = next(name for name in names_of if names_of.count(name) > 1)
+            raise DataError(f"x: {names_of.count(twice)} columns are named {twice!r}; give each its own name.")
         return Columns(dict(x.items())), None
     values = np.asanyarray(x)
+    values = values.astype(float) if values.dtype == bool else values
     if values.ndim == 0:
         raise DataError("x: came a single number, needs [N, d]")
     if is_text(values) or values.dtype.kind not in "fiubO":
@@ -214,8 +224,10 @@ def cast_images(values: np.ndarray) -> np.ndarray:
 
 def _one_dimensional(values: Any, name: str, raw: Columns) -> np.ndarray:
     """Targets, labels or groups as an array; what numpy would change (tuples, 1 beside '1') stays as it is."""
-    if isinstance(values, np.ndarray):
-        array = values
+    if hasattr(values, "columns") and len(values.columns) == 1:  # a DataFrame of one column
+        values = values.iloc[:, 0]
+    if isinstance(values, np.ndarray) or hasattr(values, "dtype"):
+        array = as_array(values)
     else:
         listed = list(values)
         array = np.empty(len(listed), object)

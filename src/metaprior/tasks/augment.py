@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from metaprior.options import Fraction, Whole, checked
+from metaprior.tasks.pool import ClassPool, innermost
 from metaprior.tasks.warp import affine
 from metaprior.types import Attributes, Splits, Task, TaskSource
 
@@ -32,8 +33,11 @@ class Augmented:
     def _change(self, key: PRNGKeyArray, x: Float[Array, "t n h w c"] | Attributes) -> PyTree:
         if isinstance(x, Attributes):
             return x
+        pool = innermost(self.source)  # whose images, in 0..1, are what is changed
         flat = x.reshape(-1, *x.shape[2:])
-        return jax.vmap(self._one)(jax.random.split(key, len(flat)), flat).reshape(x.shape)
+        flat = pool.restored(flat) if isinstance(pool, ClassPool) else flat
+        flat = jax.vmap(self._one)(jax.random.split(key, len(flat)), flat)
+        return (pool.normalised(flat) if isinstance(pool, ClassPool) else flat).reshape(x.shape)
 
     def _one(self, key: PRNGKeyArray, image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
         key_warp, key_crop, key_flip, key_jitter = jax.random.split(key, 4)

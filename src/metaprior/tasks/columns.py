@@ -33,11 +33,36 @@ LOST = 1e-2  # of a column's spread: rounding errors above it are an error
 MOST_LEVELS = 100
 
 
+def is_categorical(values: Any) -> bool:
+    """Whether a column is a pandas Categorical."""
+    return hasattr(getattr(values, "dtype", None), "categories")
+
+
+def as_array(values: Any) -> np.ndarray:
+    """A column as an array: the categories of a pandas Categorical are text, dates are text in ISO form."""
+    if is_categorical(values):
+        given = np.asarray(values, object)
+        return np.array([None if v is None or v != v else str(v) for v in given.tolist()], object)
+    array = np.asanyarray(values)
+    return dates_as_text(array) if array.dtype.kind == "M" else array
+
+
+def dates_as_text(values: np.ndarray) -> np.ndarray:
+    """Dates as text, 2024-03-01 or 2024-03-01T12:00:00, in whatever unit numpy has them; a missing one is None."""
+    written = np.datetime_as_string(values.astype("M8[us]"))
+    cut = [text.removesuffix(".000000").removesuffix("T00:00:00") for text in written.reshape(-1).tolist()]
+    return np.array([None if text == "NaT" else text for text in cut], object).reshape(values.shape)
+
+
 class Columns(dict[str, np.ndarray]):
     """Columns by name, and where each row stands in its file."""
 
     def __init__(self, columns: Mapping[str, Any], path: Path | None = None, lines: Sequence[int] | None = None):
-        super().__init__({str(name): np.asanyarray(values) for name, values in columns.items()})
+        super().__init__({str(name): as_array(values) for name, values in columns.items()})
+        if len(self) < len(columns):
+            names = [str(name) for name in columns]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"columns: {twice!r} names {names.count(twice)} of them; give each its own name.")
         self.path, self.lines = path, lines
 
     @property

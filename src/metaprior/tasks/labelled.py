@@ -34,8 +34,11 @@ def read_texts(path: str | Path, *, text: str | None = None, label: str | None =
         text, label: columns (or keys of the objects); by default the first there is of the usual names.
         labelled: whether labels are needed.
 
+    White space around a label does not count.
+
     Raises:
-        DataError: no such file, nothing in it, unknown columns (naming those there are), an empty text or label.
+        DataError: no such file, nothing in it, unknown columns (naming those there are), an empty text or label, or a
+            label that is text in one row and a number in another.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -48,10 +51,16 @@ def read_texts(path: str | Path, *, text: str | None = None, label: str | None =
     for row, value in enumerate(found.texts):
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{path}: came {value!r} as the text of row {row}, needs words; leave such rows out")
-    for row, value in enumerate(found.labels or ()):
+    if found.labels is None:
+        return found
+    labels = [value.strip() if isinstance(value, str) else value for value in found.labels]
+    kinds: dict[str, type] = {}
+    for row, value in enumerate(labels):
         if value is None or value == "":
             raise DataError(f"{path}: came no label in row {row}; fill it in or leave the row out")
-    return found
+        if kinds.setdefault(str(value), type(value)) is not type(value):
+            raise DataError(f"{path}: has the label {value!r} as text and as a number; write it one way")
+    return found._replace(labels=labels)
 
 
 def _from_file(path: Path, text: str | None, label: str | None, labelled: bool) -> Texts:

@@ -134,8 +134,22 @@ class ClassPool:
         images = self.images[rows]
         if self.rotations > 1:
             images = rotate(images, turns)
-        x = (images.astype(jnp.float32) / 255 - self.mean) / self.deviation
-        return as_task(x, labels, self.shot)
+        return as_task(self.normalised(images.astype(jnp.float32) / 255), labels, self.shot)
+
+    def normalised(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+        """Images in 0..1 as the tasks show them."""
+        return (x - self.mean) / self.deviation
+
+    def restored(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+        """Images of tasks in 0..1 again."""
+        return x * self.deviation + self.mean
+
+
+def innermost(source: Any) -> Any:
+    """The source within sources around it (augmented, of hidden labels)."""
+    while hasattr(source, "source"):
+        source = source.source
+    return source
 
 
 @checked
