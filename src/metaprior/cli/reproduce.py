@@ -12,7 +12,6 @@ import tyro
 from rich.table import Table
 
 from metaprior.cli.evaluate import evaluate
-from metaprior.cli.reports import name_of, read_report
 from metaprior.cli.screen import screen
 from metaprior.cli.train import one_name, trained_run
 from metaprior.files import check_output, write_atomically
@@ -21,6 +20,7 @@ from metaprior.pages import headlines as headline_table
 from metaprior.pages import number, with_headlines, write_pages
 from metaprior.plots import check_pictures
 from metaprior.recipe import Recipe, as_dict, build, training_of
+from metaprior.reports import name_of, read_report
 from metaprior.results import Result, commit, read_result, recipe_hash, statuses
 from metaprior.runs import Run, environment
 from metaprior.runtime import configure
