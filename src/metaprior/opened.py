@@ -186,9 +186,7 @@ def load(
     return opened if kept is None else opened.with_fitted(kept)
 
 
-def _opened(
-    folder: Path, steps: int | None, settings: tuple[str, ...], blank: bool, options: dict[str, Any]
-) -> Opened:
+def _opened(folder: Path, steps: int | None, settings: tuple[str, ...], blank: bool, options: dict[str, Any]) -> Opened:
     run = Run.open(folder)
     run.warn_if_edited()
     recipe = with_overrides(recipe_of(run), None, parse_overrides(settings))
