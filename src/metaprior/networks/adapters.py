@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from metaprior.types import Model
+from metaprior.types import PLAIN, Call, Model
 
 
 def from_flax(module: Any) -> Model:
@@ -52,9 +52,7 @@ def known_noise(model: Model) -> Model:
     def init(key: PRNGKeyArray, x: Array) -> PyTree:
         return model.init(key, x[:, :-1])
 
-    def apply(params: PyTree, x: Array, tap: Any = None) -> Array:
-        inner = x[:, :-1]
-        outputs = model.apply(params, inner) if tap is None else model.apply(params, inner, tap)
-        return jnp.concatenate([outputs, jnp.log(x[:, -1:])], -1)
+    def apply(params: PyTree, x: Array, call: Call = PLAIN) -> Array:
+        return jnp.concatenate([model.outputs(params, x[:, :-1], call), jnp.log(x[:, -1:])], -1)
 
-    return Model(init, apply)
+    return Model(init, apply, statistics=model.statistics, calls=model.calls)
