@@ -65,7 +65,8 @@ def gnn(
     unlabelled: the largest share of the support without a label; more is a ValueError from `adapt`, and in compiled
     code, which cannot raise, answers of NaN. ask: "attention" or "random" (a comparison: the whole label of any node)
     lets each query's graph learn one label that is hidden as -2 - label. The order of the support does not matter
-    (but to random asking); class names do as far as training has not taught otherwise.
+    (but to random asking); class names do as far as training has not taught otherwise. Weights of the support say only
+    how much an edge to an example counts: a weight of 2 is not the example twice.
     """
     if not isinstance(likelihood, Categorical):
         raise ValueError(f"likelihood: came {likelihood}, needs a categorical one: the graph passes class labels")
