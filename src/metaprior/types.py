@@ -249,9 +249,10 @@ def check_known(batch: Batch) -> None:
 
 
 def labelled(batch: Batch) -> Batch:
-    """The batch with weight 0 for the rows whose class is not known (a label below 0)."""
-    known = batch.y >= 0 if batch.known is None else batch.known
-    return Batch(batch.x, jnp.where(known, batch.y, 0), weights(batch) * known)
+    """The batch with weight 0 for the rows whose class is not known."""
+    if batch.known is None:
+        return batch
+    return Batch(batch.x, jnp.where(batch.known, batch.y, 0), weights(batch) * batch.known)
 
 
 def counted(batch: Batch) -> Batch:

@@ -266,7 +266,7 @@ ARRAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "npz of two columns in one": ({"hours": np.ones((3, 2))}, ("'hours'", "2 wide")),
     "npz of objects": ({"hours": np.asarray([1.5, None, 8], object)}, ("s.npz",)),
     "npz of complex numbers": ({"hours": np.asarray([1j, 2, 8])}, ("'hours'", "complex")),
-    "npz of dates": ({"hours": np.asarray(["2024-01-01"] * 3, "datetime64[D]")}, ("'hours'", "datetime64")),
+    "npz of dates": ({"hours": np.asarray(["2024-01-01"] * 3, "datetime64[D]")}, ("'hours'", "2024-01-01")),
     "npz of a single number": ({"hours": np.asarray(1.5)}, ("'hours'", "a single value")),
     "npz of no rows": ({name: values[:0] for name, values in NUMBERS.items()}, ("rows",)),
     "npz of codes for levels": ({"kind": np.asarray([0, 1, 2])}, ("'kind'", "'0'")),

@@ -48,7 +48,7 @@ def wrong_values(name: str, annotation: Any) -> list[Any]:
     if len(kinds & set(WRONG)) != 1 or not kinds <= {*WRONG, type(None)}:
         return []
     kind = (kinds & set(WRONG)).pop()
-    free = name in ("path", "target", "group", "text", "label", "outside", "head")  # any text may be one
+    free = name in ("path", "target", "group", "text", "label", "outside", "head", "layer")  # any text may be one
     values = [v for v in WRONG[kind] if not (free and isinstance(v, str))]
     if name in NEGATIVE and kind in (int, float):
         values.append(-1)
