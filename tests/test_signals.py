@@ -56,8 +56,9 @@ def test_ctrl_c_during_imports_ends_with_one_line(seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode in (130, 0), said  # 0 if it was done by then
-    assert said == ("stopped\n" if process.returncode else "")
+    # 0 if it was done by then, and the signal's own where it met a process on its way out.
+    assert process.returncode in (130, 0, -signal.SIGINT), said
+    assert said == ("stopped\n" if process.returncode == 130 else "")
 
 
 def test_ctrl_c_while_the_first_chunk_compiles_or_runs(tmp_path):
