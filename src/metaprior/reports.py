@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from jaxtyping import PyTree
 
 from metaprior.checkpoint import digest_of
+from metaprior.course import differences
 from metaprior.evaluation import Report
 from metaprior.options import Positive, Whole, accept
-from metaprior.runs import Run, differences
+from metaprior.runs import Run
 
 NEEDED = {"posterior", "steps", "draws", "linear", "set", "split", "fitted", "checkpoint"}
 KNOBS = ("temperature", "precision", "noise", "softmax_temperature")

@@ -6,23 +6,16 @@
 One process trains a run, and holds its lock; any number may read it meanwhile. `Run.open` reads and changes nothing.
 """
 
-import hashlib
 import json
-import os
-import re
 import shutil
 import uuid
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
 from metaprior.checkpoint import (
@@ -34,9 +27,17 @@ from metaprior.checkpoint import (
     fingerprint,
     unreadable,
 )
+from metaprior.course import (
+    OtherSettings,
+    check_same_course,
+    differences,
+    digest,
+    environment,
+    recipe_digest,
+    text_digest,
+)
 from metaprior.events import Events
 from metaprior.files import Lock, Locked, explained, remove_partials, sync, write_atomically
-from metaprior.networks.native import kernels
 from metaprior.tasks.preparation import Preparation
 from metaprior.training import Restored, Training, TrainState
 from metaprior.types import Splits
@@ -47,10 +48,6 @@ RESTORE = "put back the file that the training wrote, or train again"
 
 class RunExists(ValueError):
     """A new run was to be written where one lies already."""
-
-
-class OtherSettings(ValueError):
-    """A run was to go on with other settings than those it was started with."""
 
 
 class Chosen(NamedTuple):
@@ -202,7 +199,7 @@ class Run:
             raise ValueError(explained(error, path)) from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}; {RESTORE}") from error
-        if kept is not None and kept != _digest(text):
+        if kept is not None and kept != text_digest(text):
             raise ValueError(f"{path}: was edited since the run was trained on it; {RESTORE}")
         return found
 
@@ -363,7 +360,7 @@ class Run:
                 "may differ from those of a run that never stopped"
             )
         if (path := self.folder / "preparation.json").is_file():
-            started = {"preparation": _digest(path.read_text(encoding="utf-8"))} | started
+            started = {"preparation": text_digest(path.read_text(encoding="utf-8"))} | started
         started = started | {"training": settings, "under": [*under, {"from": step} | now]}
         write_atomically(self.folder / "training.json", json.dumps(started, indent=2) + "\n")
         recipe = self.recipe
@@ -397,79 +394,6 @@ def _table(path: Path) -> dict[str, Any]:
     return found
 
 
-def environment() -> dict[str, Any]:
-    """What the last bits of a training depend on besides its settings."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = jax.devices()
-    return {
-        "metaprior": version("metaprior"),
-        "jax": jax.__version__,
-        "jaxlib": version("jaxlib"),
-        "devices": f"{len(devices)} {devices[0].device_kind}",
-        "threads": int(os.environ.get("NPROC") or cores or 1),
-        "kernels": kernels() if devices[0].platform == "cpu" else None,
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
-
-
-def digest(splits: Splits) -> str:
-    """A hash of the data that training and validation tasks are drawn from, where sources are pytrees of arrays."""
-    # Of what is no array, as the size of a support, its text counts, but no address in memory.
-    structure = re.sub(r" at 0x[0-9a-f]+", "", str(jax.tree.structure((splits.train, splits.validation))))
-    found = hashlib.sha256(structure.encode())
-    for leaf in jax.tree.leaves((splits.train, splits.validation)):
-        key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        array = np.asarray(jax.random.key_data(leaf) if key else leaf)
-        if array.dtype != object:
-            found.update(f"{array.dtype}{array.shape}".encode())
-            found.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
-    return found.hexdigest()[:16]
-
-
-def recipe_digest(recipe: dict[str, Any]) -> str:
-    """A hash of a recipe's tables, but for the number of meta-steps, which a resume may change."""
-    training = recipe.get("training")
-    if isinstance(training, dict):
-        recipe = recipe | {"training": {k: v for k, v in training.items() if k != "steps"}}
-    return _digest(json.dumps(recipe, sort_keys=True))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """'name: old -> new' of each entry that differs, tables inside tables by dotted names."""
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
-        elif json.dumps(a, default=str) != json.dumps(b, default=str):
-            found.append(f"{prefix}{name}: {a!r} -> {b!r}")
-    return found
-
-
-def check_same_course(folder: Path, old: dict[str, Any], new: dict[str, Any], prefix: str = "training.") -> None:
-    """Raise OtherSettings, saying what differs, unless only the number of meta-steps does and the rate ignores it."""
-    changed = differences(old, new, prefix)
-    table = new if prefix else new.get("training", {})
-    if table.get("schedule", "constant") == "constant":
-        changed = [line for line in changed if not line.startswith("training.steps: ")]
-    if changed:
-        length = any(line.startswith("training.steps: ") for line in changed)
-        why = (
-            f"The rate's {table['schedule']} schedule depends on training.steps, so another length is another course."
-            if length
-            else "Only training.steps may change."
-        )
-        raise OtherSettings(
-            f"--resume: {folder} goes on with the settings that it was started with, but these differ (old -> new):\n  "
-            + "\n  ".join(changed)
-            + f"\n{why} Leave them out, or train anew in another folder."
-        )
-
-
 def _remove(folder: Path, made: list[Path]) -> None:
     """Remove a new run's few files, and the folders that were made for it where they are empty."""
     for name in ("tensorboard", "checkpoints"):
@@ -486,9 +410,6 @@ def _warn(message: str) -> None:
     warnings.warn(f"{message}.", stacklevel=3)
 
 
-__all__ = ["CheckpointError", "CheckpointMismatch", "Locked", "Run", "RunExists", "write_atomically"]
-
-
 def told_apart(runs: Sequence[Run]) -> dict[str, Run]:
     """Each run by its learner's name, or by its folder's where two have one learner."""
     if not runs:
@@ -499,3 +420,15 @@ def told_apart(runs: Sequence[Run]) -> dict[str, Run]:
         name = learner if learners.count(learner) == 1 else run.folder.name
         names[name if name not in names else str(run.folder)] = run
     return names
+
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointMismatch",
+    "Locked",
+    "OtherSettings",
+    "Run",
+    "RunExists",
+    "digest",
+    "write_atomically",
+]

@@ -14,6 +14,7 @@ from rich.table import Table
 from metaprior.cli.evaluate import evaluate
 from metaprior.cli.screen import screen
 from metaprior.cli.train import one_name, trained_run
+from metaprior.course import environment
 from metaprior.files import check_output, write_atomically
 from metaprior.named import lookup
 from metaprior.pages import headlines as headline_table
@@ -22,7 +23,7 @@ from metaprior.plots import check_pictures
 from metaprior.recipe import Recipe, as_dict, build, training_of
 from metaprior.reports import name_of, read_report
 from metaprior.results import Result, commit, read_result, recipe_hash, statuses
-from metaprior.runs import Run, environment
+from metaprior.runs import Run
 from metaprior.runtime import configure
 from metaprior.suite import Planned, load_suite
 from metaprior.training import NonFiniteLoss

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from metaprior.cli.progress import Progress
 from metaprior.cli.screen import screen
+from metaprior.course import check_same_course
 from metaprior.named import lookup
 from metaprior.recipe import (
     Experiment,
@@ -24,7 +25,7 @@ from metaprior.recipe import (
     training_of,
     with_overrides,
 )
-from metaprior.runs import Run, check_same_course
+from metaprior.runs import Run
 from metaprior.runtime import configure
 from metaprior.training import Fitted, fit
 
