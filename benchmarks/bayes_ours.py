@@ -11,17 +11,17 @@ from collections.abc import Callable
 
 import jax
 
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Learner, TaskSource
 from metaprior.inference.posteriors import laplace
 from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil
 from metaprior.learners.bmaml import bmaml
 from metaprior.learners.maml import maml
-from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks.conv4 import conv4
 from metaprior.networks.mlp import mlp
-from metaprior.tasks.sinusoid import sinusoid
-from metaprior.training import Training, init_state, run_chunk
-from metaprior.types import Learner, TaskSource
+from metaprior.tasks.synthetic.sinusoid import sinusoid
+from metaprior.training.loop import Training, init_state, run_chunk
 from ours import images
 from worker import serve
 

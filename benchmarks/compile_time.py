@@ -12,9 +12,9 @@ from harness import HERE, environment, options, write
 def measure(name: str) -> dict[str, float]:
     import jax
 
-    from metaprior.recipe import build, load_recipe
-    from metaprior.runtime import configure
-    from metaprior.training import init_state, run_chunk
+    from metaprior.core.runtime import configure
+    from metaprior.experiments.recipe import build, load_recipe
+    from metaprior.training.loop import init_state, run_chunk
 
     configure()
     made = build(load_recipe(name))
@@ -32,7 +32,7 @@ def main() -> None:
     if chosen.one:
         print(json.dumps(measure(chosen.one)))
         return
-    from metaprior.recipe import recipe_names
+    from metaprior.experiments.recipe import recipe_names
 
     result = {}
     for name in ["sinusoid"] if chosen.quick else recipe_names():

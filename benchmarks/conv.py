@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from harness import options, write
+from metaprior.core.likelihoods import Categorical
+from metaprior.core.types import Model, Task
 from metaprior.learners.maml import maml
-from metaprior.likelihoods import Categorical
 from metaprior.networks.conv4 import conv4
-from metaprior.training import meta_gradient
-from metaprior.types import Model, Task
+from metaprior.training.loop import meta_gradient
 from ours import images
 
 TASKS, SIDE = 8, 2048

@@ -23,14 +23,14 @@ from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from harness import options, write
-from metaprior.estimators import MetaRegressor
-from metaprior.mixed import Rows, mixed_by_statsmodels
-from metaprior.runtime import configure
+from metaprior.core.runtime import configure
+from metaprior.estimators.sklearn import MetaRegressor
+from metaprior.referees.mixed import Rows, mixed_by_statsmodels
 from metaprior.tasks import array_tasks
-from metaprior.tasks.columns import Columns, read_columns
 from metaprior.tasks.store import data_folder
-from metaprior.tasks.table import NAMED
-from metaprior.training import Training
+from metaprior.tasks.tables.columns import Columns, read_columns
+from metaprior.tasks.tables.table import NAMED
+from metaprior.training.loop import Training
 
 SHOWN = (0, 2, 5)
 VARYING = {"sleepstudy": [0, 1], "radon": [0, 1], "exam": [0, 1], "hsb82": [0, 1]}  # columns of [1, x]; else all

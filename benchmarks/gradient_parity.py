@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from harness import HERE, PEERS, environment, options, write
+from metaprior.core.likelihoods import Categorical, Gaussian
 from metaprior.learners.maml import maml
-from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks.conv4 import conv4
 from metaprior.networks.mlp import mlp
-from metaprior.tasks.sinusoid import sinusoid
+from metaprior.tasks.synthetic.sinusoid import sinusoid
 from ours import images
 
 CASES = {  # name: (learner, source, tasks)

@@ -17,21 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from harness import options, write
-from metaprior.evaluation import figure_of
-from metaprior.grouped import Fold, folds, held_out_tasks, judge_groups, pooled, rows_of_source
+from metaprior.core.likelihoods import Gaussian
+from metaprior.core.runtime import configure
+from metaprior.core.types import Batch, Splits, Task
+from metaprior.evaluation.figures import figure_of
 from metaprior.learners import make_learner
-from metaprior.likelihoods import Gaussian
-from metaprior.mixed import mixed_by_nuts, mixed_by_statsmodels, new_group, within_sd
 from metaprior.networks import known_noise, linear, mlp
-from metaprior.runtime import configure
+from metaprior.referees.grouped import Fold, folds, held_out_tasks, judge_groups, pooled, rows_of_source
+from metaprior.referees.mixed import mixed_by_nuts, mixed_by_statsmodels, new_group, within_sd
 from metaprior.tasks import eight_schools, eight_schools_reference
-from metaprior.tasks.columns import as_numbers, read_columns
 from metaprior.tasks.fixed import FixedTasks
-from metaprior.tasks.posteriordb import radon_all_table
 from metaprior.tasks.store import data_folder
-from metaprior.tasks.table import NAMED
-from metaprior.training import Training, fit
-from metaprior.types import Batch, Splits, Task
+from metaprior.tasks.tables.columns import as_numbers, read_columns
+from metaprior.tasks.tables.posteriordb import radon_all_table
+from metaprior.tasks.tables.table import NAMED
+from metaprior.training.loop import Training, fit
 
 VARIATIONAL = {"steps": 30, "test_steps": 100, "rate": 0.2, "samples": 8, "optimizer": "natural"}
 VARIATIONAL |= {"log_sd": -1.0, "draws": 0}

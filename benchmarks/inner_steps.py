@@ -22,10 +22,10 @@ FLAT = ("fomaml", "reptile", "imaml", "gem_bml", "gem_bml_plus")
 def measure(name: str, steps: int) -> dict[str, float]:
     import jax
 
+    from metaprior.core.likelihoods import Categorical
+    from metaprior.core.types import Batch, Task
     from metaprior.learners import make_learner
-    from metaprior.likelihoods import Categorical
     from metaprior.networks.conv4 import conv4
-    from metaprior.types import Batch, Task
 
     keys = jax.random.split(jax.random.key(0))
     labels = jax.numpy.arange(5)

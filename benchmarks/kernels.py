@@ -15,11 +15,11 @@ from math import prod
 import jax
 
 from harness import HERE, PEERS, environment, options, write
+from metaprior.core.likelihoods import Categorical
+from metaprior.kernels.conv import AXES, Geometry, conv_p
 from metaprior.learners.maml import maml
-from metaprior.likelihoods import Categorical
-from metaprior.networks.conv import AXES, Geometry, conv_p
 from metaprior.networks.conv4 import conv4
-from metaprior.training import meta_gradient
+from metaprior.training.loop import meta_gradient
 from ours import images
 
 TASKS = 8

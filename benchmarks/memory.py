@@ -25,11 +25,11 @@ def measure(name: str, steps: int) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
+    from metaprior.core.likelihoods import Gaussian
     from metaprior.learners.registry import make_learner
-    from metaprior.likelihoods import Gaussian
     from metaprior.networks.mlp import mlp
-    from metaprior.tasks.sinusoid import sinusoid
-    from metaprior.training import meta_gradient
+    from metaprior.tasks.synthetic.sinusoid import sinusoid
+    from metaprior.training.loop import meta_gradient
 
     # Minibatches would be data of size k: reptile sees its whole task at each step here.
     settings = {"maml with remat": {"remat": True}, "reptile": {"minibatch": None}}

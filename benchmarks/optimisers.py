@@ -18,12 +18,12 @@ import optax
 
 from harness import options, write
 from metaprior import Batch, Categorical, Model, Training, learned_optimizer, mlp, optimise
-from metaprior.inference.gradient import drawn, mean_nll, minibatches
+from metaprior.core.runtime import configure
+from metaprior.experiments.recipe import build, load_recipe, with_overrides
+from metaprior.inference.descent import drawn, mean_nll, minibatches
 from metaprior.networks import linear
-from metaprior.recipe import build, load_recipe, with_overrides
-from metaprior.runtime import configure
 from metaprior.tasks import digits, quadratics
-from metaprior.training import init_state, run_chunk
+from metaprior.training.loop import init_state, run_chunk
 
 STEPS, BATCH = 100, 128
 BY_HAND: dict[str, Callable] = {

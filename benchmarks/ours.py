@@ -10,17 +10,17 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Batch, Learner, Task, TaskSource
 from metaprior.learners.l2l import l2l
 from metaprior.learners.maml import maml
 from metaprior.learners.protonet import protonet
-from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks.conv4 import conv4
 from metaprior.networks.linear import linear
 from metaprior.networks.mlp import mlp
-from metaprior.tasks.optimisees import quadratics
-from metaprior.tasks.sinusoid import sinusoid
-from metaprior.training import Training, init_state, run_chunk
-from metaprior.types import Batch, Learner, Task, TaskSource
+from metaprior.tasks.synthetic.optimisees import quadratics
+from metaprior.tasks.synthetic.sinusoid import sinusoid
+from metaprior.training.loop import Training, init_state, run_chunk
 from worker import serve
 
 

@@ -12,13 +12,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
 from harness import options, write
-from metaprior.evaluation import figure_of
-from metaprior.recipe import Evaluation
+from metaprior.core.types import Task
+from metaprior.evaluation.figures import figure_of
+from metaprior.experiments.recipe import Evaluation
 from metaprior.tasks import SOURCES
-from metaprior.tasks.labelled import read_texts
 from metaprior.tasks.store import data_folder
-from metaprior.tasks.texts import INTENTS
-from metaprior.types import Task
+from metaprior.tasks.texts.reading import read_texts
+from metaprior.tasks.texts.sources import INTENTS
 
 FEATURES = {"words": {"analyzer": "word"}, "characters": {"analyzer": "char_wb", "ngram_range": (2, 5)}}
 

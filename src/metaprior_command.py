@@ -15,7 +15,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the command line."""
     before = signal.signal(signal.SIGINT, _stop)
-    from metaprior.extras import MissingExtra
+    from metaprior.core.extras import MissingExtra
 
     try:
         from metaprior.cli import commands

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from metaprior.cli import main
+from metaprior.core.likelihoods import Gaussian
+from metaprior.core.types import Batch, Learner, Model, Splits, Task
 from metaprior.learners import maml
-from metaprior.likelihoods import Gaussian
 from metaprior.networks import mlp
 from metaprior.tasks import sinusoid
-from metaprior.training import Training
-from metaprior.types import Batch, Learner, Model, Splits, Task
+from metaprior.training.loop import Training
 
 TINY = Training(steps=12, meta_batch=4, chunk=4, validate_every=4, validation_tasks=6, rate=1e-2)
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaprior.recipe import build, recipe_from_dict, with_overrides
+from metaprior.core.types import Batch, Splits, Task
+from metaprior.experiments.recipe import build, recipe_from_dict, with_overrides
 from metaprior.tasks import augmented, sinusoid
-from metaprior.tasks.augment import recoloured, shifted
-from metaprior.types import Batch, Splits, Task
+from metaprior.tasks.images.augment import recoloured, shifted
 
 KEY = jax.random.key(0)
 

@@ -6,18 +6,19 @@ import numpy as np
 import optax
 import pytest
 
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Batch, Model, Task
+from metaprior.inference.descent import descend, mean_nll
 from metaprior.inference.gaussian import DiagonalGaussian, around, cross_entropy, entropy, kl
-from metaprior.inference.gradient import descend, mean_nll
 from metaprior.inference.particles import stein, stein_direction
 from metaprior.inference.variational import Variational, expected_nll, infer, natural_descent
 from metaprior.learners import gem_bml, make_learner, maml
 from metaprior.learners.amortized_bml import hyper_nll
 from metaprior.learners.gem_bml import gem_gradient, natural
-from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import conv4, mlp
+from metaprior.referees.conjugate import exact_log_marginal, exact_posterior
 from metaprior.tasks import sinusoid
-from metaprior.tasks.linear_gaussian import Hierarchy, exact_log_marginal, exact_posterior
-from metaprior.types import Batch, Model, Task
+from metaprior.tasks.synthetic.linear_gaussian import Hierarchy
 
 LINE = Model(lambda key, x: {"head": jnp.ones((x.shape[1], 1))}, lambda phi, x: x @ phi["head"])
 BAYESIAN = ["amortized_bml", "gem_bml", "gem_bml_plus", "kl_chaser", "bmaml", "platipus", "llama"]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from metaprior.cli import main, one_set
-from metaprior.recipe import load_recipe, recipe_names, with_overrides
+from metaprior.experiments.recipe import load_recipe, recipe_names, with_overrides
 from scenarios import run_cli
 
 SMALL = ["training.chunk=20", "training.meta_batch=4", "training.validate_every=20", "training.validation_tasks=8"]
@@ -214,9 +214,9 @@ def test_a_diverging_run_says_what_to_do(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_are_well_formed(name):
+    from metaprior.core.named import option_names
+    from metaprior.experiments.recipe import evaluation_of, training_of
     from metaprior.learners import LEARNERS
-    from metaprior.named import option_names
-    from metaprior.recipe import evaluation_of, training_of
 
     recipe = load_recipe(name)
     assert recipe.description

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from metaprior.recipe import build, load_recipe, with_overrides
+from metaprior.experiments.recipe import build, load_recipe, with_overrides
 from metaprior.tasks import DataError, cloze
-from metaprior.tasks.words import words_of
+from metaprior.tasks.texts.words import words_of
 from scenarios import run_cli, write_csv
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Batch, Task
 from metaprior.learners import anp, cnp
-from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import conv4, mlp
 from metaprior.networks.attention import attend
+from metaprior.referees.conjugate import exact_predictive
 from metaprior.tasks import linear_gaussian
-from metaprior.tasks.linear_gaussian import exact_predictive
-from metaprior.types import Batch, Task
 from scenarios import BARE, KEY, answer, batch, start
 
 SMALL = {"width": 8, "encoder": (6,), "decoder": (6,)}

@@ -9,15 +9,15 @@ import numpy as np
 import optax
 import pytest
 
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.named import option_names
+from metaprior.core.types import Attributes, Batch, Learner, Task, TaskSource
 from metaprior.inference.posteriors import implicit, laplace
 from metaprior.learners import LEARNERS, make_learner
 from metaprior.learners.registry import learners_having, traits_of
-from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.named import option_names
 from metaprior.networks import linear, mlp
 from metaprior.tasks import sinusoid
-from metaprior.training import Training, outer_optimizer
-from metaprior.types import Attributes, Batch, Learner, Task, TaskSource
+from metaprior.training.loop import Training, outer_optimizer
 from scenarios import deadened, finite
 
 WAY = 3

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from metaprior.networks import conv
-from metaprior.networks.conv import _by_xla, _on_cpu, conv2d, conv_p, geometry, max_pool, patches
+from metaprior.kernels import conv
+from metaprior.kernels.conv import _by_xla, _on_cpu, conv2d, conv_p, geometry, max_pool, patches
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from metaprior.core.likelihoods import Categorical, Gaussian, Poisson
+from metaprior.core.types import Batch, Call
 from metaprior.inference.curvature import (
     CURVATURES,
     as_scale,
@@ -24,9 +26,7 @@ from metaprior.inference.curvature import rows as rows_module
 from metaprior.inference.curvature.lanczos import log_det_estimate
 from metaprior.inference.curvature.rows import one_by_one
 from metaprior.inference.posteriors import CurvatureGaussian
-from metaprior.likelihoods import Categorical, Gaussian, Poisson
 from metaprior.networks import mlp
-from metaprior.types import Batch, Call
 
 LIKELIHOODS = {"gaussian": Gaussian(0.3), "learned": Gaussian(None), "softmax": Categorical(), "poisson": Poisson()}
 

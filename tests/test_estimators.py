@@ -17,14 +17,14 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
 
-from metaprior.estimators import MetaClassifier, MetaRegressor
+from metaprior.core.types import Batch, Task
+from metaprior.estimators.programs import Setting, size_of
+from metaprior.estimators.sklearn import MetaClassifier, MetaRegressor
 from metaprior.inference.posteriors import laplace
 from metaprior.learners.registry import traits_of
-from metaprior.programs import Setting, size_of
-from metaprior.tasks.columns import Columns
-from metaprior.tasks.preparation import Column
-from metaprior.training import Training
-from metaprior.types import Batch, Task
+from metaprior.tasks.tables.columns import Columns
+from metaprior.tasks.tables.preparation import Column
+from metaprior.training.loop import Training
 
 QUICK = Training(steps=300, meta_batch=8, chunk=100, validate_every=100, validation_tasks=20, rate=1e-2, clip_norm=1.0)
 

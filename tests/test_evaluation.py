@@ -15,7 +15,10 @@ from matplotlib.figure import Figure as Picture
 from rich.console import Console
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
-from metaprior.calibration import (
+from metaprior.cli.tables import curve_table, report_table
+from metaprior.core.likelihoods import Categories, Counts, Gaussian, Normals
+from metaprior.core.types import Batch, Learner, Task
+from metaprior.evaluation.calibration import (
     auroc,
     brier,
     calibrate,
@@ -26,12 +29,8 @@ from metaprior.calibration import (
     reliability,
     temperature_scaled,
 )
-from metaprior.evaluation import Figure, Report, evaluate, figure_of, summarise
-from metaprior.inference.posteriors import implicit
-from metaprior.learners import maml
-from metaprior.likelihoods import Categories, Counts, Gaussian, Normals
-from metaprior.networks import mlp
-from metaprior.plots import (
+from metaprior.evaluation.figures import Figure, figure_of
+from metaprior.evaluation.plots import (
     adaptation_curve,
     pit_histogram,
     prior_functions,
@@ -39,10 +38,14 @@ from metaprior.plots import (
     reliability_diagram,
     training_curve,
 )
+from metaprior.evaluation.protocol import evaluate, summarise
+from metaprior.evaluation.report import Report
+from metaprior.inference.posteriors import implicit
+from metaprior.learners import maml
+from metaprior.networks import mlp
+from metaprior.referees.conjugate import exact_posterior
 from metaprior.tasks import HiddenLabels, array_tasks, linear_gaussian
-from metaprior.tasks.linear_gaussian import exact_posterior
-from metaprior.training import fit
-from metaprior.types import Batch, Learner, Task
+from metaprior.training.loop import fit
 from scenarios import TINY, tiny_learner, tiny_splits
 
 
@@ -172,8 +175,12 @@ def test_reports_survive_json_and_print(tmp_path):
     report = evaluate(learner, params, splits.test, jax.random.key(1), tasks=5)
     report.save(tmp_path / "report.json")
     assert Report.from_json((tmp_path / "report.json").read_text()) == report
-    assert report.table().row_count == len(report.figures) + len(report.pooled)
-    assert report.curve_table().row_count == 2
+    assert report_table(report).row_count == len(report.figures) + len(report.pooled)
+    assert curve_table(report).row_count == 2
+    lines = str(report).splitlines()
+    assert lines[0] == "5 tasks"
+    assert f"MSE {report.figures['mse']}" in " ".join(str(report).split())
+    assert len(lines) == 1 + len(report.figures) + len(report.pooled) + len(report.notes)
 
 
 def test_calibration_recovers_the_noise_and_never_ends_worse():
@@ -295,13 +302,13 @@ def test_each_group_is_judged_once_and_repeats_narrow_no_interval():
     often = evaluate(learner, None, source, jax.random.key(0), tasks=80)
     assert (often.tasks, often.groups) == (80, 8)
     assert often.figures["mse"].interval == pytest.approx(once.figures["mse"].interval, rel=0.1)
-    assert "8 groups" in often.table().title
+    assert "8 groups" in report_table(often).title
     assert "few groups" in often.notes[0]
     assert json.loads(often.to_json())["groups"] == 8
     alone = evaluate(learner, None, source, jax.random.key(0), tasks=1)
     assert alone.figures["mse"].interval is None
     assert Report.from_json(alone.to_json()) == alone
-    Console(file=StringIO()).print(alone.table())
+    Console(file=StringIO()).print(report_table(alone))
     groups, y = np.repeat(np.arange(12), 4), np.arange(48) % 2
     classes = array_tasks(np.ones((48, 1)), y, groups, shot=2, query=2, split=(0.3, 0.3, 0.4), classification=True).test
     told = constant(lambda x: Categories(jnp.log(jnp.full((1, x.shape[0], 2), 0.5))))
@@ -424,6 +431,6 @@ def test_the_correlation_with_a_constant_width_is_undefined():
         assert report.pooled[name] is None
         assert json.loads(report.to_json())["pooled"][name] is None
         assert Report.from_json(report.to_json()) == report
-        cells = [list(column.cells) for column in report.table().columns]
+        cells = [list(column.cells) for column in report_table(report).columns]
         assert cells[1][cells[0].index("variance error correlation")] == "-"
     assert report_of(error**2).pooled[name] == pytest.approx(1)

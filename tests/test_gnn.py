@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Batch, Model, Task
 from metaprior.learners import gnn
 from metaprior.learners.gnn import EDGES
-from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.types import Batch, Model, Task
 
 KEY = jax.random.key(0)
 SMALL = {"layers": 3, "filters": 4}

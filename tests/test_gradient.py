@@ -8,17 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaprior.inference.gradient import (
-    count,
-    descend,
-    half_square,
-    inner_rates,
-    make_optimizer,
-    mean_nll,
-    trajectory,
-)
-from metaprior.likelihoods import Gaussian
-from metaprior.types import Batch
+from metaprior.core.likelihoods import Gaussian
+from metaprior.core.types import Batch
+from metaprior.inference.descent import count, descend, half_square, inner_rates, make_optimizer, mean_nll, trajectory
 
 
 def support(phi):

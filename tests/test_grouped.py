@@ -9,22 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaprior import nuts
 from metaprior.cli import main
 from metaprior.cli.truth import truth
-from metaprior.extras import MissingExtra
-from metaprior.grouped import GroupScores, folds, held_out_tasks, judge_groups, pooled, rows_of_source
+from metaprior.core.extras import MissingExtra
+from metaprior.core.likelihoods import Gaussian, Normals
+from metaprior.core.types import Batch
 from metaprior.inference.gaussian import DiagonalGaussian
 from metaprior.inference.particles import systematic
 from metaprior.learners import llama, make_learner
 from metaprior.learners.llama import Prior
-from metaprior.likelihoods import Gaussian, Normals
-from metaprior.mixed import Rows, mixed_by_nuts, mixed_by_statsmodels, new_group, with_intercept, within_sd
 from metaprior.networks import known_noise, linear, mlp
-from metaprior.nuts import NOISE, Agreement, Draws, Learned, learned_against_nuts, new_task, prior_agreement
+from metaprior.referees import nuts
+from metaprior.referees.conjugate import empirical_bayes, exact_posterior, exact_predictive
+from metaprior.referees.grouped import GroupScores, folds, held_out_tasks, judge_groups, pooled, rows_of_source
+from metaprior.referees.mixed import Rows, mixed_by_nuts, mixed_by_statsmodels, new_group, with_intercept, within_sd
+from metaprior.referees.nuts import NOISE, Agreement, Draws, Learned, learned_against_nuts, new_task, prior_agreement
 from metaprior.tasks import eight_schools, eight_schools_reference, radon_all
-from metaprior.tasks.linear_gaussian import Hierarchy, empirical_bayes, exact_posterior, exact_predictive
-from metaprior.types import Batch
+from metaprior.tasks.synthetic.linear_gaussian import Hierarchy
 
 KEY = jax.random.key(0)
 THETA = Hierarchy(jnp.asarray([0.5, -1.0]), jnp.asarray([[1.0, 0.3], [0.3, 0.5]]), jnp.asarray(0.4))
@@ -180,7 +181,7 @@ def test_truth_writes_both_comparisons(tmp_path, monkeypatch, capsys):
     assert written["given"]["nuts"]["coverage"] == 0.89
     assert written["learned"]["truth"]["prior"]["bias"] == 0.1
     assert "the prior learned from 30 tasks" in capsys.readouterr().out
-    monkeypatch.delitem(sys.modules, "metaprior.nuts")
+    monkeypatch.delitem(sys.modules, "metaprior.referees.nuts")
     monkeypatch.setitem(sys.modules, "numpyro", None)
     with pytest.raises(SystemExit) as exit_:
         main(["truth", "--family", "poisson", "--out", str(tmp_path)])

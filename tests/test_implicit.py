@@ -7,8 +7,8 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from metaprior.inference.gradient import line_search
-from metaprior.inference.implicit import conjugate_gradients, proximal
+from metaprior.inference.descent import line_search
+from metaprior.inference.proximal import conjugate_gradients, proximal
 
 
 def quadratic(seed=0, size=6):

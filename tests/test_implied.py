@@ -7,11 +7,11 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from metaprior.core.likelihoods import Gaussian
+from metaprior.core.types import Batch, Model, Task
+from metaprior.inference.linear_descent import alike
 from metaprior.inference.posteriors import implicit
-from metaprior.inference.steps import alike
 from metaprior.learners import anil, imaml, lslr, maml, meta_sgd, preconditioned, reptile
-from metaprior.likelihoods import Gaussian
-from metaprior.types import Batch, Model, Task
 
 KEY, SD, N = jax.random.key(0), 0.9, 4
 BATCH = Batch(jax.random.normal(KEY, (N, 5)), jnp.zeros((N, 1)))

@@ -15,7 +15,7 @@ import pytest
 
 import metaprior as mp
 from metaprior.cli import COMMANDS, commands
-from metaprior.extras import MissingExtra, extra
+from metaprior.core.extras import MissingExtra, extra
 
 TOP = Path(__file__).parents[1]
 SOURCES = sorted((TOP / "src").rglob("*.py"))
@@ -138,7 +138,7 @@ def test_help_says_of_each_command_what_the_command_says():
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtra, match=r"^A picture needs the extra `plots` \(.*matplotlib.*metaprior\[plots\]'$"):
-        mp.plots.panels(1, 1)
+        mp.evaluation.plots.panels(1, 1)
     with pytest.raises(ModuleNotFoundError, match=r"metaprior\.nothing"), extra("plots", "A picture"):
         import_module("metaprior.nothing")  # our own fault, which no extra mends
     with pytest.raises(ZeroDivisionError), extra("plots", "A picture"):
@@ -177,7 +177,7 @@ sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 
 import jax
 import metaprior as mp
-from metaprior.extras import MissingExtra
+from metaprior.core.extras import MissingExtra
 
 splits = mp.tasks.sinusoid(shot=3, query=3, test_query=3)
 training = mp.Training(steps=2, meta_batch=2, chunk=2, validation_tasks=2)
@@ -200,14 +200,16 @@ def lanczos():
 
 named("estimators", lambda: mp.MetaRegressor)
 named("lanczos", lanczos)
-named("pictures", lambda: mp.plots.training_curve([{{"step": 1, "train/loss": 1.0, "validation/nll": 1.0}}]))
+from metaprior.evaluation import plots
+from metaprior.experiments import runs
+from metaprior.tasks.images import decoding
+named("pictures", lambda: plots.training_curve([{{"step": 1, "train/loss": 1.0, "validation/nll": 1.0}}]))
 named("digits", lambda: mp.tasks.digits())
-named("report", lambda: report.table())
-named("nuts", lambda: mp.nuts)
-folder = mp.runs.Run.create({str(tmp_path / "run")!r}, {{"learner": "maml"}})
+named("nuts", lambda: mp.referees.nuts)
+folder = runs.Run.create({str(tmp_path / "run")!r}, {{"learner": "maml"}})
 named("run", lambda: mp.fit(learner, splits, training, run=folder))
 folder.discard()
-named("image", lambda: mp.tasks.pictures.decode_picture(mp.tasks.pictures.Picture("", "x.png", lambda: b""), None, 1))
+named("image", lambda: decoding.decode_picture(decoding.Picture("", "x.png", lambda: b""), None, 1))
 named("download", lambda: mp.tasks.store.download("https://example.invalid/x.zip", None, "x"))
 
 from metaprior_command import main
@@ -222,7 +224,6 @@ main()
         r"Lanczos curvature needs the extra `lanczos` \(No module named 'matfree'\): .*",
         r"A picture needs the extra `plots` \(No module named 'matplotlib'\): .*",
         r"The task source 'digits' needs the extra `sklearn` .*",
-        r"A table to print needs the extra `cli` \(No module named 'rich'\): .*",
         r"NUTS needs the extra `truth` \(No module named 'numpyro'\): .*",
         r"A run's folder needs the extra `cli` \(No module named 'orbax'\): .*",
         r"Reading pictures needs the extra `data` \(No module named 'PIL'\): .*",

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaprior.calibration import calibrate_softmax
-from metaprior.evaluation import evaluate
+from metaprior.core.likelihoods import Categorical, Categories, Counts, Gaussian, Normals
+from metaprior.core.types import Batch, Splits, Task, check_weight, weighted_mean, weights
+from metaprior.evaluation.calibration import calibrate_softmax
+from metaprior.evaluation.protocol import evaluate
 from metaprior.learners import nil, protonet
-from metaprior.likelihoods import Categorical, Categories, Counts, Gaussian, Normals
 from metaprior.networks import mlp
 from metaprior.tasks import FixedTasks, array_tasks, hide_labels, sinusoid
-from metaprior.training import Training, fit
-from metaprior.types import Batch, Splits, Task, check_weight, weighted_mean, weights
+from metaprior.training.loop import Training, fit
 from scenarios import KEY, TINY, tiny_learner, tiny_splits
 
 LEARNER, SPLITS = tiny_learner(), tiny_splits()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.scipy.stats import multivariate_normal
 
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Batch
 from metaprior.inference.curvature import CURVATURES, dual
-from metaprior.inference.laplace import negative_log_evidence
-from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.types import Batch
+from metaprior.inference.evidence import negative_log_evidence
 
 
 def linear(phi, x):

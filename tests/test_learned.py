@@ -6,18 +6,18 @@ import numpy as np
 import optax
 import pytest
 
-from metaprior.inference.gradient import Descent, descend, inner_rates, optimizer_step
-from metaprior.inference.learned import log_sign, optimise, unrolled
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Batch, Task
+from metaprior.evaluation.plots import gate_values
+from metaprior.inference.descent import Descent, descend, inner_rates, optimizer_step
+from metaprior.inference.learned_optimizers import log_sign, optimise, unrolled
 from metaprior.learners import l2l, learned_optimizer, meta_lstm
 from metaprior.learners.l2l import init_rule
 from metaprior.learners.meta_lstm import cell_optimizer, gates, init_cell
-from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import linear, mlp
 from metaprior.networks.lstm import lstm, lstm_init, lstm_start
-from metaprior.plots import gate_values
 from metaprior.tasks import digits, quadratics
-from metaprior.training import Training, init_state, run_chunk
-from metaprior.types import Batch, Task
+from metaprior.training.loop import Training, init_state, run_chunk
 
 KEY = jax.random.key(0)
 EXACT = Gaussian((1 / 20) ** 0.5)  # its mean nll over ten rows is |W theta - y|^2 and a constant

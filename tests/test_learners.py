@@ -10,7 +10,9 @@ import optax
 import pytest
 
 from metaprior import networks
-from metaprior.inference.gradient import descend, half_square
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Batch, Call, Model, Task
+from metaprior.inference.descent import descend, half_square
 from metaprior.inference.posteriors import implicit, laplace
 from metaprior.learners import (
     LEARNERS,
@@ -30,11 +32,10 @@ from metaprior.learners import (
 from metaprior.learners.registry import learners_before, learners_having, traits_of
 from metaprior.learners.reptile import minibatches
 from metaprior.learners.traits import traits as state
-from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import conv4, mlp
+from metaprior.referees.conjugate import empirical_bayes_mean, exact_log_marginal, exact_posterior
 from metaprior.tasks import linear_gaussian, sinusoid
-from metaprior.tasks.linear_gaussian import Hierarchy, empirical_bayes_mean, exact_log_marginal, exact_posterior
-from metaprior.types import Batch, Call, Model, Task
+from metaprior.tasks.synthetic.linear_gaussian import Hierarchy
 
 NET = mlp(1, (8, 8), "tanh")
 TASK = jax.tree.map(lambda leaf: leaf[0], sinusoid(shot=6, query=6).train.sample(jax.random.key(0), 1))

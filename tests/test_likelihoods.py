@@ -8,7 +8,7 @@ import scipy.stats as ss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaprior.likelihoods import Bernoulli, Categorical, Counts, Gaussian, Normals, Poisson
+from metaprior.core.likelihoods import Bernoulli, Categorical, Counts, Gaussian, Normals, Poisson
 
 RNG = np.random.default_rng(0)
 OUT = RNG.normal(size=(6, 2))

@@ -13,9 +13,9 @@ from PIL import Image
 
 from metaprior.tasks import limits, read_examples, read_texts
 from metaprior.tasks.checks import DataError
-from metaprior.tasks.images import images
-from metaprior.tasks.pictures import decode_picture, find_pictures
-from metaprior.tasks.table import read_columns, table
+from metaprior.tasks.images.decoding import decode_picture, find_pictures
+from metaprior.tasks.images.folders import images
+from metaprior.tasks.tables.table import read_columns, table
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaprior.evaluation import evaluate
-from metaprior.inference.amortised import by_instance
+from metaprior.core.likelihoods import Categorical
+from metaprior.core.types import Task
+from metaprior.evaluation.protocol import evaluate
 from metaprior.learners import lstm, mann, ntm
-from metaprior.likelihoods import Categorical
+from metaprior.learners.builders.amortised import by_instance
 from metaprior.networks.memory import access, blank, locate, written
 from metaprior.tasks import FixedTasks
-from metaprior.types import Task
 from scenarios import BARE, KEY, answer, batch, start
 
 SMALL = {"hidden": 5, "slots": 6, "width": 4, "heads": 2}

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from jax.scipy.stats import multivariate_normal
 
-from metaprior.inference.metric import cosine_distance, squared_distance, unit
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Batch, Model, Task
 from metaprior.inference.posteriors import laplace
 from metaprior.learners import fine_tune, make_learner, matching, nearest_neighbour, protonet
+from metaprior.learners.builders.metric import cosine_distance, squared_distance, unit
 from metaprior.learners.protonet import Gaussians
-from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import conv4, mlp
 from metaprior.networks.lstm import lstm, lstm_init, lstm_start, run_lstm
-from metaprior.types import Batch, Model, Task
 
 KEY = jax.random.key(0)
 PLAIN = Model(lambda key, x: jnp.zeros(0), lambda params, x: x)  # the inputs are the embedding

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metaprior.core.likelihoods import Gaussian
+from metaprior.core.types import Batch, Model, Task
 from metaprior.inference.gaussian import DiagonalGaussian
 from metaprior.learners import gem_bml, gem_mixture
 from metaprior.learners.mixture import Mixture
-from metaprior.likelihoods import Gaussian
 from metaprior.networks import mlp
 from metaprior.tasks import sinusoid, three_families
-from metaprior.types import Batch, Model, Task
 
 CONSTANT = Model(lambda key, x: jax.random.normal(key, (1,)), lambda phi, x: jnp.broadcast_to(phi, (x.shape[0], 1)))
 

@@ -5,13 +5,13 @@ from importlib.metadata import EntryPoint
 import pytest
 
 import metaprior as mp
-from metaprior import named
+from metaprior.core import named
+from metaprior.experiments.recipe import build, load_recipe, with_overrides
 from metaprior.learners import LEARNERS, make_learner, maml
 from metaprior.learners.registry import traits_of
 from metaprior.networks import NETWORKS, mlp
-from metaprior.recipe import build, load_recipe, with_overrides
 from metaprior.tasks import SOURCES, sinusoid
-from metaprior.training import fit
+from metaprior.training.loop import fit
 from scenarios import run_cli
 
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaprior.networks import native, product
-from metaprior.networks.conv import _by_xla, _operands, conv2d, conv_p, geometry
-from metaprior.networks.native import TARGETS, build, registered, trusted
-from metaprior.runtime import private_folder
+from metaprior.core.runtime import private_folder
+from metaprior.kernels import native, product
+from metaprior.kernels.conv import _by_xla, _operands, conv2d, conv_p, geometry
+from metaprior.kernels.native import TARGETS, build, registered, trusted
 
 SOURCE = Path(native.__file__).with_name("kernels.cc")
 # Of image, kernel, stride, padding; tasks, images, channels in and out: what networks use, and what is awkward.
@@ -76,7 +76,7 @@ def test_the_last_bit_is_that_of_any_number_of_threads(tmp_path):
     code = (
         "import os, sys; os.sched_setaffinity(0, set(list(range(os.cpu_count()))[: int(sys.argv[1])]))\n"
         "import jax, numpy as np\n"
-        "from metaprior.networks.conv import conv2d\n"
+        "from metaprior.kernels.conv import conv2d\n"
         "x, w = (jax.random.normal(jax.random.key(k), s) for k, s in enumerate([(9, 14, 14, 64), (3, 3, 64, 64)]))\n"
         "loss = lambda x, w: jax.numpy.sin(conv2d(x, w)).sum()\n"
         "np.savez(sys.argv[2], *jax.jit(jax.grad(loss, (0, 1)))(x, w))\n"
@@ -160,7 +160,7 @@ def test_a_library_in_doubt_is_compiled_again(tmp_path):
 def test_processes_that_compile_at_once_all_get_a_whole_library(tmp_path):
     (tmp_path / "small.cc").write_text('extern "C" int metaprior() { return 7; }\n')
     code = (
-        "import sys, ctypes; from pathlib import Path; from metaprior.networks.native import build\n"
+        "import sys, ctypes; from pathlib import Path; from metaprior.kernels.native import build\n"
         "print(ctypes.CDLL(str(build(Path(sys.argv[1]), Path(sys.argv[2])))).metaprior())"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "small.cc"), str(tmp_path / "kept")]
@@ -203,7 +203,7 @@ def test_a_library_that_does_not_load_is_done_without(tmp_path, monkeypatch):
 
 def test_it_can_be_turned_off():
     code = (
-        "import jax, jax.numpy as jnp; from metaprior.networks.conv import conv2d\n"
+        "import jax, jax.numpy as jnp; from metaprior.kernels.conv import conv2d\n"
         "f = jax.jit(conv2d).lower(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)))\n"
         "print([name for name in " + repr(TARGETS) + " if name in f.as_text()])"
     )

@@ -9,21 +9,20 @@ import optax
 import pytest
 from jax import lax
 
-from metaprior.calibration import calibrate_softmax, temperature_scaled
-from metaprior.evaluation import evaluate
-from metaprior.inference.assemble import query_learner
+from metaprior.core.likelihoods import Categorical
+from metaprior.core.types import Attributes, Batch, Call, Model, Splits, Task, settled
+from metaprior.evaluation.calibration import calibrate_softmax, temperature_scaled
+from metaprior.evaluation.protocol import evaluate
 from metaprior.inference.curvature import kfac
-from metaprior.inference.gradient import Adaptation
-from metaprior.inference.normalised import gathered, of_support, of_training
 from metaprior.inference.posteriors import laplace, point
 from metaprior.learners import make_learner, maml
-from metaprior.likelihoods import Categorical
+from metaprior.learners.builders.gradient import Adaptation, query_learner
+from metaprior.learners.builders.normalised import gathered, of_support, of_training
 from metaprior.networks import conv4, conv6, resnet12
 from metaprior.networks.norm import NORMS, group_norm, moments
 from metaprior.networks.statistics import given, statistics_of
 from metaprior.tasks import class_pool
-from metaprior.training import Training, fit
-from metaprior.types import Attributes, Batch, Call, Model, Splits, Task, settled
+from metaprior.training.loop import Training, fit
 
 KEY = jax.random.key(0)
 WAY = 3

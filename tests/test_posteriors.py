@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Batch, Call
 from metaprior.inference.curvature import CURVATURES, descent_spectrum, lanczos
 from metaprior.inference.posteriors import POSTERIORS, Implied, implicit, laplace, point
-from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.types import Batch, Call
 
 
 def linear(phi, x):

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from metaprior.recipe import build, load_recipe, most_ways, recipe_from_dict, training_of, with_overrides
+from metaprior.core.types import Batch, Splits, Task
+from metaprior.experiments.recipe import build, load_recipe, most_ways, recipe_from_dict, training_of, with_overrides
 from metaprior.tasks import FixedTasks
-from metaprior.types import Batch, Splits, Task
 
 
 def test_the_largest_way_reaches_the_network_and_the_learner():

@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from metaprior.checkpoint import Checkpoints
-from metaprior.evaluation import Figure, Report
-from metaprior.runs import Run
+from metaprior.evaluation.figures import Figure
+from metaprior.evaluation.report import Report
+from metaprior.experiments.runs import Run
+from metaprior.training.checkpoint import Checkpoints
 from scenarios import run_cli
 
 SMALL = ["training.chunk=5", "training.meta_batch=2", "training.validate_every=5", "training.validation_tasks=2",

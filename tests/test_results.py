@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from metaprior.evaluation import Figure, Report
-from metaprior.pages import benchmark_page, headlines, result_table, suite_page, with_headlines, write_pages
-from metaprior.recipe import load_recipe, recipe_from_dict, recipe_names, with_overrides
-from metaprior.results import (
+from metaprior.evaluation.figures import Figure
+from metaprior.evaluation.report import Report
+from metaprior.experiments.pages import benchmark_page, headlines, result_table, suite_page, with_headlines, write_pages
+from metaprior.experiments.recipe import load_recipe, recipe_from_dict, recipe_names, with_overrides
+from metaprior.experiments.results import (
     Result,
     published_for,
     published_in,
@@ -23,9 +24,9 @@ from metaprior.results import (
     status_of,
     statuses,
 )
-from metaprior.runs import Run
-from metaprior.suite import load_suite, suite_names
-from metaprior.training import fit
+from metaprior.experiments.runs import Run
+from metaprior.experiments.suite import load_suite, suite_names
+from metaprior.training.loop import fit
 from scenarios import TINY, run_cli, tiny_learner, tiny_splits
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +128,7 @@ def test_a_recipe_that_has_changed_since_is_not_compared(tmp_path, monkeypatch):
     assert told(replace(MAML, recipe_hash="0" * 16)) == {"": "not comparable: the recipe has changed since"}
     # A file of one's own that is called as a built-in recipe is not that recipe.
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "src/metaprior/recipes/omniglot-5way-1shot.toml").read_text()
+    text = (ROOT / "src/metaprior/experiments/recipes/omniglot-5way-1shot.toml").read_text()
     better = text.replace("accuracy = {mean = 0.987, interval = 0.004}", "accuracy = 0.99")
     Path("omniglot-5way-1shot.toml").write_text(better)
     assert told(replace(MAML, recipe="omniglot-5way-1shot.toml")) == {"accuracy": "below"}

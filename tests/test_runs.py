@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from metaprior.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints, check_fingerprint
-from metaprior.files import Locked, check_output, write_atomically
-from metaprior.runs import OtherSettings, Run, RunExists, digest
+from metaprior.core.files import Locked, check_output, write_atomically
+from metaprior.experiments.runs import OtherSettings, Run, RunExists, digest
 from metaprior.tasks import array_tasks
-from metaprior.training import NonFiniteLoss, fit, init_state
+from metaprior.training.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints, check_fingerprint
+from metaprior.training.loop import NonFiniteLoss, fit, init_state
 from scenarios import TINY, same_bits, tiny_learner, tiny_splits
 
 KILLS = 20
@@ -49,7 +49,7 @@ def test_a_resumed_run_has_the_same_bits_as_an_unstopped_one(tmp_path):
 
 
 def test_fast_chunks_share_a_checkpoint_and_a_stop_between_them_loses_no_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr("metaprior.training.SAVE_EVERY", 1e6)
+    monkeypatch.setattr("metaprior.training.loop.SAVE_EVERY", 1e6)
     training, learner, folder = replace(TINY, chunk=2, validate_every=12), tiny_learner(), tmp_path / "run"
 
     def stop(row):
@@ -67,7 +67,7 @@ def test_fast_chunks_share_a_checkpoint_and_a_stop_between_them_loses_no_bits(tm
 
 
 def test_the_last_good_state_of_a_run_that_diverged_is_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr("metaprior.training.SAVE_EVERY", 1e6)
+    monkeypatch.setattr("metaprior.training.loop.SAVE_EVERY", 1e6)
     training = replace(TINY, steps=400, chunk=2, validate_every=400, optimizer="sgd", rate=10.0)
     with pytest.raises(NonFiniteLoss) as caught:
         train(tmp_path / "run", training)
@@ -82,7 +82,7 @@ VICTIM = """
 import sys
 from scenarios import TINY, tiny_learner, tiny_splits
 from dataclasses import replace
-from metaprior.runs import Run
+from metaprior.experiments.runs import Run
 from metaprior.training import fit
 folder, fresh = sys.argv[1], sys.argv[2] == "fresh"
 run = Run.create(folder, {"name": "tiny"}) if fresh else Run.resume(folder)
@@ -245,7 +245,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     train(folder)
     code = (
-        "import sys; from metaprior.runs import Run\n"
+        "import sys; from metaprior.experiments.runs import Run\n"
         "run = Run.resume(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
@@ -266,7 +266,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch):
     def none(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("metaprior.files.fcntl.flock", none)
+    monkeypatch.setattr("metaprior.core.files.fcntl.flock", none)
     (folder / "lock").write_text(f"{other.pid} {socket.gethostname()}")
     Run.resume(folder).close()
     for holder in (f"{os.getppid()} {socket.gethostname()}", "7 elsewhere"):
@@ -380,7 +380,7 @@ def test_figures_that_cannot_be_written_end_training_with_a_sentence(tmp_path, m
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("metaprior.events.Events.write", full)
+    monkeypatch.setattr("metaprior.experiments.events.Events.write", full)
     with pytest.raises(CheckpointError, match=r"No space left on device; free some disk space.*--resume"):
         train(folder, resume=True)
     monkeypatch.undo()
@@ -401,7 +401,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     monkeypatch.undo()
     code = (
-        "import os, signal, sys; from pathlib import Path; from metaprior.files import beside\n"
+        "import os, signal, sys; from pathlib import Path; from metaprior.core.files import beside\n"
         "with beside(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('half'); print(partial, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )

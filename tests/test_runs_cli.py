@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from metaprior.cli import main
-from metaprior.runs import Run
+from metaprior.experiments.runs import Run
 from scenarios import run_cli
 
 SMALL = ["training.chunk=20", "training.meta_batch=4", "training.validate_every=20", "training.validation_tasks=8"]
@@ -100,7 +100,7 @@ def test_figures_are_shown_though_they_cannot_be_written(run, capsys, monkeypatc
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("metaprior.files.sync", full)
+    monkeypatch.setattr("metaprior.core.files.sync", full)
     before = sorted(p.name for p in run.iterdir())
     with pytest.raises(SystemExit) as end:
         main(["evaluate", str(run), "--tasks", "10"])

@@ -8,8 +8,9 @@ from rich.table import Table
 from metaprior.cli import main
 from metaprior.cli.progress import Progress
 from metaprior.cli.screen import screen
-from metaprior.evaluation import Figure, Report
-from metaprior.plots import compared_curves
+from metaprior.evaluation.figures import Figure
+from metaprior.evaluation.plots import compared_curves
+from metaprior.evaluation.report import Report
 
 NAMES = ["[/b]", "[bold]", "a[red]b", "$x^2", "100 % of $y$", r"\$", "[link=x]y"]
 

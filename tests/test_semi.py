@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metaprior.core.likelihoods import Categorical
+from metaprior.core.named import option_names
+from metaprior.core.types import Batch, Model, Splits, Task, labelled
+from metaprior.experiments.recipe import build, load_recipe, with_overrides
 from metaprior.learners import LEARNERS, gnn, make_learner
 from metaprior.learners.registry import learners_having, traits_of
-from metaprior.likelihoods import Categorical
-from metaprior.named import option_names
 from metaprior.networks import mlp
-from metaprior.recipe import build, load_recipe, with_overrides
 from metaprior.tasks import FixedTasks, around, ask_for, hide_labels
 from metaprior.tasks.hidden import known
-from metaprior.training import Training, fit
-from metaprior.types import Batch, Model, Splits, Task, labelled
+from metaprior.training.loop import Training, fit
 
 KEY = jax.random.key(0)
 BARE = Model(lambda key, x: {}, lambda params, x: jnp.zeros((x.shape[0], 3)), lambda params, x: x)

@@ -7,13 +7,13 @@ import pytest
 from jax.scipy.special import expit
 
 from metaprior import evaluate
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Batch, Model, Splits, Task
 from metaprior.learners import siamese
 from metaprior.learners.siamese import Twins
-from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import twin
 from metaprior.tasks import FixedTasks, augmented, class_pool
-from metaprior.tasks.warp import affine, random_affine, warp
-from metaprior.types import Batch, Model, Splits, Task
+from metaprior.tasks.images.warp import affine, random_affine, warp
 
 KEY = jax.random.key(0)
 BARE = Model(lambda key, x: {}, lambda params, x: x)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from metaprior.signals import Ended, breaking_in, interruptible
+from metaprior.core.signals import Ended, breaking_in, interruptible
 
 COMMAND = [sys.executable, "-c", "from metaprior_command import main; main()"]
 SMALL = ["training.chunk=5", "training.meta_batch=2", "training.validate_every=5", "training.validation_tasks=2"]
@@ -93,7 +93,7 @@ def test_a_first_signal_is_noted_and_handlers_come_back():
 def test_a_second_signal_ends_a_process_that_python_cannot_interrupt():
     # A wait that starts again whatever handlers do, like a compilation in C++.
     code = (
-        "import sys; from metaprior.signals import interruptible; import hashlib\n"
+        "import sys; from metaprior.core.signals import interruptible; import hashlib\n"
         "with interruptible():\n"
         "    print('busy', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)\n"

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Task
 from metaprior.learners import snail
-from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.types import Task
 from scenarios import BARE, KEY, answer, batch, start
 
 SMALL = {"filters": 3, "attention": ((4, 2), (3, 5))}

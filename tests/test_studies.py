@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from metaprior.calibration import auroc
-from metaprior.likelihoods import Categories, Counts, Normals
-from metaprior.recipe import Recipe, as_dict, build, load_recipe, with_overrides
-from metaprior.runs import Run
+from metaprior.core.likelihoods import Categories, Counts, Normals
+from metaprior.core.types import Learner
+from metaprior.evaluation.calibration import auroc
+from metaprior.experiments.recipe import Recipe, as_dict, build, load_recipe, with_overrides
+from metaprior.experiments.runs import Run
 from metaprior.studies import active, ambiguity, novelty, referee
 from metaprior.studies.active import acquire, lay_out
 from metaprior.studies.ambiguity import closeness, curves, exact, joint_log_prob
 from metaprior.studies.novelty import KINDS, strangers, uncertainty
-from metaprior.studies.pictures import explanations as picture
+from metaprior.studies.plots import explanations as picture
 from metaprior.tasks import class_pool, linear, sinusoid, two_circles, wave_or_line
-from metaprior.tasks.explained import ExplainedTasks
-from metaprior.training import init_state
-from metaprior.types import Learner
+from metaprior.tasks.synthetic.explained import ExplainedTasks
+from metaprior.training.loop import init_state
 from scenarios import run_cli
 
 KEY = jax.random.key(0)

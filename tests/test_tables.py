@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metaprior.evaluation import Units, evaluate
+from metaprior.core.likelihoods import Gaussian, Poisson
+from metaprior.core.types import Batch
+from metaprior.evaluation.plots import regression_tasks, training_curve
+from metaprior.evaluation.protocol import Units, evaluate
+from metaprior.experiments.opened import load
+from metaprior.experiments.recipe import task_sources
 from metaprior.learners import maml
-from metaprior.likelihoods import Gaussian, Poisson
 from metaprior.networks import mlp
-from metaprior.opened import load
-from metaprior.plots import regression_tasks, training_curve
-from metaprior.recipe import task_sources
 from metaprior.tasks import (
     DataError,
     FixedTasks,
@@ -29,8 +30,7 @@ from metaprior.tasks import (
     read_texts,
     table,
 )
-from metaprior.tasks.preparation import Column, Target
-from metaprior.types import Batch
+from metaprior.tasks.tables.preparation import Column, Target
 from scenarios import run_cli
 
 GROUPS = [f"{i:03d}" for i in range(12)]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaprior.tasks import DataError, array_tasks, check_labels, encode_labels, radon, sleepstudy, table
-from metaprior.tasks.pool import distinct
-from metaprior.tasks.table import read_columns
+from metaprior.tasks.drawing import distinct
+from metaprior.tasks.tables.table import read_columns
 
 SIZES = {"a": 2, "b": 9, "c": 5, "d": 12, "e": 3, "f": 7}
 SPLIT = (["a", "b", "c"], ["d"], ["e", "f"])

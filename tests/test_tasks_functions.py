@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metaprior.core.types import TaskSource
 from metaprior.tasks import SOURCES, ambiguous, linear, linear_gaussian, sinusoid, sinusoid_hard
-from metaprior.types import TaskSource
 
 FAMILIES = [sinusoid, sinusoid_hard, linear, ambiguous, linear_gaussian]
 

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 import metaprior as mp
+from metaprior.core.types import Splits
 from metaprior.tasks import DataError, augmented, class_pool, images, miniimagenet, read_examples
-from metaprior.tasks.pictures import decode_pictures, find_pictures
-from metaprior.tasks.reading import check_same_form
-from metaprior.types import Splits
+from metaprior.tasks.examples import check_same_form
+from metaprior.tasks.images.decoding import decode_pictures, find_pictures
 from scenarios import run_cli
 
 COUNTS = {"ant": 4, "bee": 6, "cat": 5, "dog": 4, "elk": 4, "fox": 4}

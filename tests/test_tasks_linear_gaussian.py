@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 from jax.scipy.stats import multivariate_normal
 
-from metaprior.tasks.linear_gaussian import (
-    Hierarchy,
+from metaprior.core.types import Batch
+from metaprior.referees.conjugate import (  # fmt: skip
     em_step,
     empirical_bayes,
     empirical_bayes_mean,
     exact_log_marginal,
     exact_posterior,
     exact_predictive,
-    linear_gaussian,
-)  # fmt: skip
-from metaprior.types import Batch
+)
+from metaprior.tasks.synthetic.linear_gaussian import Hierarchy, linear_gaussian
 
 COVARIANCE = [[1.0, 0.3, 0.0], [0.3, 0.5, -0.2], [0.0, -0.2, 0.8]]
 

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from metaprior.tasks import DataError, omniglot, one_shot_runs, one_shot_source
-from metaprior.tasks.omniglot import ARCHIVES, character_split, ink_bytes, load_omniglot, read_drawings, read_zip
-from metaprior.tasks.oneshot import read_runs
+from metaprior.tasks.images.omniglot import ARCHIVES, character_split, ink_bytes, load_omniglot, read_drawings, read_zip
+from metaprior.tasks.images.oneshot import read_runs
 
 # The package's name `omniglot` is the factory, not its module.
-MODULE = importlib.import_module("metaprior.tasks.omniglot")
+MODULE = importlib.import_module("metaprior.tasks.images.omniglot")
 REAL = Path(os.environ.get("METAPRIOR_DATA", "/nowhere"), "omniglot")
 needs_data = pytest.mark.skipif(not REAL.is_dir(), reason="METAPRIOR_DATA has no folder omniglot")
 

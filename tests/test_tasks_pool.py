@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metaprior.core.types import Batch, Task, TaskSource
 from metaprior.tasks import DataError, FixedTasks, class_pool, pool_splits
-from metaprior.tasks.pool import distinct, rotate
-from metaprior.types import Batch, Task, TaskSource
+from metaprior.tasks.drawing import distinct
+from metaprior.tasks.pool import rotate
 
 COUNTS = [6, 9, 7, 6, 8, 12]
 

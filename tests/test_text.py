@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaprior.evaluation import evaluate
+from metaprior.core.likelihoods import Categorical
+from metaprior.core.types import Batch, Task
+from metaprior.evaluation.protocol import evaluate
+from metaprior.evaluation.rejection import Scored, best_threshold, closeness, confidence, rejection, scored
 from metaprior.learners import make_learner
-from metaprior.likelihoods import Categorical
 from metaprior.networks import bag, token_lstm
-from metaprior.rejection import Scored, best_threshold, closeness, confidence, rejection, scored
 from metaprior.tasks import DataError, clinc150, cloze, read_texts, texts
-from metaprior.tasks.words import Hashing, read_text, sentences_of, words_of
-from metaprior.training import Training, fit
-from metaprior.types import Batch, Task
+from metaprior.tasks.texts.words import Hashing, read_text, sentences_of, words_of
+from metaprior.training.loop import Training, fit
 from scenarios import run_cli, write_csv
 
 TOPICS = {

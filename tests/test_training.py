@@ -13,14 +13,15 @@ import numpy as np
 import optax
 import pytest
 
-from metaprior.evaluation import evaluate
-from metaprior.inference.gradient import count, mean_nll
+from metaprior.core.likelihoods import Categorical, Gaussian, Poisson
+from metaprior.core.types import Batch, Splits, Task
+from metaprior.evaluation.protocol import evaluate
+from metaprior.experiments.runs import Run
+from metaprior.inference.descent import count, mean_nll
 from metaprior.learners.registry import make_learner
-from metaprior.likelihoods import Categorical, Gaussian, Poisson
 from metaprior.networks import mlp
-from metaprior.runs import Run
 from metaprior.tasks import FixedTasks
-from metaprior.training import (
+from metaprior.training.loop import (
     NonFiniteLoss,
     Training,
     fit,
@@ -33,7 +34,6 @@ from metaprior.training import (
     run_chunk,
     step_mesh,
 )
-from metaprior.types import Batch, Splits, Task
 from scenarios import TINY, same_bits, tiny_learner, tiny_splits
 
 
@@ -83,7 +83,7 @@ def test_how_many_tasks_at_once_is_the_machines_to_say(monkeypatch):
 SHARED_OUT = """
 import jax, numpy as np, sys
 from dataclasses import replace
-from metaprior.runtime import configure
+from metaprior.core.runtime import configure
 configure(devices=2)
 from metaprior.evaluation import evaluate
 from metaprior.training import fit, init_state, run_chunk, step_mesh

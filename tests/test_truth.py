@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metaprior.core.likelihoods import Gaussian
 from metaprior.learners import make_learner
 from metaprior.learners.llama import Prior
 from metaprior.learners.registry import learners_before
-from metaprior.likelihoods import Gaussian
-from metaprior.nuts import against_nuts
+from metaprior.referees.nuts import against_nuts
+from metaprior.referees.truth import judge, linear_model, referee
 from metaprior.tasks import linear_gaussian
-from metaprior.truth import judge, linear_model, referee
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from metaprior.likelihoods import Normals
-from metaprior.types import Predictive
-from metaprior.units import in_units
+from metaprior.core.likelihoods import Normals
+from metaprior.core.types import Predictive
+from metaprior.core.units import in_units
 
 OFFSET, SCALE = np.asarray([1.7e9, -3.0]), np.asarray([20.0, 0.5])
 Z = Normals(jnp.asarray([[[0.5, -1.0], [0.25, 2.0]]]), jnp.asarray([[[0.25, 1.0], [4.0, 0.01]]]))

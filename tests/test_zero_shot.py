@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.types import Attributes, Batch, Model, Splits, Task
 from metaprior.learners import zero_shot
-from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.tasks import DataError, DescribedTasks, augmented, class_pool, omniglot_strokes
+from metaprior.tasks.images.strokes import ATTRIBUTES, describe, load_attributes, read_strokes, turned
 from metaprior.tasks.pool import rotate
-from metaprior.tasks.strokes import ATTRIBUTES, describe, load_attributes, read_strokes, turned
-from metaprior.types import Attributes, Batch, Model, Splits, Task
 
 KEY = jax.random.key(0)
 BARE = Model(lambda key, x: {}, lambda params, x: x)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from metaprior.inference.gradient import NO_META_GRADIENT, descend, make_optimizer
+from metaprior.core.likelihoods import Gaussian
+from metaprior.core.types import Batch, Task
+from metaprior.inference.descent import NO_META_GRADIENT, descend, make_optimizer
 from metaprior.learners import make_learner
-from metaprior.likelihoods import Gaussian
 from metaprior.networks import mlp
-from metaprior.types import Batch, Task
 from scenarios import deadened, finite
 
 

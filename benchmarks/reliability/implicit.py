@@ -15,10 +15,10 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
+from metaprior.core.likelihoods import Gaussian
+from metaprior.core.types import Batch, Learner, Model, Task
 from metaprior.inference.posteriors import implicit
 from metaprior.learners import anil, lslr, maml, meta_sgd, preconditioned
-from metaprior.likelihoods import Gaussian
-from metaprior.types import Batch, Learner, Model, Task
 
 SD, STEPS, KEY = 0.7, 4, jax.random.key(0)
 LSLR = np.array([0.10, 0.08, 0.05, 0.005])

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from metaprior.evaluation import figure_of
+from metaprior.evaluation.figures import figure_of
 
 FIGURES = {"normal": (lambda z: z, 0.0), "skewed": (np.exp, np.exp(0.5))}
 

@@ -37,7 +37,7 @@ import tensorboardX.summary  # noqa: F401
 from tensorboardX.proto import event_pb2
 
 from metaprior import cli
-from metaprior.runs import Run
+from metaprior.experiments.runs import Run
 
 warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
 LEARNERS = ("maml", "reptile", "meta_sgd", "imaml", "amortized_bml", "bmaml", "platipus", "meta_lstm", "llama", "anil")
@@ -85,8 +85,8 @@ def train(learner: str, folder: Path, steps: int, resume: bool) -> int:
 
 def read(folder: Path) -> int:
     """Open the run again and again until it is told to stop; whatever is wrong ends it with status 1."""
-    from metaprior.opened import load
-    from metaprior.training import init_state
+    from metaprior.experiments.opened import load
+    from metaprior.training.loop import init_state
 
     stop = False
 
@@ -137,8 +137,8 @@ def judge(whole: Path, killed: Path) -> int:
     """0 if both runs are the same to the bit; prints what is not."""
     import jax
 
-    from metaprior.opened import load
-    from metaprior.training import init_state
+    from metaprior.experiments.opened import load
+    from metaprior.training.loop import init_state
 
     def leaves(tree: object) -> list[bytes]:
         return [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(tree))]

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaprior.evaluation import integral_transform
-from metaprior.likelihoods import Counts, Normals
+from metaprior.core.likelihoods import Counts, Normals
+from metaprior.evaluation.protocol import integral_transform
 
 
 def main(n: int) -> None:

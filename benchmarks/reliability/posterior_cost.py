@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from metaprior import Gaussian, implicit
+from metaprior.core.types import Batch, Task
 from metaprior.learners import maml
 from metaprior.networks import mlp
-from metaprior.types import Batch, Task
 
 
 def measure(rows: int, queries: int) -> tuple[float, float]:

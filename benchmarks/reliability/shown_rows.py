@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import norm
 
 from metaprior import LEARNERS, MetaRegressor, Training
-from metaprior.evaluation import figure_of
+from metaprior.evaluation.figures import figure_of
 from metaprior.learners.registry import traits_of
 
 SHOWN = (0, 1, 2, 3, 5)

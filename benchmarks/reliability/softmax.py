@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from metaprior.likelihoods import Categorical
+from metaprior.core.likelihoods import Categorical
 
 VARIANCES = (0.1, 1.0, 4.0, 9.0, 25.0, 100.0, 400.0)
 

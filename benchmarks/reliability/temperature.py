@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from metaprior.calibration import PRIOR_SD, fit_temperature
+from metaprior.evaluation.calibration import PRIOR_SD, fit_temperature
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -4,37 +4,42 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from metaprior.moved import install as _install
+
 if TYPE_CHECKING:
     from metaprior import learners, networks, tasks
-    from metaprior.calibration import calibrate, calibrate_softmax, temperature_scaled
-    from metaprior.estimators import MetaClassifier, MetaRegressor
-    from metaprior.evaluation import Report, evaluate
-    from metaprior.inference.learned import optimise
+    from metaprior.core.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+    from metaprior.core.types import Attributes, Batch, Learner, Model, Predictive, Splits, Task, TaskSource, settled
+    from metaprior.estimators.sklearn import MetaClassifier, MetaRegressor
+    from metaprior.evaluation.calibration import calibrate, calibrate_softmax, temperature_scaled
+    from metaprior.evaluation.protocol import evaluate
+    from metaprior.evaluation.report import Report
+    from metaprior.experiments.opened import load
+    from metaprior.experiments.recipe import register
+    from metaprior.inference.learned_optimizers import optimise
     from metaprior.inference.posteriors import implicit, laplace, point
     from metaprior.learners import LEARNERS, learned_optimizer, make_learner
-    from metaprior.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
     from metaprior.networks import conv4, from_equinox, from_flax, mlp
-    from metaprior.opened import load
-    from metaprior.recipe import register
-    from metaprior.training import Fitted, NonFiniteLoss, Training, TrainState, fit
-    from metaprior.types import Attributes, Batch, Learner, Model, Predictive, Splits, Task, TaskSource, settled
+    from metaprior.training.loop import Fitted, NonFiniteLoss, Training, TrainState, fit
 
     __version__: str
 
+_install()
+
 # Where each name above is imported from when it is first asked for: `import metaprior` itself imports nothing.
 _FROM = {
-    "calibration": ("calibrate", "calibrate_softmax", "temperature_scaled"),
+    "core.likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"),
+    "core.types": ("Attributes", "Batch", "Learner", "Model", "Predictive", "Splits", "Task", "TaskSource", "settled"),
     "estimators": ("MetaClassifier", "MetaRegressor"),
     "evaluation": ("Report", "evaluate"),
-    "inference.learned": ("optimise",),
+    "evaluation.calibration": ("calibrate", "calibrate_softmax", "temperature_scaled"),
+    "experiments.opened": ("load",),
+    "experiments.recipe": ("register",),
+    "inference.learned_optimizers": ("optimise",),
     "inference.posteriors": ("implicit", "laplace", "point"),
     "learners": ("LEARNERS", "learned_optimizer", "make_learner"),
-    "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"),
     "networks": ("conv4", "from_equinox", "from_flax", "mlp"),
-    "opened": ("load",),
-    "recipe": ("register",),
     "training": ("Fitted", "NonFiniteLoss", "TrainState", "Training", "fit"),
-    "types": ("Attributes", "Batch", "Learner", "Model", "Predictive", "Splits", "Task", "TaskSource", "settled"),
 }
 _MODULE_OF = {name: module for module, names in _FROM.items() for name in names}
 

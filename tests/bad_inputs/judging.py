@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metaprior.cli import main
-from metaprior.training import NonFiniteLoss
+from metaprior.training.loop import NonFiniteLoss
 
 LIMIT = 120  # seconds until a case counts as one that hangs; compiling on a busy machine is slow
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bad_inputs.judging import Case
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.named import option_names
+from metaprior.core.types import Attributes, Batch, Learner, Task
 from metaprior.learners import LEARNERS, make_learner
-from metaprior.likelihoods import Categorical, Gaussian
-from metaprior.named import option_names
 from metaprior.networks import mlp
-from metaprior.types import Attributes, Batch, Learner, Task
 
 WAY, N, KEY = 3, 6, jax.random.key(0)
 CLASSES_ONLY = ("nil", "protonet", "siamese", "zero_shot", "matching", "nearest_neighbour", "gnn")

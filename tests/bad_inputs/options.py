@@ -8,15 +8,15 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 
 from bad_inputs.judging import Case
+from metaprior.core.likelihoods import LIKELIHOODS, Categorical, Gaussian
+from metaprior.core.named import construct
+from metaprior.experiments.recipe import Evaluation
 from metaprior.inference.posteriors import POSTERIORS
 from metaprior.learners import LEARNERS
 from metaprior.learners.registry import traits_of
-from metaprior.likelihoods import LIKELIHOODS, Categorical, Gaussian
-from metaprior.named import construct
 from metaprior.networks import NETWORKS, mlp
-from metaprior.recipe import Evaluation
 from metaprior.tasks import SOURCES
-from metaprior.training import Training
+from metaprior.training.loop import Training
 
 NAN = float("nan")
 WRONG: dict[Any, list[Any]] = {

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from bad_inputs.judging import Case
-from metaprior.estimators import MetaClassifier, MetaRegressor
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.estimators.sklearn import MetaClassifier, MetaRegressor
 from metaprior.inference.posteriors import implicit, laplace, point
 from metaprior.learners import LEARNERS, make_learner, maml
-from metaprior.likelihoods import Categorical, Gaussian
 from metaprior.networks import mlp
 from metaprior.tasks import array_tasks, check_labels, encode_labels
-from metaprior.training import Training
+from metaprior.training.loop import Training
 
 X, Y, G = np.linspace(0, 1, 60)[:, None], np.linspace(0, 2, 60), np.repeat(np.arange(10), 6)
 

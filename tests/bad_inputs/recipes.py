@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bad_inputs.judging import Case, cli
-from metaprior.recipe import build, load_recipe, recipe_from_dict
+from metaprior.experiments.recipe import build, load_recipe, recipe_from_dict
 
 GOOD = """description = "x"
 learner = "maml"

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from importlib import import_module
 
 import metaprior
-from metaprior.extras import MissingExtra, extra
-from metaprior.files import explained
-from metaprior.signals import Ended, breaking_in
+from metaprior.core.extras import MissingExtra, extra
+from metaprior.core.files import explained
+from metaprior.core.signals import Ended, breaking_in
 
 with extra("cli", "The command line"):
     import tyro
@@ -100,7 +100,7 @@ def main(args: list[str] | None = None) -> None:
     except SystemExit:
         raise  # before what follows is imported, as `--help` ends so
     except (ValueError, MissingExtra, metaprior.NonFiniteLoss) as error:
-        from metaprior.checkpoint import NotSaved
+        from metaprior.training.checkpoint import NotSaved
 
         _say("error", "bold red", error)
         sys.exit(2 if isinstance(error, ValueError) and not isinstance(error, NotSaved) else 1)

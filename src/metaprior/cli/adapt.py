@@ -14,14 +14,14 @@ import tyro
 from rich.table import Table
 
 from metaprior.cli.screen import screen
-from metaprior.files import beside, check_output
-from metaprior.likelihoods import Categories
-from metaprior.opened import load
-from metaprior.recipe import Recipe, most_ways
+from metaprior.core.files import beside, check_output
+from metaprior.core.likelihoods import Categories
+from metaprior.core.types import Attributes, Batch
+from metaprior.experiments.opened import load
+from metaprior.experiments.recipe import Recipe, most_ways
 from metaprior.tasks import Examples, Preparation, encode_labels, read_columns, read_examples, read_texts
-from metaprior.tasks.columns import Columns, as_numbers
 from metaprior.tasks.pool import ClassPool, innermost
-from metaprior.types import Attributes, Batch
+from metaprior.tasks.tables.columns import Columns, as_numbers
 
 SHOWN = 50  # rows of the table on screen; --out holds all
 

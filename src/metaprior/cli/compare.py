@@ -10,13 +10,14 @@ import tyro
 from rich.table import Table
 
 from metaprior.cli.screen import screen
-from metaprior.evaluation import Report, title_of
-from metaprior.files import write_atomically
-from metaprior.options import Whole, accept
-from metaprior.plots import check_pictures, compared_curves, save
-from metaprior.recipe import own_table
-from metaprior.reports import Kept, command, name_in, read_report, reports_of
-from metaprior.runs import Run, told_apart
+from metaprior.core.files import write_atomically
+from metaprior.core.options import Whole, accept
+from metaprior.evaluation.figures import title_of
+from metaprior.evaluation.plots import check_pictures, compared_curves, save
+from metaprior.evaluation.report import Report
+from metaprior.experiments.recipe import own_table
+from metaprior.experiments.reports import Kept, command, name_in, read_report, reports_of
+from metaprior.experiments.runs import Run, told_apart
 
 SHOWN = ("accuracy", "mse", "nll", "coverage_90", "ece", "mce")
 

@@ -5,18 +5,25 @@ from pathlib import Path
 import jax
 from rich.table import Table
 
-from metaprior.calibration import calibrate
 from metaprior.cli.progress import Progress
 from metaprior.cli.screen import screen
-from metaprior.evaluation import evaluate
+from metaprior.core.likelihoods import Gaussian
+from metaprior.core.runtime import configure
+from metaprior.evaluation.calibration import calibrate
+from metaprior.evaluation.plots import (
+    check_pictures,
+    pit_histogram,
+    prior_functions,
+    regression_tasks,
+    save,
+    training_curve,
+)
+from metaprior.evaluation.protocol import evaluate
 from metaprior.inference.posteriors import implicit, point
 from metaprior.learners import maml
-from metaprior.likelihoods import Gaussian
 from metaprior.networks import mlp
-from metaprior.plots import check_pictures, pit_histogram, prior_functions, regression_tasks, save, training_curve
-from metaprior.runtime import configure
 from metaprior.tasks import sinusoid
-from metaprior.training import Training, fit
+from metaprior.training.loop import Training, fit
 
 
 def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:

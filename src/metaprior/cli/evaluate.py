@@ -14,12 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from metaprior.cli.screen import screen
-from metaprior.evaluation import TASKS, Report, Units, title_of
-from metaprior.evaluation import evaluate as evaluate_learner
-from metaprior.files import write_atomically
-from metaprior.opened import load
-from metaprior.plots import adaptation_curve, check_pictures, pit_histogram, reliability_diagram, save
-from metaprior.recipe import (
+from metaprior.cli.tables import curve_table, report_table
+from metaprior.core.files import write_atomically
+from metaprior.core.runtime import configure
+from metaprior.core.types import Learner, group_count
+from metaprior.evaluation.figures import title_of
+from metaprior.evaluation.plots import adaptation_curve, check_pictures, pit_histogram, reliability_diagram, save
+from metaprior.evaluation.protocol import TASKS, Units
+from metaprior.evaluation.protocol import evaluate as evaluate_learner
+from metaprior.evaluation.rejection import Rejection, closeness, confidence, rejection, scored
+from metaprior.evaluation.report import Report
+from metaprior.experiments.opened import load
+from metaprior.experiments.recipe import (
     Experiment,
     Recipe,
     distance_of,
@@ -30,13 +36,10 @@ from metaprior.recipe import (
     recipe_of,
     with_overrides,
 )
-from metaprior.rejection import Rejection, closeness, confidence, rejection, scored
-from metaprior.reports import judged, name_of
-from metaprior.results import published_for
-from metaprior.runs import Run
-from metaprior.runtime import configure
+from metaprior.experiments.reports import judged, name_of
+from metaprior.experiments.results import published_for
+from metaprior.experiments.runs import Run
 from metaprior.tasks import FixedTasks, one_shot_source
-from metaprior.types import Learner, group_count
 
 
 def evaluate(
@@ -131,10 +134,10 @@ def evaluate(
     finally:
         # Figures that cost minutes are shown even where they cannot be written.
         title = f"{recipe.name}, {recipe.learner}, {posterior or 'own'} posterior, {number} {kind}"
-        console.print(report.table(title))
+        console.print(report_table(report, title))
     if told:
         console.print(rejection_table(told))
-    if (curve := report.curve_table()) is not None:
+    if (curve := curve_table(report)) is not None:
         console.print(curve)
     _compare(console, opened.run, recipe, split, changed)
     folder = opened.run.folder

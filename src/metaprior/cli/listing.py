@@ -6,11 +6,11 @@ from rich.table import Table
 from rich.text import Text
 
 from metaprior.cli.screen import screen
+from metaprior.experiments.recipe import load_recipe, recipe_names
+from metaprior.experiments.suite import load_suite, suite_names
 from metaprior.inference.posteriors import POSTERIORS
 from metaprior.learners import LEARNERS
 from metaprior.networks import NETWORKS
-from metaprior.recipe import load_recipe, recipe_names
-from metaprior.suite import load_suite, suite_names
 from metaprior.tasks import SOURCES
 
 

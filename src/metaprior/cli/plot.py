@@ -9,10 +9,10 @@ import tyro
 from jaxtyping import PyTree
 
 from metaprior.cli.screen import screen
+from metaprior.core.types import Learner, Task
+from metaprior.evaluation.plots import check_pictures, gate_values, regression_tasks, save, training_curve
+from metaprior.experiments.opened import load
 from metaprior.learners.registry import traits_of
-from metaprior.opened import load
-from metaprior.plots import check_pictures, gate_values, regression_tasks, save, training_curve
-from metaprior.types import Learner, Task
 
 
 def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:

@@ -14,19 +14,19 @@ from rich.table import Table
 from metaprior.cli.evaluate import evaluate
 from metaprior.cli.screen import screen
 from metaprior.cli.train import one_name, trained_run
-from metaprior.course import environment
-from metaprior.files import check_output, write_atomically
-from metaprior.named import lookup
-from metaprior.pages import headlines as headline_table
-from metaprior.pages import number, with_headlines, write_pages
-from metaprior.plots import check_pictures
-from metaprior.recipe import Recipe, as_dict, build, training_of
-from metaprior.reports import name_of, read_report
-from metaprior.results import Result, commit, read_result, recipe_hash, statuses
-from metaprior.runs import Run
-from metaprior.runtime import configure
-from metaprior.suite import Planned, load_suite
-from metaprior.training import NonFiniteLoss
+from metaprior.core.files import check_output, write_atomically
+from metaprior.core.named import lookup
+from metaprior.core.runtime import configure
+from metaprior.evaluation.plots import check_pictures
+from metaprior.experiments.course import environment
+from metaprior.experiments.pages import headlines as headline_table
+from metaprior.experiments.pages import number, with_headlines, write_pages
+from metaprior.experiments.recipe import Recipe, as_dict, build, training_of
+from metaprior.experiments.reports import name_of, read_report
+from metaprior.experiments.results import Result, commit, read_result, recipe_hash, statuses
+from metaprior.experiments.runs import Run
+from metaprior.experiments.suite import Planned, load_suite
+from metaprior.training.loop import NonFiniteLoss
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 

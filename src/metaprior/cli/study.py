@@ -9,17 +9,17 @@ import tyro
 from rich.table import Table
 
 from metaprior.cli.screen import screen
-from metaprior.evaluation import Figure
-from metaprior.files import write_atomically
+from metaprior.core.files import write_atomically
+from metaprior.core.named import option_names
+from metaprior.core.types import Learner
+from metaprior.evaluation.figures import Figure
+from metaprior.evaluation.plots import check_pictures, save
+from metaprior.experiments.opened import load
+from metaprior.experiments.recipe import recipe_of
+from metaprior.experiments.runs import Run, told_apart
 from metaprior.learners import LEARNERS
-from metaprior.named import option_names
-from metaprior.opened import load
-from metaprior.plots import check_pictures, save
-from metaprior.recipe import recipe_of
-from metaprior.runs import Run, told_apart
 from metaprior.studies import active, ambiguity, novelty, referee
-from metaprior.studies.pictures import acquisitions, explanations, novelty_bars
-from metaprior.types import Learner
+from metaprior.studies.plots import acquisitions, explanations, novelty_bars
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Posterior = Literal["point", "implicit", "laplace"] | None

@@ -10,9 +10,10 @@ from rich.text import Text
 
 from metaprior.cli.progress import Progress
 from metaprior.cli.screen import screen
-from metaprior.course import check_same_course
-from metaprior.named import lookup
-from metaprior.recipe import (
+from metaprior.core.named import lookup
+from metaprior.core.runtime import configure
+from metaprior.experiments.course import check_same_course
+from metaprior.experiments.recipe import (
     Experiment,
     Recipe,
     as_dict,
@@ -25,9 +26,8 @@ from metaprior.recipe import (
     training_of,
     with_overrides,
 )
-from metaprior.runs import Run
-from metaprior.runtime import configure
-from metaprior.training import Fitted, fit
+from metaprior.experiments.runs import Run
+from metaprior.training.loop import Fitted, fit
 
 
 def train(

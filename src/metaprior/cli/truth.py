@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from metaprior.cli.screen import screen
-from metaprior.files import write_atomically
-from metaprior.plots import check_pictures, pit_histogram, save
-from metaprior.runtime import configure
-from metaprior.truth import Verdict, referee
+from metaprior.core.files import write_atomically
+from metaprior.core.runtime import configure
+from metaprior.evaluation.plots import check_pictures, pit_histogram, save
+from metaprior.referees.truth import Verdict, referee
 
 COLUMNS = {
     "prior mean": ("prior_mean", "rms gap to the exact empirical-Bayes optimum"),
@@ -89,7 +89,7 @@ def _by_nuts(
     seed: int,
     out: Path,
 ) -> int:
-    from metaprior.nuts import against_nuts, learned_against_nuts  # which needs the extra `truth`
+    from metaprior.referees.nuts import against_nuts, learned_against_nuts  # which needs the extra `truth`
 
     given = against_nuts(family, learners or None, tasks=tasks, shot=shot, seed=seed)
     sizes = {"tasks": tasks, "shot": shot, "seen": seen}

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.gradient import count
-from metaprior.likelihoods import Likelihood
-from metaprior.networks.product import dots, product
-from metaprior.types import Batch, examples, weights
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.types import Batch, examples, weights
+from metaprior.inference.descent import count
+from metaprior.kernels.product import dots, product
 
 
 class Particles(NamedTuple):

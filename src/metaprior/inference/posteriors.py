@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from metaprior.core.likelihoods import Categorical, Gaussian, Likelihood
+from metaprior.core.options import Scale, Whole, checked
+from metaprior.core.types import Batch
 from metaprior.inference.curvature import (
     CURVATURES,
     Curvature,
@@ -30,7 +33,7 @@ from metaprior.inference.curvature import (
     laplace_spectrum,
     output_variance,
 )
-from metaprior.inference.steps import (
+from metaprior.inference.linear_descent import (
     Root,
     RootedGaussian,
     TensorGaussian,
@@ -38,9 +41,6 @@ from metaprior.inference.steps import (
     optimizer_spectrum,
     tensor_gaussian,
 )
-from metaprior.likelihoods import Categorical, Gaussian, Likelihood
-from metaprior.options import Scale, Whole, checked
-from metaprior.types import Batch
 
 DRAWS_AT_ONCE = 8
 
@@ -234,7 +234,7 @@ def implicit(
     linear: bool = False,
     curvature: str | Callable[..., Dual | Primal | Lanczos] = "auto",
 ) -> PosteriorRule:
-    """The posterior that the inner loop's own steps imply, with nothing to choose (see `inference.steps`).
+    """The posterior that the inner loop's own steps imply, with nothing to choose (see `inference.linear_descent`).
 
     Exact for a quadratic loss and every optimiser that is linear in its gradients: SGD with any schedule, momentum,
     Nesterov, weight decay, and the learned rates of `meta_sgd`, `lslr` and `preconditioned`. Where a step overshoots no

@@ -11,22 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, Scalar
 
-from metaprior.inference.assemble import fit_metrics
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import InnerOptimizer, NonNegative, Positive, Whole
+from metaprior.core.types import Learner, Model, Task, joined
 from metaprior.inference.gaussian import DiagonalGaussian, around, kl
-from metaprior.inference.gradient import joined
-from metaprior.inference.variational import (
-    BUDGETS,
-    SILENT,
-    Variational,
-    free_energy,
-    infer,
-    variational_learner,
-)
+from metaprior.inference.variational import Variational, free_energy, infer
+from metaprior.learners.builders.gradient import fit_metrics
+from metaprior.learners.builders.variational import BUDGETS, SILENT, variational_learner
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
-from metaprior.named import passes_options_to
-from metaprior.options import InnerOptimizer, NonNegative, Positive, Whole
-from metaprior.types import Learner, Model, Task
 
 
 def hyper_nll(theta: DiagonalGaussian, a0: float, b0: float) -> Scalar:

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from metaprior.inference.amortised import embedding, output_width
-from metaprior.inference.assemble import query_learner
-from metaprior.inference.gradient import Adaptation, make_optimizer
-from metaprior.inference.metric import ABSENT, check_classification
+from metaprior.core.likelihoods import Categories, Likelihood, check_labels, one_hot
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import InnerOptimizer, NonNegative, Positive, Whole, checked
+from metaprior.core.types import Batch, Call, Learner, Model, Task, counted, weights
+from metaprior.inference.descent import make_optimizer
 from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.learners.builders.amortised import embedding, output_width
+from metaprior.learners.builders.gradient import Adaptation, query_learner
+from metaprior.learners.builders.metric import ABSENT, check_classification
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Categories, Likelihood, check_labels, one_hot
-from metaprior.named import passes_options_to
-from metaprior.options import InnerOptimizer, NonNegative, Positive, Whole, checked
-from metaprior.types import Batch, Call, Learner, Model, Task, counted, weights
 
 
 def _is_head(params: PyTree, head: str) -> PyTree:

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.assemble import fit_metrics
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.options import Count, InnerOptimizer, NonNegative, Whole, checked
+from metaprior.core.types import Batch, Learner, Model, Task, counted, joined, weighted_mean
 from metaprior.inference.curvature.rows import normal_like
-from metaprior.inference.gradient import count, descend, half_square, joined, make_optimizer, mean_nll, trajectory
+from metaprior.inference.descent import count, descend, half_square, make_optimizer, mean_nll, trajectory
 from metaprior.inference.particles import Particles, predict_with, stein
+from metaprior.learners.builders.gradient import fit_metrics
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
-from metaprior.options import Count, InnerOptimizer, NonNegative, Whole, checked
-from metaprior.types import Batch, Learner, Model, Task, counted, weighted_mean
 
 
 # On the whole prior its particles forget where they started, which is all that their prior is: few steps there.

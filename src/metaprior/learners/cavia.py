@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from metaprior.inference.assemble import query_learner
-from metaprior.inference.gradient import Adaptation, make_optimizer
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.options import Count, InnerOptimizer, NonNegative, Whole, checked
+from metaprior.core.types import Call, Learner, Model, Task
+from metaprior.inference.descent import make_optimizer
 from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.learners.builders.gradient import Adaptation, query_learner
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
 from metaprior.networks.layers import flat
-from metaprior.options import Count, InnerOptimizer, NonNegative, Whole, checked
-from metaprior.types import Call, Learner, Model, Task
 
 
 class Told(NamedTuple):

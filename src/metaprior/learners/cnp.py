@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width
+from metaprior.core.likelihoods import Categorical, Likelihood
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import Count, checked
+from metaprior.core.types import Batch, Learner, Model, Task, counted, weights
+from metaprior.learners.builders.amortised import amortised_learner, as_inputs, embedding, output_width
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Categorical, Likelihood
-from metaprior.named import passes_options_to
 from metaprior.networks.attention import attend
 from metaprior.networks.mlp import mlp
-from metaprior.options import Count, checked
-from metaprior.types import Batch, Learner, Model, Task, counted, weights
 
 
 class Process(NamedTuple):

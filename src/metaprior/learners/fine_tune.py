@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import embedding
-from metaprior.inference.assemble import Adapted, gradient_learner, pretraining_loss
-from metaprior.inference.gradient import Adaptation, half_square, make_optimizer
-from metaprior.inference.metric import embed_query, number_of_classes
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.options import InnerOptimizer, NonNegative, Way, Whole, checked
+from metaprior.core.types import Batch, Call, Learner, Model, Task
+from metaprior.inference.descent import half_square, make_optimizer
 from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.learners.builders.amortised import embedding
+from metaprior.learners.builders.gradient import Adaptation, Adapted, gradient_learner, pretraining_loss
+from metaprior.learners.builders.metric import embed_query, number_of_classes
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
 from metaprior.networks.layers import dense
-from metaprior.options import InnerOptimizer, NonNegative, Way, Whole, checked
-from metaprior.types import Batch, Call, Learner, Model, Task
 
 
 class Tuned(NamedTuple):

@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, Scalar
 
-from metaprior.inference.assemble import fit_metrics
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import Whole
+from metaprior.core.types import Learner, Model, Task
 from metaprior.inference.gaussian import DiagonalGaussian, around, cross_entropy, kl
-from metaprior.inference.variational import BUDGETS, SILENT, Variational, infer, variational_learner
+from metaprior.inference.variational import Variational, infer
+from metaprior.learners.builders.gradient import fit_metrics
+from metaprior.learners.builders.variational import BUDGETS, SILENT, variational_learner
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
-from metaprior.named import passes_options_to
-from metaprior.options import Whole
-from metaprior.types import Learner, Model, Task
 
 
 def gem_gradient(

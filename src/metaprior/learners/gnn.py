@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import as_inputs, embedding, output_width
-from metaprior.inference.assemble import fit_metrics
-from metaprior.inference.gradient import count, mean_nll
+from metaprior.core.likelihoods import Categorical, Categories, Likelihood, one_hot
+from metaprior.core.options import Count, Fraction, checked
+from metaprior.core.types import Batch, Learner, Model, Task, counted, known_labels, weights
+from metaprior.inference.descent import count, mean_nll
+from metaprior.learners.builders.amortised import as_inputs, embedding, output_width
+from metaprior.learners.builders.gradient import fit_metrics
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Categorical, Categories, Likelihood, one_hot
 from metaprior.networks.attention import shares
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.mlp import mlp
-from metaprior.options import Count, Fraction, checked
-from metaprior.types import Batch, Learner, Model, Task, counted, known_labels, weights
 
 EDGES = 2**16  # in memory at once; queries beyond that go one chunk after another
 

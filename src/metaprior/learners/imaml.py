@@ -8,21 +8,14 @@ The paper's operator: its public code solves ((1 + damping) I + H/(s + 10)) g = 
 import optax
 from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.assemble import fit_metrics, gradient_learner
-from metaprior.inference.gradient import (
-    adapt_all,
-    count,
-    half_square,
-    make_optimizer,
-    mean_nll,
-    support_loss,
-)
-from metaprior.inference.implicit import proximal
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.options import Count, InnerOptimizer, NonNegative, Positive, Whole, checked
+from metaprior.core.types import Learner, Model, Task
+from metaprior.inference.descent import count, half_square, make_optimizer, mean_nll
 from metaprior.inference.posteriors import PosteriorRule, implicit, point
+from metaprior.inference.proximal import proximal
+from metaprior.learners.builders.gradient import adapt_all, fit_metrics, gradient_learner, support_loss
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
-from metaprior.options import Count, InnerOptimizer, NonNegative, Positive, Whole, checked
-from metaprior.types import Learner, Model, Task
 
 
 @traits(

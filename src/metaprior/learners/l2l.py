@@ -14,16 +14,16 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.assemble import fit_metrics, gradient_learner
-from metaprior.inference.gradient import adapt_all, drawn, mean_nll, minibatches, support_loss
-from metaprior.inference.learned import P, log_sign, unrolled
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.options import Count, NonNegative, Positive, Whole, checked
+from metaprior.core.types import Batch, Learner, Model, Task, examples
+from metaprior.inference.descent import drawn, mean_nll, minibatches
+from metaprior.inference.learned_optimizers import P, log_sign, unrolled
 from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.learners.builders.gradient import adapt_all, fit_metrics, gradient_learner, support_loss
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start
-from metaprior.options import Count, NonNegative, Positive, Whole, checked
-from metaprior.types import Batch, Learner, Model, Task, examples
 
 RATE = 0.1
 

@@ -12,25 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.assemble import fit_metrics, gradient_learner
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.named import lookup
+from metaprior.core.options import NonNegative, Positive, Whole, checked
+from metaprior.core.types import PLAIN, Batch, Call, Learner, Model, Task, joined
 from metaprior.inference.curvature import CURVATURES, descent_spectrum, dual
-from metaprior.inference.gradient import (
-    adapt_all,
-    count,
-    descend,
-    half_square,
-    joined,
-    make_optimizer,
-    mean_nll,
-    support_loss,
-)
-from metaprior.inference.laplace import negative_log_evidence
+from metaprior.inference.descent import count, descend, half_square, make_optimizer, mean_nll
+from metaprior.inference.evidence import negative_log_evidence
 from metaprior.inference.posteriors import PosteriorRule, laplace
+from metaprior.learners.builders.gradient import adapt_all, fit_metrics, gradient_learner, support_loss
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
-from metaprior.named import lookup
-from metaprior.options import NonNegative, Positive, Whole, checked
-from metaprior.types import PLAIN, Batch, Call, Learner, Model, Task
 
 
 class Prior(NamedTuple):

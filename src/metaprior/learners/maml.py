@@ -10,14 +10,14 @@ from typing import Any
 
 import optax
 
-from metaprior.inference.assemble import query_learner
-from metaprior.inference.gradient import adapt_all, make_optimizer
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import InnerOptimizer, NonNegative, Whole, checked
+from metaprior.core.types import Learner, Model
+from metaprior.inference.descent import make_optimizer
 from metaprior.inference.posteriors import PosteriorRule, implicit, point
+from metaprior.learners.builders.gradient import adapt_all, query_learner
 from metaprior.learners.traits import five_steps, traits
-from metaprior.likelihoods import Likelihood
-from metaprior.named import passes_options_to
-from metaprior.options import InnerOptimizer, NonNegative, Whole, checked
-from metaprior.types import Learner, Model
 
 
 @traits(on_table=five_steps, referees={"truth": {"steps": 5, "rate": 0.05, "posterior": implicit()}})

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import as_inputs, by_instance, embedding, output_width
-from metaprior.inference.assemble import fit_metrics
-from metaprior.inference.gradient import mean_nll
+from metaprior.core.likelihoods import Categorical, Likelihood
+from metaprior.core.options import Count, Fraction, checked
+from metaprior.core.types import Batch, Learner, Model, Task, counted, examples, weights
+from metaprior.inference.descent import mean_nll
+from metaprior.learners.builders.amortised import as_inputs, by_instance, embedding, output_width
+from metaprior.learners.builders.gradient import fit_metrics
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Categorical, Likelihood
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import gated, lstm_init
 from metaprior.networks.memory import Access, found, least_used, turing
-from metaprior.options import Count, Fraction, checked
-from metaprior.types import Batch, Learner, Model, Task, counted, examples, weights
 
 
 class Mann(NamedTuple):

@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import embedding
-from metaprior.inference.gradient import descend, make_optimizer, mean_nll
-from metaprior.inference.metric import (
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.options import Count, Positive, Way, Whole, checked
+from metaprior.core.types import Batch, Learner, Model, Task, labelled, weights
+from metaprior.inference.descent import descend, make_optimizer, mean_nll
+from metaprior.learners.builders.amortised import embedding
+from metaprior.learners.builders.metric import (
     ABSENT,
     check_classification,
     embed_query,
@@ -26,10 +29,7 @@ from metaprior.inference.metric import (
     unit,
 )
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start, run_lstm
-from metaprior.options import Count, Positive, Way, Whole, checked
-from metaprior.types import Batch, Learner, Model, Task, labelled, weights
 
 
 class Context(NamedTuple):

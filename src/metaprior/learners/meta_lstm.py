@@ -19,16 +19,16 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.assemble import query_learner
-from metaprior.inference.gradient import Adaptation, adapt_all, support_loss, trajectory
-from metaprior.inference.learned import P, log_sign
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.options import Count, NonNegative, Positive, Whole, checked
+from metaprior.core.types import Batch, Learner, Model, Task
+from metaprior.inference.descent import trajectory
+from metaprior.inference.learned_optimizers import P, log_sign
 from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.learners.builders.gradient import Adaptation, adapt_all, query_learner, support_loss
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start
 from metaprior.networks.statistics import beside
-from metaprior.options import Count, NonNegative, Positive, Whole, checked
-from metaprior.types import Batch, Learner, Model, Task
 
 TOGETHER = 1024  # coordinates whose gates stay in cache; they are computed again in the backward pass
 

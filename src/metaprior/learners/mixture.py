@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.assemble import fit_metrics
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import Count
+from metaprior.core.types import Batch, Learner, Model, Task, counted, weighted_mean
+from metaprior.inference.descent import count
 from metaprior.inference.gaussian import DiagonalGaussian, around
-from metaprior.inference.gradient import count
-from metaprior.inference.variational import SILENT, Variational, free_energy, infer
+from metaprior.inference.variational import Variational, free_energy, infer
+from metaprior.learners.builders.gradient import fit_metrics
+from metaprior.learners.builders.variational import SILENT
 from metaprior.learners.gem_bml import ascends, gem_gradient, natural
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
-from metaprior.named import passes_options_to
-from metaprior.options import Count
-from metaprior.types import Batch, Learner, Model, Task, counted, weighted_mean
 
 
 class Mixture(NamedTuple):

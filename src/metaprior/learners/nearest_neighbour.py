@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import embedding
-from metaprior.inference.assemble import pretraining_loss
-from metaprior.inference.metric import (
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.named import lookup
+from metaprior.core.options import Positive, Way, checked
+from metaprior.core.types import Batch, Learner, Model, Task, labelled
+from metaprior.learners.builders.amortised import embedding
+from metaprior.learners.builders.gradient import pretraining_loss
+from metaprior.learners.builders.metric import (
     ABSENT,
     DISTANCES,
     check_classification,
@@ -23,10 +27,6 @@ from metaprior.inference.metric import (
     scored_by_query,
 )
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
-from metaprior.named import lookup
-from metaprior.options import Positive, Way, checked
-from metaprior.types import Batch, Learner, Model, Task, labelled
 
 
 class Comparison(NamedTuple):

@@ -12,23 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.assemble import Loss, query_loss
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.options import NonNegative, Whole, checked
+from metaprior.core.types import Batch, Learner, Model, Task
+from metaprior.inference.descent import Descent, count, descend, make_optimizer, trajectory
 from metaprior.inference.gaussian import DiagonalGaussian, around, kl
-from metaprior.inference.gradient import (
-    Adaptation,
-    Descent,
-    adapt_all,
-    count,
-    descend,
-    make_optimizer,
-    support_loss,
-    trajectory,
-)
 from metaprior.inference.particles import Particles, predict_with
+from metaprior.learners.builders.gradient import Adaptation, Loss, adapt_all, query_loss, support_loss
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
-from metaprior.options import NonNegative, Whole, checked
-from metaprior.types import Batch, Learner, Model, Task
 
 
 class Initialisation(NamedTuple):

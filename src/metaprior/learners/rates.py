@@ -15,16 +15,15 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from metaprior.inference.assemble import query_learner
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import NonNegative, Positive, Whole
+from metaprior.core.types import Learner, Model, Task
 from metaprior.inference.curvature.rows import safe_sqrt
-from metaprior.inference.gradient import Adaptation
+from metaprior.inference.linear_descent import Root
 from metaprior.inference.posteriors import PosteriorRule, point
-from metaprior.inference.steps import Root
+from metaprior.learners.builders.gradient import Adaptation, query_learner
 from metaprior.learners.traits import five_steps, traits
-from metaprior.likelihoods import Likelihood
-from metaprior.named import passes_options_to
-from metaprior.options import NonNegative, Positive, Whole
-from metaprior.types import Learner, Model, Task
 
 
 class Stepped(NamedTuple):

@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from metaprior.inference.normalised import of_support, of_training
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.named import Registry, construct, lookup
+from metaprior.core.options import accept
+from metaprior.core.types import Learner, Model
 from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.bmaml import bmaml
+from metaprior.learners.builders.normalised import of_support, of_training
 from metaprior.learners.cavia import cavia
 from metaprior.learners.cnp import anp, cnp
 from metaprior.learners.fine_tune import fine_tune
@@ -29,10 +33,6 @@ from metaprior.learners.siamese import siamese
 from metaprior.learners.snail import snail
 from metaprior.learners.traits import Traits, stated
 from metaprior.learners.zero_shot import zero_shot
-from metaprior.likelihoods import Likelihood
-from metaprior.named import Registry, construct, lookup
-from metaprior.options import accept
-from metaprior.types import Learner, Model
 
 LEARNERS = Registry("learner", {
     "maml": maml,

@@ -8,22 +8,13 @@ SGD of rate e, annealed linearly to 0, is the paper's update. The task's support
 import jax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.assemble import fit_metrics, gradient_learner
-from metaprior.inference.gradient import (
-    adapt_all,
-    descend,
-    drawn,
-    half_square,
-    joined,
-    make_optimizer,
-    mean_nll,
-    minibatches,
-)
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.options import Count, Fraction, InnerOptimizer, NonNegative, Whole, checked
+from metaprior.core.types import Learner, Model, Task, examples, joined
+from metaprior.inference.descent import descend, drawn, half_square, make_optimizer, mean_nll, minibatches
 from metaprior.inference.posteriors import PosteriorRule, implicit, point
+from metaprior.learners.builders.gradient import adapt_all, fit_metrics, gradient_learner
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
-from metaprior.options import Count, Fraction, InnerOptimizer, NonNegative, Whole, checked
-from metaprior.types import Learner, Model, Task, examples
 
 
 # The outer rate multiplies phi - theta, which is no gradient, so a rate of 1 goes all the way.

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import embedding
-from metaprior.inference.assemble import fit_metrics
-from metaprior.inference.gradient import joined
-from metaprior.inference.metric import (
+from metaprior.core.likelihoods import Categorical, Likelihood
+from metaprior.core.options import Way, checked
+from metaprior.core.types import Batch, Learner, Model, Task, joined, labelled, weights
+from metaprior.learners.builders.amortised import embedding
+from metaprior.learners.builders.gradient import fit_metrics
+from metaprior.learners.builders.metric import (
     check_classification,
     embed_query,
     memberships,
@@ -26,9 +28,6 @@ from metaprior.inference.metric import (
     scored_by_query,
 )
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Categorical, Likelihood
-from metaprior.options import Way, checked
-from metaprior.types import Batch, Learner, Model, Task, labelled, weights
 
 
 class Twins(NamedTuple):

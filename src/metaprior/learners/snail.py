@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import amortised_learner, as_inputs, embedding, output_width
-from metaprior.inference.gradient import drawn
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.options import Count, checked
+from metaprior.core.types import Batch, Learner, Model, Task, counted, examples, weights
+from metaprior.inference.descent import drawn
+from metaprior.learners.builders.amortised import amortised_learner, as_inputs, embedding, output_width
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
 from metaprior.networks.attention import attend
 from metaprior.networks.layers import dense, dense_init
-from metaprior.options import Count, checked
-from metaprior.types import Batch, Learner, Model, Task, counted, examples, weights
 
 
 class Snail(NamedTuple):

@@ -31,7 +31,7 @@ class Traits:
         ordered: the support is a sequence to it.
         reads_unlabelled: a label below 0 in a support is an example without a label; to others it is an error.
         reads_attributes: its support holds the attributes of classes in place of examples.
-        rules_out_unseen: a class without support examples has probability 0 (see `inference.metric.with_unseen`).
+        rules_out_unseen: a class without support examples has probability 0 (see `builders.metric.with_unseen`).
         pretrained: it trains by plain classification, in which labels mean the same in every task.
         estimates: `jax.grad` of its loss is the meta-gradient, but not the derivative of the loss's value.
         descends: its inner steps follow a gradient, so they imply a prior.

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.inference.amortised import embedding
-from metaprior.inference.metric import (
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.options import Count, Positive, Way, checked
+from metaprior.core.types import Attributes, Batch, Learner, Model, Task
+from metaprior.learners.builders.amortised import embedding
+from metaprior.learners.builders.metric import (
     check_classification,
     memberships,
     present,
@@ -22,10 +25,7 @@ from metaprior.inference.metric import (
 )
 from metaprior.learners.protonet import class_means
 from metaprior.learners.traits import traits
-from metaprior.likelihoods import Likelihood
 from metaprior.networks.mlp import mlp
-from metaprior.options import Count, Positive, Way, checked
-from metaprior.types import Attributes, Batch, Learner, Model, Task
 
 
 class Described(NamedTuple):

@@ -1,6 +1,6 @@
 """Networks, each a `Model` of pure functions, and adapters for those of Flax and Equinox."""
 
-from metaprior.named import Registry
+from metaprior.core.named import Registry
 from metaprior.networks.adapters import from_equinox, from_flax, known_noise
 from metaprior.networks.bag import bag
 from metaprior.networks.conv4 import conv4, conv6

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from metaprior.types import PLAIN, Call, Model
+from metaprior.core.types import PLAIN, Call, Model
 
 
 def from_flax(module: Any) -> Model:

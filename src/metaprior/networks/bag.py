@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from metaprior.core.options import Count, Way, checked
+from metaprior.core.types import PLAIN, Call, Model
 from metaprior.networks.layers import dense, dense_init, modulated
-from metaprior.options import Count, Way, checked
-from metaprior.types import PLAIN, Call, Model
 
 
 def check_tokens(x: Array) -> None:

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from metaprior.networks.conv import max_pool
+from metaprior.core.options import Count, Whole, checked
+from metaprior.core.types import PLAIN, Call, Model
+from metaprior.kernels.conv import max_pool
 from metaprior.networks.layers import check_images, convolve, dense, dense_init, flat, modulated
 from metaprior.networks.norm import check_norm, norm_init, normalise, source_of
-from metaprior.options import Count, Whole, checked
-from metaprior.types import PLAIN, Call, Model
 
 
 @checked

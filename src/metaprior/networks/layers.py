@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from metaprior.networks.conv import conv2d, patches
-from metaprior.networks.product import product, rows
-from metaprior.types import PLAIN, Call
+from metaprior.core.types import PLAIN, Call
+from metaprior.kernels.conv import conv2d, patches
+from metaprior.kernels.product import product, rows
 
 
 def modulated(name: str, s: Float[Array, "n *space c"], call: Call) -> Float[Array, "n *space c"]:

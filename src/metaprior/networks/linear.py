@@ -3,8 +3,8 @@
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from metaprior.options import Count, NonNegative, checked
-from metaprior.types import PLAIN, Call, Model
+from metaprior.core.options import Count, NonNegative, checked
+from metaprior.core.types import PLAIN, Call, Model
 
 
 @checked

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from metaprior.core.options import Count, NonNegative, checked
+from metaprior.core.types import PLAIN, Call, Model
+from metaprior.kernels.product import product
 from metaprior.networks.layers import dense, dense_init, flat, modulated
 from metaprior.networks.norm import batch_norm
-from metaprior.networks.product import product
-from metaprior.options import Count, NonNegative, checked
-from metaprior.types import PLAIN, Call, Model
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu, "leaky_relu": jax.nn.leaky_relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid,

@@ -6,11 +6,11 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from metaprior.networks.conv import max_pool
+from metaprior.core.options import Count, checked
+from metaprior.core.types import PLAIN, Call, Model
+from metaprior.kernels.conv import max_pool
 from metaprior.networks.layers import check_images, convolve, dense, dense_init, modulated
 from metaprior.networks.norm import check_norm, norm_init, normalise, source_of
-from metaprior.options import Count, checked
-from metaprior.types import PLAIN, Call, Model
 
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 

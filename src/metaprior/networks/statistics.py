@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from metaprior.core.types import PLAIN, Batch, Call, Model, examples
 from metaprior.networks.norm import Statistics, moments
-from metaprior.types import PLAIN, Batch, Call, Model, examples
 
 Network = Callable[..., Array]  # (x, call) -> outputs, the network under some parameters
 

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from metaprior.core.options import Count, Way, checked
+from metaprior.core.types import PLAIN, Call, Model
 from metaprior.networks.bag import check_tokens, table_init
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import lstm_init, run_lstm
-from metaprior.options import Count, Way, checked
-from metaprior.types import PLAIN, Call, Model
 
 POOLS = ("mean", "last", "blank")
 BLANK = 1  # the number of the place that a cloze task leaves open

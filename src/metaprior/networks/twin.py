@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from metaprior.named import lookup
-from metaprior.networks.conv import conv2d, max_pool
+from metaprior.core.named import lookup
+from metaprior.core.options import Count, checked
+from metaprior.core.types import Model
+from metaprior.kernels.conv import conv2d, max_pool
 from metaprior.networks.layers import dense, dense_init, flat
 from metaprior.networks.mlp import ACTIVATIONS
-from metaprior.options import Count, checked
-from metaprior.types import Model
 
 
 @checked

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from metaprior.evaluation import Figure, Units, figure_of
-from metaprior.types import Batch, Learner, Task, TaskSource, draw_task, group_count, group_order
+from metaprior.core.types import Batch, Learner, Task, TaskSource, draw_task, group_count, group_order
+from metaprior.evaluation.figures import Figure, figure_of
+from metaprior.evaluation.protocol import Units
 
 
 class Acquisition(NamedTuple):

@@ -12,10 +12,10 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from metaprior.evaluation import Figure, figure_of
-from metaprior.likelihoods import Categories, Normals
-from metaprior.tasks.explained import Explained, ExplainedTasks
-from metaprior.types import Learner
+from metaprior.core.likelihoods import Categories, Normals
+from metaprior.core.types import Learner
+from metaprior.evaluation.figures import Figure, figure_of
+from metaprior.tasks.synthetic.explained import Explained, ExplainedTasks
 
 NEAR = 1 / 3
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from metaprior.calibration import auroc
-from metaprior.evaluation import Figure, figure_of
-from metaprior.likelihoods import Categories
+from metaprior.core.likelihoods import Categories
+from metaprior.core.types import Batch, Learner, Task
+from metaprior.evaluation.calibration import auroc
+from metaprior.evaluation.figures import Figure, figure_of
 from metaprior.tasks.pool import ClassPool
-from metaprior.types import Batch, Learner, Task
 
 KINDS = ("other classes", "rotated", "noise")
 

@@ -1,33 +1,33 @@
 """Where tasks come from. Every source is a factory that returns three disjoint `Splits`."""
 
-from metaprior.named import Registry
-from metaprior.options import Fraction, checked
-from metaprior.tasks.ambiguous import ambiguous, linear, three_families
-from metaprior.tasks.arrays import ArrayTasks, array_tasks
-from metaprior.tasks.augment import Augmented, augmented
+from metaprior.core.named import Registry
+from metaprior.core.options import Fraction, checked
+from metaprior.core.types import Splits
 from metaprior.tasks.checks import DataError
-from metaprior.tasks.cloze import ClozePool, cloze
-from metaprior.tasks.columns import read_columns
-from metaprior.tasks.explained import two_circles, wave_or_line
+from metaprior.tasks.examples import Examples, check_same_form, read_examples
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.hidden import HiddenLabels, ask_for, hide_labels
-from metaprior.tasks.images import images, miniimagenet
-from metaprior.tasks.labelled import Texts, read_texts
-from metaprior.tasks.labels import check_labels, encode_labels
-from metaprior.tasks.linear_gaussian import linear_gaussian
-from metaprior.tasks.omniglot import omniglot
-from metaprior.tasks.oneshot import one_shot_runs, one_shot_source
-from metaprior.tasks.optimisees import digits, quadratics
+from metaprior.tasks.images.augment import Augmented, augmented
+from metaprior.tasks.images.folders import images, miniimagenet
+from metaprior.tasks.images.omniglot import omniglot
+from metaprior.tasks.images.oneshot import one_shot_runs, one_shot_source
+from metaprior.tasks.images.strokes import DescribedTasks, omniglot_strokes
 from metaprior.tasks.pool import ClassPool, class_pool, pool_splits
-from metaprior.tasks.posteriordb import eight_schools, eight_schools_reference, radon_all
-from metaprior.tasks.preparation import Preparation
-from metaprior.tasks.reading import Examples, check_same_form, read_examples
-from metaprior.tasks.scaling import Scaling
-from metaprior.tasks.sinusoid import sinusoid, sinusoid_hard
-from metaprior.tasks.strokes import DescribedTasks, omniglot_strokes
-from metaprior.tasks.table import radon, sleepstudy, table
-from metaprior.tasks.texts import TextPool, banking77, clinc150, texts
-from metaprior.types import Splits
+from metaprior.tasks.synthetic.ambiguous import ambiguous, linear, three_families
+from metaprior.tasks.synthetic.explained import two_circles, wave_or_line
+from metaprior.tasks.synthetic.linear_gaussian import linear_gaussian
+from metaprior.tasks.synthetic.optimisees import digits, quadratics
+from metaprior.tasks.synthetic.sinusoid import sinusoid, sinusoid_hard
+from metaprior.tasks.tables.arrays import ArrayTasks, array_tasks
+from metaprior.tasks.tables.classes import check_labels, encode_labels
+from metaprior.tasks.tables.columns import read_columns
+from metaprior.tasks.tables.posteriordb import eight_schools, eight_schools_reference, radon_all
+from metaprior.tasks.tables.preparation import Preparation
+from metaprior.tasks.tables.scaling import Scaling
+from metaprior.tasks.tables.table import radon, sleepstudy, table
+from metaprior.tasks.texts.cloze import ClozePool, cloze
+from metaprior.tasks.texts.reading import Texts, read_texts
+from metaprior.tasks.texts.sources import TextPool, banking77, clinc150, texts
 
 SOURCES = Registry(
     "tasks",

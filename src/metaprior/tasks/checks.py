@@ -3,7 +3,7 @@
 from math import inf
 from typing import Annotated, Any
 
-from metaprior.options import Interval, NonNegative, Ordered, Range, accept
+from metaprior.core.options import Interval, NonNegative, Ordered, Range, accept
 
 
 class DataError(ValueError):

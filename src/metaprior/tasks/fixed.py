@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from metaprior.tasks.pool import distinct
-from metaprior.types import Task
+from metaprior.core.types import Task
+from metaprior.tasks.drawing import distinct
 
 
 @jax.tree_util.register_dataclass

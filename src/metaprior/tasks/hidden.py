@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from metaprior.options import Fraction, checked
-from metaprior.types import Batch, Splits, Task, TaskSource, check_source, draw_task, group_count
+from metaprior.core.options import Fraction, checked
+from metaprior.core.types import Batch, Splits, Task, TaskSource, check_source, draw_task, group_count
 
 UNKNOWN = -1  # the label of an example whose label is not known
 KINDS = ("shown", "askable", "left_out")

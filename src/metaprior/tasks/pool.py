@@ -7,31 +7,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from metaprior.options import Count, Way, checked
+from metaprior.core.options import Count, Way, checked
+from metaprior.core.types import Splits, Task
 from metaprior.tasks.checks import DataError, check_count
-from metaprior.types import Batch, Splits, Task
-
-
-def distinct(key: PRNGKeyArray, population: Int[Array, ""] | int, k: int) -> Int[Array, " k"]:
-    """k different numbers below `population` in random order; the population may be traced, k is static.
-
-    Where the population is smaller than k, all of it comes first and -1 fills the rest. Cost O(k^2) whatever the
-    population: Floyd's method (Bentley & Floyd 1987), then a shuffle of the k.
-    """
-    key_draw, key_order = jax.random.split(key)
-    tops = population - k + jnp.arange(k)
-    draws = jax.random.randint(key_draw, (k,), 0, tops + 1)
-
-    def take(i: Array, chosen: Int[Array, " k"]) -> Int[Array, " k"]:
-        taken = (chosen == draws[i]).any()
-        return chosen.at[i].set(jnp.where(taken | (tops[i] < 0), tops[i], draws[i]))
-
-    # Numbers below 0 stand for what is not there; they never meet a draw.
-    chosen = jnp.maximum(jax.lax.fori_loop(0, k, take, jnp.full(k, -1, draws.dtype)), -1)
-    order = jnp.where(chosen < 0, 2.0, jax.random.uniform(key_order, (k,)))
-    return chosen[jnp.argsort(order)]
+from metaprior.tasks.drawing import as_task, draw_rows
 
 
 def rotate(images: UInt8[Array, "w m h h c"], turns: Int[Array, " w"]) -> UInt8[Array, "w m h h c"]:
@@ -40,34 +21,6 @@ def rotate(images: UInt8[Array, "w m h h c"], turns: Int[Array, " w"]) -> UInt8[
     images = jnp.where(turns % 2 == 1, jnp.swapaxes(images, 2, 3), images)
     images = jnp.where((turns == 1) | (turns == 2), images[:, :, ::-1], images)
     return jnp.where((turns == 2) | (turns == 3), images[:, :, :, ::-1], images)
-
-
-def draw_rows(
-    key: PRNGKeyArray,
-    starts: Int[Array, " classes"],
-    counts: Int[Array, " classes"],
-    way: int,
-    size: int,
-    turns: int = 1,
-) -> tuple[Int[Array, "way size"], Int[Array, " way"]]:
-    """`size` different rows of each of `way` different classes, and which classes, below turns * classes.
-
-    Class i's rows are starts[i] .. starts[i] + counts[i]; i + classes, i + 2 classes, ... are the same rows.
-    """
-    key_class, key_row = jax.random.split(key)
-    chosen = distinct(key_class, starts.shape[0] * turns, way)
-    place = chosen % starts.shape[0]
-    draw = jax.vmap(lambda k, count: distinct(k, count, size))
-    return starts[place, None] + draw(jax.random.split(key_row, way), counts[place]), chosen
-
-
-def as_task(x: Shaped[Array, "way m ..."], labels: Int[Array, " way"], shot: int) -> Task:
-    """A task, class by class: the first `shot` examples of each class are the support, the others the query."""
-
-    def batch(x: Array) -> Batch:
-        return Batch(x.reshape(-1, *x.shape[2:]), jnp.repeat(labels, x.shape[1]))
-
-    return Task(batch(x[:, :shot]), batch(x[:, shot:]))
 
 
 def check_enough(

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from metaprior.extras import extra
-from metaprior.files import partial_prefix, remove_partials
-from metaprior.runtime import cache_folder
+from metaprior.core.extras import extra
+from metaprior.core.files import partial_prefix, remove_partials
+from metaprior.core.runtime import cache_folder
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.limits import check_regular, open_arrays
 

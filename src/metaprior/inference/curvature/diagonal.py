@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.types import Batch
 from metaprior.inference.curvature.rows import Outputs, as_scale, inner, map_rows, normal_like
-from metaprior.likelihoods import Likelihood
-from metaprior.types import Batch
 
 
 class Diagonal(NamedTuple):

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.types import Batch
 from metaprior.inference.curvature.rows import Outputs, against, as_scale, inner, map_rows, scaled
 from metaprior.inference.curvature.spectral import SpectralGaussian, Spectrum, around, laplace_spectrum
-from metaprior.likelihoods import Likelihood
-from metaprior.types import Batch
 
 
 class Dual(NamedTuple):

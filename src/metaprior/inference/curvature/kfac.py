@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.types import Batch, Call, examples
 from metaprior.inference.curvature.rows import Outputs, as_scale, chunked, curvature_root, inner, normal_like
-from metaprior.likelihoods import Likelihood
-from metaprior.types import Batch, Call, examples
 
 
 class Factor(NamedTuple):

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.extras import extra
+from metaprior.core.extras import extra
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.types import Batch
 from metaprior.inference.curvature.dual import Dual, gram_of
 from metaprior.inference.curvature.rows import Outputs, as_scale, chunked, curvature_root, pulled, scaled
 from metaprior.inference.curvature.spectral import SpectralGaussian, Spectrum
-from metaprior.likelihoods import Likelihood
-from metaprior.types import Batch
 
 LEADING = 8  # of the quadratic forms of the log determinant's derivative; their weights fall geometrically
 Operator = Callable[[Float[Array, " d"]], Float[Array, " d"]]

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.types import Batch, examples
 from metaprior.inference.curvature.dual import Dual, dual
 from metaprior.inference.curvature.rows import Outputs, as_scale, map_rows, one_by_one
 from metaprior.inference.curvature.spectral import SpectralGaussian, Spectrum, around, laplace_spectrum
-from metaprior.likelihoods import Likelihood
-from metaprior.types import Batch, examples
 
 FEW_ROWS = 512  # n r up to which the dual is taken
 MOST_ROWS = 4096  # beyond them the dual takes minutes

@@ -13,8 +13,8 @@ import numpy as np
 from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.likelihoods import Likelihood
-from metaprior.types import Batch
+from metaprior.core.likelihoods import Likelihood
+from metaprior.core.types import Batch
 
 CHUNK = 32  # rows (vector-Jacobian products) that are computed at once, at most: what bounds the memory they need
 CACHE = 2**20  # bytes of the network's intermediates that a processor's core keeps near

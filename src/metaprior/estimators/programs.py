@@ -1,0 +1,133 @@
+"""What the estimators compile: learners by their settings, and programs that are kept between calls and fits."""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+
+from metaprior.core.likelihoods import Categorical, Gaussian
+from metaprior.core.named import construct, lookup, option_names
+from metaprior.core.types import Batch, Learner
+from metaprior.evaluation.calibration import temperature_scaled
+from metaprior.inference.posteriors import POSTERIORS, PosteriorRule
+from metaprior.learners.builders.metric import with_unseen
+from metaprior.learners.registry import LEARNERS, make_learner, traits_of
+from metaprior.networks import mlp
+
+SIZES = (1, 4, 16, 64, 256, 1024)  # of supports and queries: few shapes, so that few programs are compiled
+SCALARS = {"implicit": {"temperature": 1.0}, "laplace": {"precision": 1.0}}  # of a posterior by name, fitted
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a learner is made of, hashable, so that one compiled program serves all its calls."""
+
+    learner: str
+    hidden: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+    outputs: int
+    classes: bool
+
+    def knobs(self) -> dict[str, float]:
+        """The scalars that held-out groups fit first: the noise, and those of a posterior that is named."""
+        name = _named(self._rule())[0] if self._has_posterior() else None
+        return SCALARS.get(name or "", {}) | ({"softmax_temperature": 1.0} if self.classes else {"noise": 0.5})
+
+    def _has_posterior(self) -> bool:
+        return "posterior" in option_names(lookup("learner", self.learner, LEARNERS))
+
+    def _rule(self) -> Any:
+        """The posterior that is asked for; else the implicit one, or Laplace's where steps imply no prior."""
+        return dict(self.options).get("posterior", "implicit" if traits_of(self.learner).descends else "laplace")
+
+    def _posterior(self, rule: Any, knobs: dict[str, Any]) -> PosteriorRule:
+        """The rule with the fitted scalars; one of the user's own gets the noise, if it says none itself."""
+        name, stated_options = _named(rule)
+        if name is not None:
+            return construct("posterior", name, POSTERIORS, **knobs | stated_options)
+        stated = isinstance(rule.predict, partial) and rule.predict.keywords.get("noise") is not None
+        if "noise" not in knobs or stated or "noise" not in option_names(rule.predict):
+            return rule
+        return rule._replace(predict=partial(rule.predict, noise=knobs["noise"]))
+
+    def build(self, knobs: dict[str, Any]) -> Learner:
+        """The learner, with the posterior that is asked for or else suits it, where it can have one."""
+        options, likelihood = dict(self.options), Categorical() if self.classes else Gaussian()
+        inner = {name: value for name, value in knobs.items() if name != "softmax_temperature"}
+        if self._has_posterior():
+            # The noise of predictions alone: in the likelihood it would change the inner steps that theta was made for.
+            options["posterior"] = self._posterior(self._rule(), inner)
+        elif not self.classes:
+            likelihood = Gaussian(knobs["noise"])
+        learner = make_learner(self.learner, mlp(self.outputs, self.hidden), likelihood, **options)
+        if self.classes:
+            learner = temperature_scaled(learner, knobs["softmax_temperature"])
+        # After the temperature, which is the shown classes': it must not distort the prior mass of the others.
+        rules_out = self.classes and traits_of(self.learner).rules_out_unseen
+        return with_unseen(learner, self.outputs) if rules_out else learner
+
+
+def _named(rule: Any) -> tuple[str | None, dict[str, Any]]:
+    """The name and options of a posterior that is named, alone or in a table; (None, {}) of a rule."""
+    if isinstance(rule, str):
+        return rule, {}
+    if isinstance(rule, PosteriorRule):
+        return None, {}
+    table = dict(rule)
+    return table.pop("name", None), table
+
+
+@lru_cache(maxsize=32)
+def kept(setting: Setting) -> Setting:
+    """One object for all equal settings, as compiled programs are found by their functions' identity."""
+    return setting
+
+
+@lru_cache(maxsize=32)
+def untuned(setting: Setting) -> Learner:
+    """The learner that is trained."""
+    return setting.build(setting.knobs())
+
+
+@lru_cache(maxsize=64)
+def compiled(setting: Setting, asked: tuple[str, ...], quantiles: tuple[float, ...] = ()) -> Any:
+    """(params, knobs, supports, x) -> what is asked of each group's predictive: 'mean', 'variance', and quantiles."""
+
+    @jax.jit
+    def answer(params: Any, knobs: dict[str, Any], supports: Batch, x: jax.Array) -> dict[str, jax.Array]:
+        learner, (key_adapt, key_predict) = setting.build(knobs), jax.random.split(jax.random.key(0))
+
+        def one(group: tuple[Batch, jax.Array]) -> dict[str, jax.Array]:
+            predictive = learner.predict(params, learner.adapt(params, group[0], key_adapt), group[1], key_predict)
+            found = {name: getattr(predictive, name)() for name in asked}
+            return found | {f"quantile_{i}": predictive.quantile(q) for i, q in enumerate(quantiles)}
+
+        return jax.lax.map(one, (supports, x))
+
+    return answer
+
+
+def size_of(rows: int) -> int:
+    """The smallest of SIZES that holds so many rows; above the largest, its next multiple."""
+    return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
+
+
+def frozen(name: str, value: Any) -> Any:
+    """A hashable copy of an option: a table as its pairs, a list as a tuple."""
+    if isinstance(value, dict):
+        return tuple(sorted((key, frozen(f"{name}.{key}", v)) for key, v in value.items()))
+    if isinstance(value, list) or type(value) is tuple:
+        return tuple(frozen(name, v) for v in value)
+    try:
+        hash(value)
+    except TypeError:
+        needed = "hashable (a number, text, a tuple, a rule)"
+        raise ValueError(f"options: {name} must be {needed}, got {value!r}.") from None
+    return value
+
+
+@lru_cache(maxsize=32)
+def builder(setting: Setting) -> Any:
+    """knobs -> learner: one function for all fits of a setting."""
+    return partial(setting.build)

@@ -1,0 +1,285 @@
+"""How honest probabilities are: pure functions of predictions and outcomes, and the fit of a posterior's scalars."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.core.likelihoods import Categories, check_labels, one_hot
+from metaprior.core.options import Count, Range, checked
+from metaprior.core.runtime import shared
+from metaprior.core.types import (
+    Learner,
+    Predictive,
+    TaskSource,
+    check_settled,
+    check_source,
+    counted,
+    draw_task,
+    group_count,
+    group_order,
+    weights,
+)
+
+BINS = 20
+LOST = 1e10  # stands for an nll that is not finite
+PRIOR_SD = 1.0  # of the logarithm of a calibrated scalar, about its starting value
+NOISE_SD = 3.0  # the same of the noise, whose starting value is no opinion
+
+
+Spread = Annotated[Any, Range(above=0)]  # a number, or infinity
+
+
+class Reliability(NamedTuple):
+    """Predictions by confidence, in bins of equal width over (0, 1]: number, mean confidence and accuracy of each."""
+
+    number: Float[Array, " bins"]
+    confidence: Float[Array, " bins"]
+    accuracy: Float[Array, " bins"]
+
+
+def reliability(
+    confidence: Float[Array, " n"], correct: Bool[Array, " n"], weight: Float[Array, " n"], bins: int = BINS
+) -> Reliability:
+    """Bin the confidences of the predicted classes; bin b holds (b / bins, (b + 1) / bins]. Empty bins are 0."""
+    index = jnp.clip(jnp.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    # A confidence of NaN is in no bin, and rows of weight 0 may hold one.
+    confidence, correct = (jnp.where(weight > 0, values, 0) for values in (confidence, correct))
+
+    def total(values: Array) -> Float[Array, " bins"]:
+        return jnp.zeros(bins, confidence.dtype).at[index].add(values)
+
+    count = total(weight)
+    safe = jnp.maximum(count, 1e-12)
+    return Reliability(count, total(weight * confidence) / safe, total(weight * correct) / safe)
+
+
+def expected_error(table: Reliability) -> Scalar:
+    """ECE: the mean of |accuracy - confidence| over bins, by their counts (Naeini et al. 2015; Guo et al. 2017)."""
+    share = table.number / jnp.maximum(table.number.sum(), 1e-12)
+    return (share * jnp.abs(table.accuracy - table.confidence)).sum()
+
+
+def maximum_error(table: Reliability) -> Scalar:
+    """MCE: the largest |accuracy - confidence| of a bin that holds any prediction."""
+    return jnp.where(table.number > 0, jnp.abs(table.accuracy - table.confidence), 0).max()
+
+
+def brier(probabilities: Float[Array, "n c"], y: Int[Array, " n"]) -> Float[Array, " n"]:
+    """Sum over classes of (probability - outcome)^2, between 0 and 2 (Brier 1950)."""
+    possible = check_labels(y, probabilities.shape[-1])
+    return ((probabilities - one_hot(y, probabilities.shape[-1])) ** 2).sum(-1) * possible
+
+
+def auroc(higher: Float[Array, " n"], lower: Float[Array, " m"]) -> Scalar:
+    """P(a score of `higher` is above one of `lower`), ties counted half: the area under the ROC curve, exactly.
+
+    By ranks, in (n + m) log m (Hanley & McNeil 1982: it is the Mann-Whitney statistic over n m). NaN where a score is.
+
+    Raises:
+        ValueError: no scores of one kind.
+    """
+    n, m = higher.shape[0], lower.shape[0]
+    if not (n and m):
+        raise ValueError(f"auroc needs scores of both kinds, got {n} and {m}.")
+    ordered = jnp.sort(lower)
+    below, upto = (jnp.searchsorted(ordered, higher, side=side) for side in ("left", "right"))
+    # About 1/2, so that ties give exactly that, and by means: n m has no place in 32 bits.
+    lead = (below + upto - m).astype(float).mean() / m
+    lost = jnp.isnan(higher).any() | jnp.isnan(lower).any()
+    return jnp.where(lost, jnp.nan, jnp.clip(0.5 + lead / 2, 0, 1))
+
+
+class Calibration(NamedTuple):
+    """Scalars of a posterior or of its predictions, fitted on validation tasks, and the mean nll before and after."""
+
+    knobs: dict[str, float]
+    nll_before: float
+    nll_after: float
+
+
+@checked
+def calibrate(
+    build: Callable[[dict[str, Array]], Learner],
+    params: PyTree,
+    source: TaskSource,
+    key: PRNGKeyArray,
+    knobs: dict[str, float],
+    *,
+    tasks: Count = 200,
+    evaluations: Count = 40,
+    chunk: Count = 25,
+    prior_sd: Spread = PRIOR_SD,
+) -> Calibration:
+    """Fit positive scalars, e.g. {"temperature": 1.0, "noise": 0.5}, to the query nll of `tasks` tasks.
+
+    The fit is a posterior mode: each knob has a log-normal prior around its starting value k0, so that few tasks
+    cannot drive it to 0 or infinity,
+
+        mean nll + sum (log(k / k0) / prior_sd)^2 / (2 g),   g = the number of tasks, or of groups if there are fewer;
+
+    the prior of "noise" is three times as wide, as where it starts is arbitrary.
+
+    Nelder and Mead's simplex on the knobs' logarithms: the posterior need not be differentiable in them. One draw of
+    tasks and of noise serves all evaluations.
+
+    Args:
+        build: makes the learner from the knobs (traced).
+        knobs: the positive scalars at their starting values.
+        tasks: how many; a source of groups shows each before any comes again.
+        evaluations: of the nll, at most.
+        prior_sd: of the logarithm of each knob; `inf` is the plain maximum of the likelihood.
+    """
+    from scipy.optimize import minimize  # not above: it takes a third of a second, and few commands calibrate
+
+    if any(value <= 0 for value in knobs.values()):
+        raise ValueError(f"knobs: came {knobs}, need positive starting values")
+
+    check_source(source)
+    nll, place = _mean_nll(build, chunk), group_order(source, jax.random.fold_in(key, 1), tasks)
+    names, start = list(knobs), np.log(list(knobs.values()))
+    evidence = _evidence(source, tasks)
+    sds = np.array([NOISE_SD * prior_sd if name == "noise" else prior_sd for name in names])
+
+    def fit_at(logs: np.ndarray) -> float:
+        given = {name: jnp.asarray(log, float) for name, log in zip(names, logs, strict=True)}
+        value = float(nll(given, params, source, key, place))
+        return value if np.isfinite(value) else LOST
+
+    def objective(logs: np.ndarray) -> float:
+        return fit_at(logs) + float((((logs - start) / sds) ** 2).sum()) / (2 * evidence)
+
+    simplex = np.vstack([start, start + 1.5 * np.eye(len(names))])
+    options = {"maxfev": evaluations, "initial_simplex": simplex, "xatol": 0.02, "fatol": 1e-4}
+    found = minimize(objective, start, method="Nelder-Mead", options=options)
+    fitted = dict(zip(names, np.exp(found.x).tolist(), strict=True))
+    before, after = fit_at(start), fit_at(found.x)
+    if after >= LOST:
+        raise ValueError(
+            f"the query nll is not finite at any value of {', '.join(names)} that was tried, so nothing can be fitted. "
+            "Check that the labels are classes, that some queries count, and that the learner does not diverge."
+        )
+    return Calibration(fitted, before, after)
+
+
+@shared()
+def _mean_nll(build: Callable[[dict[str, Array]], Learner], chunk: int) -> Callable[..., Scalar]:
+    """Compiled (log knobs, params, source, key, place) -> mean nll of the queries."""
+
+    def lost(predicted: Predictive, y: Array, weight: Float[Array, " n"]) -> Scalar:
+        return -jnp.where(weight > 0, weight * predicted.log_prob(y), 0).sum()
+
+    @jax.jit
+    def nll(
+        logs: dict[str, Array], params: PyTree, source: TaskSource, key: PRNGKeyArray, place: Int[Array, " tasks"]
+    ) -> Scalar:
+        learner = build({name: jnp.exp(value) for name, value in logs.items()})
+        sums, counts = _asked(lost, learner, params, source, key, place, chunk)
+        return sums.sum() / counts.sum()
+
+    return nll
+
+
+@shared()
+def _log_probs(learner: Learner, chunk: int) -> Callable[..., tuple[Array, Array, Array]]:
+    """Compiled (params, source, key, place) -> log probabilities, labels and weights of the queries."""
+
+    def kept(predicted: Categories, y: Array, weight: Float[Array, " n"]) -> tuple[Array, Array, Array]:
+        return predicted.tempered(1.0).log_probs[0], y, weight
+
+    @jax.jit
+    def asked(
+        params: PyTree, source: TaskSource, key: PRNGKeyArray, place: Int[Array, " tasks"]
+    ) -> tuple[Array, Array, Array]:
+        return _asked(kept, learner, params, source, key, place, chunk)[0]
+
+    return asked
+
+
+@checked
+def calibrate_softmax(
+    learner: Learner,
+    params: PyTree,
+    source: TaskSource,
+    key: PRNGKeyArray,
+    *,
+    tasks: Count = 200,
+    chunk: Count = 25,
+    prior_sd: Spread = PRIOR_SD,
+) -> Calibration:
+    """Fit "softmax_temperature", for `temperature_scaled`, to the query nll of `tasks` tasks of a classifier.
+
+    Each task is adapted to and predicted once. The temperature is sought between 1/50 and 50, with the prior of
+    `calibrate` around 1: where every query was classified right, the likelihood alone is best at 0.
+    """
+    check_source(source)
+    place = group_order(source, jax.random.fold_in(key, 1), tasks)
+    found = _log_probs(learner, chunk)(params, source, key, place)
+    logs, y, weight = (np.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in found)
+    return fit_temperature(logs, y, weight, _evidence(source, tasks), prior_sd)
+
+
+def fit_temperature(
+    log_probs: Float[np.ndarray, "n c"], y: Int[np.ndarray, " n"], weight: Float[np.ndarray, " n"], evidence: int,
+    prior_sd: float = PRIOR_SD,
+) -> Calibration:  # fmt: skip
+    """The softmax temperature of these predictions, from `evidence` independent tasks; see `calibrate_softmax`."""
+    from scipy.optimize import minimize_scalar
+
+    log_probs, y, weight = (np.asarray(v)[np.asarray(weight) > 0] for v in (log_probs, y, weight))
+    if not len(y):
+        raise ValueError("query: no task has an example with a weight above 0, so there is nothing to fit.")
+    check_labels(y, log_probs.shape[-1])
+    if lost := int(np.isnan(log_probs).any(-1).sum()):
+        raise ValueError(f"{lost} of {len(y)} predictions are NaN: the learner diverged, so nothing can be fitted.")
+    logs, of_label = np.asarray(log_probs, float), np.arange(len(y))
+
+    def nll(log: float) -> float:
+        scaled = logs / np.exp(log)
+        most = scaled.max(-1)
+        told = scaled[of_label, y.astype(int)] - most - np.log(np.exp(scaled - most[:, None]).sum(-1))
+        return float(-(weight * told).sum() / weight.sum())
+
+    def objective(log: float) -> float:
+        return nll(log) + (log / prior_sd) ** 2 / (2 * evidence)
+
+    if not np.isfinite(nll(0.0)):
+        raise ValueError("a query's class has probability 0, so its nll is infinite at any temperature: nothing can be "
+                         "fitted. Check that the labels are classes of the support.")  # fmt: skip
+    found = minimize_scalar(objective, bounds=(-np.log(50), np.log(50)), method="bounded")
+    return Calibration({"softmax_temperature": float(np.exp(found.x))}, nll(0.0), nll(found.x))
+
+
+def temperature_scaled(learner: Learner, temperature: float | Scalar) -> Learner:
+    """The classifier with its predicted probabilities `tempered`; the classes it names stay the same."""
+
+    def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Categories:
+        return learner.predict(params, posterior, x, key).tempered(temperature)
+
+    return learner.changed(lambda other: temperature_scaled(other, temperature), predict=predict)
+
+
+def _asked(
+    of: Callable[..., PyTree], learner: Learner, params: PyTree, source: TaskSource, key: PRNGKeyArray,
+    place: Int[Array, " tasks"], chunk: int,
+) -> tuple[PyTree, Float[Array, " tasks"]]:  # fmt: skip
+    """of(predictive, y, weight) of the queries of a task of each group in `place`, and how many queries each has."""
+    check_settled(learner)
+
+    def one(drawn: tuple[PRNGKeyArray, Array]) -> tuple[PyTree, Scalar]:
+        key_task, key_adapt, key_predict = jax.random.split(drawn[0], 3)
+        task = draw_task(source, key_task, drawn[1])
+        posterior = learner.adapt(params, task.support, key_adapt)
+        query = counted(task.query)
+        weight = weights(query)
+        return of(learner.predict(params, posterior, query.x, key_predict), query.y, weight), weight.sum()
+
+    return jax.lax.map(one, (jax.random.split(key, place.shape[0]), place), batch_size=min(chunk, place.shape[0]))
+
+
+def _evidence(source: TaskSource, tasks: int) -> int:
+    """How many independent pieces of evidence so many tasks are."""
+    return min(tasks, group_count(source) or tasks)

@@ -1,0 +1,1 @@
+"""Trainings by name: recipes, run folders, opened runs, suites and their results."""

@@ -1,0 +1,99 @@
+"""A suite: trainings that belong together and how each is judged, as a TOML file, in `suites/`.
+
+    title = "Omniglot, 5 ways, 1 shot"
+    recipe = "omniglot-5way-1shot"
+
+    [runs.maml]
+
+    [runs.protonet]
+    recipe = "omniglot-protonet"
+    set = {"training.steps" = 6500}
+    judge = {"tasks.shot" = 5}
+
+A run may have `recipe`, `learner` (default: the one of the run's name, or else the recipe's own), `set` (options over
+the recipe), `judge` (options in judging alone), `split`, `posterior` and `calibrated` (as of `metaprior evaluate`).
+"""
+
+import tomllib
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from metaprior.core.named import lookup
+from metaprior.core.options import Word, accept, accept_options, check_fields
+from metaprior.experiments.recipe import Recipe, check_options, check_support, load_recipe, with_overrides
+from metaprior.learners.registry import LEARNERS
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One training of a suite, and how it is judged."""
+
+    recipe: str
+    learner: str | None = None
+    set: dict[str, Any] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)
+    split: Literal["validation", "test", "one_shot"] = "test"
+    posterior: Literal["point", "implicit", "laplace"] | None = None
+    calibrated: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "runs.")
+
+    def resolved(self) -> Recipe:
+        """The recipe that it trains."""
+        return with_overrides(load_recipe(self.recipe), self.learner, self.set)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Runs by name; results go to a folder of the suite's `name`."""
+
+    name: str
+    title: Word
+    runs: dict[str, Planned]
+
+
+def suite_names() -> list[str]:
+    """The suites that come with the library."""
+    found = [f.name for f in files("metaprior.experiments.suites").iterdir()]
+    return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
+
+
+def load_suite(name: str) -> Suite:
+    """A suite by its name, or from a TOML file by its path; its recipes and their options are checked.
+
+    Raises:
+        ValueError: an unknown suite, recipe, learner or option; TOML that is none.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"suite: no file {name}; give the path of a TOML file or a built-in name.")
+        text, name, where = path.read_text(encoding="utf-8-sig"), path.stem, f"{path}: "
+    else:
+        lookup("suite", name, dict.fromkeys(suite_names()))
+        text, where = (files("metaprior.experiments.suites") / f"{name}.toml").read_text(), ""
+    try:
+        return _suite(name, tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{where}not valid TOML: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+
+
+def _suite(name: str, table: dict[str, Any]) -> Suite:
+    table = dict(table)
+    common, runs = table.pop("recipe", None), {}
+    for run, given in accept(dict, table.pop("runs", {}), "runs").items():
+        options = ({} if common is None else {"recipe": common}) | accept(dict, given, f"runs.{run}")
+        options = ({"learner": run} if run in LEARNERS else {}) | options
+        planned = Planned(**accept_options(Planned, options, f"runs.{run}."))
+        for recipe in (planned.resolved(), with_overrides(planned.resolved(), None, planned.judge)):
+            check_options(recipe)
+            check_support(recipe)
+        runs[run] = planned
+    if not runs:
+        raise ValueError("runs is missing: a suite needs a table [runs.NAME] for each of its trainings.")
+    return Suite(**accept_options(Suite, table | {"name": name, "runs": runs}, "suite."))

@@ -1,0 +1,1 @@
+"""Convolutions and small products on a processor, compiled on first use."""

@@ -1,0 +1,236 @@
+"""A gradient-based learner from its parts: an adaptation, a meta-objective, and a rule for what is around phi_k.
+
+An `Adaptation` says what a task's parameters are, how they make outputs, and which optimiser fits them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.core.likelihoods import Categorical, Gaussian, Likelihood
+from metaprior.core.types import PLAIN, Batch, Call, Learner, Model, Task, joined, weighted_mean
+from metaprior.inference.descent import Descent, count, descend, inner_rates, mean_nll, trajectory
+from metaprior.inference.posteriors import Implied, PosteriorRule
+from metaprior.networks.statistics import by_support
+
+
+class Adaptation(NamedTuple):
+    """What is adapted, and by which optimiser.
+
+    model:     the network, which `network` calls
+    init:      (key, task) -> params              theta and whatever else is meta-learned
+    start:     (params) -> phi                    the task parameters before the first step
+    network:   (params, phi, x, call) -> [n, c]   how phi makes outputs; evaluated by `outputs`
+    optimizer: (params) -> optax transformation   its learned rates, if any, are read from params
+    penalty:   (params, phi, support) -> scalar   added to the mean support nll, e.g. a proximal term
+    root:      (params) -> S                      where each update is -S S' gradient: shaped as phi, or a `Root`
+    by_tensor: each update is linear in the gradients and treats the elements of a tensor alike
+    local:     (params, support, key) -> params   theta as a task begins with it, which may depend on its support;
+               applied before everything else in `adapt`, `path` and `loss`
+    """
+
+    model: Model
+    init: Callable[[PRNGKeyArray, Task], PyTree]
+    start: Callable[[PyTree], PyTree]
+    network: Callable[[PyTree, PyTree, PyTree, Call], Array]
+    optimizer: Callable[[PyTree], optax.GradientTransformation]
+    penalty: Callable[[PyTree, PyTree, Batch], Scalar] | None = None
+    root: Callable[[PyTree], PyTree] | None = None
+    by_tensor: bool = False
+    local: Callable[[PyTree, Batch, PRNGKeyArray], PyTree] | None = None
+
+    def outputs(self, params: PyTree, phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
+        """phi's outputs; batch norm goes by the support where the model was told one, however it is called."""
+        return by_support(partial(self.network, params, phi), self.model.support)(x, call)
+
+
+def adapt_all(model: Model, optimizer: optax.GradientTransformation) -> Adaptation:
+    """Every parameter of the model is adapted, from a meta-learned initialisation, by a fixed optimiser."""
+
+    return Adaptation(
+        model,
+        init=lambda key, task: model.init(key, task.support.x),
+        start=lambda params: params,
+        network=lambda params, phi, x, call: model.outputs(phi, x, call),
+        optimizer=lambda params: optimizer,
+    )
+
+
+def support_loss(adaptation: Adaptation, likelihood: Likelihood, params: PyTree, support: Batch) -> Callable:
+    """phi -> mean nll of the support set (plus the penalty, if any): what the inner loop descends."""
+
+    def loss(phi: PyTree) -> Scalar:
+        fit = mean_nll(likelihood, adaptation.outputs(params, phi, support.x), support)
+        return fit if adaptation.penalty is None else fit + adaptation.penalty(params, phi, support)
+
+    return loss
+
+
+Loss = Callable[[PyTree, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
+
+
+class Adapted(NamedTuple):
+    """A task's posterior over phi.
+
+    context: the support's inputs, where each query is judged in a batch of its own beside them. params: theta as the
+    task began with it, where that differs from task to task (`Adaptation.local`).
+    """
+
+    posterior: PyTree
+    context: PyTree = None
+    params: PyTree = None
+
+
+def gradient_learner(
+    adaptation: Adaptation,
+    likelihood: Likelihood,
+    loss: Loss,
+    *,
+    steps: int,
+    posterior: PosteriorRule,
+    transductive: bool = True,
+    implied_precision: Callable[[PyTree, Batch], Scalar | float] | None = None,
+    descends: bool = True,
+) -> Learner:
+    """The four functions (and the path) of a learner that infers phi by `steps` optimiser steps.
+
+    transductive=False predicts each query example in a batch of its own beside the support set, so that batch norm
+    never sees two queries together (Nichol et al. 2018, sec. 6.1). implied_precision is the precision of an explicit
+    prior N(theta, 1/precision) that the inner loop optimises, in units of the summed nll (iMAML). descends=False: the
+    steps follow no gradient at any rate (a network says them), so they imply no prior.
+    """
+    if steps < 0:
+        raise ValueError(f"steps: came {steps}, needs at least 0")
+
+    def outputs(params: PyTree, context: PyTree) -> Callable:
+        def jointly(phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
+            return adaptation.outputs(params, phi, x, call)
+
+        def singly(phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
+            def one(xi: PyTree) -> Array:
+                beside = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), context, xi)
+                return jointly(phi, beside, call)[-1]
+
+            return jax.lax.map(one, x)
+
+        return jointly if context is None else singly
+
+    def implied(params: PyTree, support: Batch, at: Descent, k: int | Array) -> Implied:
+        if not descends:
+            return Implied(None, k)
+        if implied_precision is not None:
+            precision = implied_precision(params, support)
+            return Implied(jax.tree.map(lambda leaf: jnp.full_like(leaf, precision**-0.5), at.phi), k, precision)
+        # The inner loss is a mean: rate a on it is rate a/N on the sum, which is what a likelihood is.
+        unit = jnp.asarray(count(support), float) ** -0.5
+        if adaptation.root is not None:
+            return Implied(jax.tree.map(lambda root: root * unit.astype(root.dtype), adaptation.root(params)), k)
+        optimizer = adaptation.optimizer(params)
+        rates = inner_rates(support_loss(adaptation, likelihood, params, support), at, optimizer)
+        scale = jax.tree.map(lambda r: jnp.sqrt(jnp.maximum(r, 0)) * unit.astype(r.dtype), rates)
+        return Implied(scale, k, None, optimizer, steps, unit, adaptation.by_tensor)
+
+    def infer(params: PyTree, support: Batch, at: Descent, k: int | Array) -> Adapted:
+        around = posterior.infer(outputs(params, None), likelihood, at.phi, support, implied(params, support, at, k))
+        kept = None if adaptation.local is None else params
+        return Adapted(around, None if transductive else support.x, kept)
+
+    def begun(params: PyTree, support: Batch, key: PRNGKeyArray) -> PyTree:
+        return params if adaptation.local is None else adaptation.local(params, support, key)
+
+    def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Adapted:
+        params = begun(params, support, key)
+        fit = support_loss(adaptation, likelihood, params, support)
+        at = descend(fit, adaptation.start(params), adaptation.optimizer(params), steps)
+        return infer(params, support, at, steps)
+
+    def path(params: PyTree, support: Batch, key: PRNGKeyArray) -> Adapted:
+        params = begun(params, support, key)
+        fit = support_loss(adaptation, likelihood, params, support)
+        course = trajectory(fit, adaptation.start(params), adaptation.optimizer(params), steps)
+        return jax.vmap(lambda at, k: infer(params, support, at, k))(course, jnp.arange(steps + 1))
+
+    def predict(params: PyTree, adapted: Adapted, x: PyTree, key: PRNGKeyArray) -> Any:
+        params = params if adapted.params is None else adapted.params
+        return posterior.predict(outputs(params, adapted.context), likelihood, adapted.posterior, x, key)
+
+    def begun_loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        here, key = jax.random.split(key)
+        return loss(begun(params, task.support, here), task, key)
+
+    def network(params: PyTree, support: Batch, key: PRNGKeyArray) -> Callable[..., Array]:
+        params = begun(params, support, key)
+        return partial(adaptation.outputs, params, adaptation.start(params))
+
+    whole = loss if adaptation.local is None else begun_loss
+    return Learner(adaptation.init, adapt, predict, whole, path, network)
+
+
+def query_learner(
+    adaptation: Adaptation,
+    likelihood: Likelihood,
+    *,
+    steps: int,
+    test_steps: int | None,
+    first_order: bool,
+    remat: bool,
+    transductive: bool,
+    posterior: PosteriorRule,
+) -> Learner:
+    """MAML with any adaptation: `query_loss` after `steps` in training, `test_steps` (or as many) on a new task."""
+    return gradient_learner(
+        adaptation,
+        likelihood,
+        query_loss(adaptation, likelihood, steps, first_order=first_order, remat=remat),
+        steps=steps if test_steps is None else test_steps,
+        posterior=posterior,
+        transductive=transductive,
+    )
+
+
+def query_loss(
+    adaptation: Adaptation, likelihood: Likelihood, steps: int, *, first_order: bool = False, remat: bool = False
+) -> Loss:
+    """The query's mean nll after k inner steps on the support (Finn et al. 2017, Algorithm 2)."""
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        fit = support_loss(adaptation, likelihood, params, task.support)
+        at = descend(
+            fit,
+            adaptation.start(params),
+            adaptation.optimizer(params),
+            steps,
+            first_order=first_order,
+            remat=remat,
+        )
+        outputs = adaptation.outputs(params, at.phi, task.query.x)
+        return mean_nll(likelihood, outputs, task.query), fit_metrics(likelihood, outputs, task.query)
+
+    return loss
+
+
+def pretraining_loss(model: Model, likelihood: Likelihood) -> Loss:
+    """The mean nll of support and query together under the model itself: no task, no adaptation."""
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        data = joined(task)
+        outputs = model.apply(params, data.x)
+        return mean_nll(likelihood, outputs, data), fit_metrics(likelihood, outputs, data)
+
+    return loss
+
+
+def fit_metrics(likelihood: Likelihood, outputs: Array, batch: Batch) -> dict[str, Scalar]:
+    """What a training curve shows besides the loss: the mean nll and the accuracy or mean squared error."""
+    metrics = {"nll": mean_nll(likelihood, outputs, batch)}
+    if isinstance(likelihood, Categorical):
+        metrics["accuracy"] = weighted_mean((outputs.argmax(-1) == batch.y).astype(outputs.dtype), batch)
+    elif isinstance(likelihood, Gaussian):
+        error = ((likelihood.predictive(outputs[None]).mean() - batch.y) ** 2).mean(-1)
+        metrics["mse"] = weighted_mean(error, batch)
+    return metrics

@@ -1,0 +1,160 @@
+"""What learners that compare embeddings share: the embedding, its distances, and classes the support does not show.
+
+Classes are labels 0..way-1 with `way` fixed when the code is compiled; one without support examples has probability 0.
+So a learner trained on 60 ways is judged on 5 as it is, and tasks of one batch may have different numbers of classes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.core.likelihoods import Categorical, Categories, Likelihood, check_labels, one_hot
+from metaprior.core.types import Batch, Learner, Model, Task, counted, known_labels, weighted_mean, weights
+from metaprior.learners.builders.gradient import fit_metrics
+
+ABSENT = -1e9  # the logit of a class that is not there: its probability is 0 to the bit, and gradients stay finite
+
+Embed = Callable[[PyTree, PyTree], Float[Array, "n d"]]
+
+
+def embed_query(embed: Embed, params: PyTree, x: PyTree, beside: PyTree | None) -> Float[Array, "n d"]:
+    """The queries' embeddings: in one batch, or each in a batch of its own beside the support inputs.
+
+    The second keeps batch norm from seeing two queries together (Nichol et al. 2018, sec. 6.1).
+    """
+    if beside is None:
+        return embed(params, x)
+
+    def one(xi: PyTree) -> Float[Array, " d"]:
+        return embed(params, jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), beside, xi))[-1]
+
+    return jax.lax.map(one, x)
+
+
+def number_of_classes(model: Model, way: int | None, params: PyTree, x: PyTree) -> int:
+    """`way`, or by default the number of the model's outputs.
+
+    Raises:
+        ValueError: a model without features, whose outputs are the embedding, and no `way`.
+    """
+    if way is not None:
+        return way
+    if model.features is None:
+        raise ValueError(
+            "way: came None, and this model's outputs are its embedding; needs the largest number of classes in a task"
+        )
+    return jax.eval_shape(model.apply, params, x).shape[-1]
+
+
+def check_classification(name: str, likelihood: Likelihood, way: int | None) -> None:
+    """A ValueError where a learner of classes is given another likelihood, or fewer than two classes."""
+    if not isinstance(likelihood, Categorical):
+        raise ValueError(
+            f"likelihood: came {type(likelihood).__name__}, but {name} tells classes apart; give Categorical()"
+        )
+    if way is not None and way < 2:
+        raise ValueError(f"way: came {way}, needs at least 2 classes")
+
+
+def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
+    """Each example's weight in the column of its class; the columns sum to the classes' numbers of examples.
+
+    An example without a label is in no column. One that is no class, or a weight below 0, makes all of it NaN: a row of
+    zeros times NaN may be compiled to zeros.
+    """
+    y, w = counted(support._replace(known=None)).y, weights(support)
+    possible = check_labels(known_labels(y), way, w.shape[0])
+    lost = jnp.isnan(w * possible).any()
+    return jnp.where(lost, jnp.nan, one_hot(y, way, w.dtype) * w[:, None])
+
+
+def present(logits: Float[Array, "n way"], number: Float[Array, " way"]) -> Float[Array, "n way"]:
+    """The logits, with classes of which a support has no weight ruled out; NaN where the weight is."""
+    return jnp.where(number > 0, logits, jnp.where(jnp.isnan(number), jnp.nan, ABSENT))
+
+
+def unit(f: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Rows of length one; a row of zeros stays one, and its derivative stays finite."""
+    return f * jax.lax.rsqrt((f**2).sum(-1, keepdims=True) + 1e-12)
+
+
+def squared_distance(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """|a_i - b_j|^2 by one matrix product, about the mean of b lest digits cancel."""
+    centre = b.mean(0)
+    a, b = a - centre, b - centre
+    cross = jnp.matmul(a, b.T, precision="highest")
+    return jnp.maximum((a**2).sum(-1)[:, None] + (b**2).sum(-1) - 2 * cross, 0)
+
+
+def cosine_distance(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """1 - cos(a_i, b_j)."""
+    return 1 - jnp.matmul(unit(a), unit(b).T, precision="highest")
+
+
+DISTANCES = {"euclidean": squared_distance, "cosine": cosine_distance}
+
+
+def scored_by_query(
+    init: Callable[[PRNGKeyArray, Task], PyTree],
+    adapt: Callable[[PyTree, Batch, PRNGKeyArray], PyTree],
+    logits: Callable[[PyTree, PyTree, PyTree], Float[Array, "n way"]],
+) -> Learner:
+    """A learner of classes whose loss is the query's mean nll under its own predictive, as it is judged later.
+
+    logits: (params, posterior, x) -> log class probabilities of the queries, up to a constant each. A query whose label
+    is no class at all (way or above) makes the loss NaN, which training reports.
+    """
+
+    def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Categories:
+        return Categories(jax.nn.log_softmax(logits(params, posterior, x))[None])
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        predictive = predict(params, adapt(params, task.support, key), task.query.x, key)
+        score = weighted_mean(-predictive.log_prob(counted(task.query).y), task.query)
+        return score, fit_metrics(Categorical(), predictive.log_probs[0], task.query) | {"nll": score}
+
+    return Learner(init, adapt, predict, loss)
+
+
+class Shown(NamedTuple):
+    """A posterior, and the weight of the support's examples in each class."""
+
+    posterior: PyTree
+    number: Float[Array, " way"]
+
+
+def with_unseen(learner: Learner, way: int, concentration: float = 1.0) -> Learner:
+    """A learner that rules out classes without support examples, made to leave them their prior mass.
+
+    With n examples of which none is of class c, the probability of c is that of the Dirichlet-multinomial,
+    concentration / (n + way concentration); the learner's own probabilities share what is left. Where every class is
+    shown nothing changes. For problems with a fixed list of classes, not for episodes of fewer classes than `way`.
+
+    Args:
+        learner: of classes 0..way-1, that compares queries with the support.
+        way: the number of classes.
+        concentration: of the prior over the classes' shares, above 0; 1 is Laplace's rule of succession.
+    """
+
+    def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Shown:
+        return Shown(learner.adapt(params, support, key), memberships(support, way).sum(0))
+
+    def predict(params: PyTree, shown: Shown, x: PyTree, key: PRNGKeyArray) -> Categories:
+        unseen, n = shown.number == 0, shown.number.sum()
+        each = concentration / (n + way * concentration)
+        own = learner.predict(params, shown.posterior, x, key).log_probs
+        left = jnp.where(unseen.any(), jnp.log(jnp.maximum(1 - each * unseen.sum(), 1e-30)), 0)
+        return Categories(jnp.where(unseen, jnp.log(each), own + left))
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        there = memberships(task.support, way).sum(0) > 0
+        known = weights(task.query) * there[jnp.clip(task.query.y.astype(int), 0, way - 1)]
+        return learner.loss(params, task._replace(query=task.query._replace(weight=known)), key)
+
+    def again(other: Learner) -> Learner:
+        return with_unseen(other, way, concentration)
+
+    return learner.changed(again, adapt=adapt, predict=predict, loss=loss)

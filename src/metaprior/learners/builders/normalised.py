@@ -1,0 +1,106 @@
+"""Learners over networks whose batch norm goes by the support (`of_support`) or by training tasks (`of_training`)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree, Scalar
+
+from metaprior.core.types import Batch, Learner, Model, Task, TaskSource, joined
+from metaprior.networks.norm import AT_HAND, Statistics
+from metaprior.networks.statistics import beside, given, statistics_of
+
+
+class Supported(NamedTuple):
+    """A learner's posterior, and the support that its queries are normalised by."""
+
+    posterior: PyTree
+    support: Batch
+
+
+def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
+    """The learner that `make` builds, with every batch of a task normalised by its support, in training as later.
+
+    MetaBN of Bronskill, Gordon, Requeima, Nowozin & Turner (2020, sec. 3.2): no prediction depends on another query.
+    """
+
+    def at(support: Batch) -> Learner:
+        return make(beside(model, support))
+
+    def init(key: PRNGKeyArray, task: Task) -> PyTree:
+        return at(task.support).init(key, task)
+
+    def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Supported:
+        return Supported(at(support).adapt(params, support, key), support)
+
+    def predict(params: PyTree, posterior: Supported, x: PyTree, key: PRNGKeyArray) -> PyTree:
+        return at(posterior.support).predict(params, posterior.posterior, x, key)
+
+    def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
+        return at(task.support).loss(params, task, key)
+
+    def path(params: PyTree, support: Batch, key: PRNGKeyArray) -> Supported:
+        course = at(support).path
+        assert course is not None
+        steps = course(params, support, key)
+        length = jax.tree.leaves(steps)[0].shape[0]
+        return Supported(steps, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (length, *leaf.shape)), support))
+
+    return Learner(init, adapt, predict, loss, None if make(model).path is None else path)
+
+
+def of_training(make: Callable[[Model], Learner], model: Model) -> Learner:
+    """The learner that `make` builds, normalised by the batch at hand in training and by training tasks afterwards.
+
+    `Learner.settle` gathers the statistics once params are trained.
+    """
+    learner = make(given(model, AT_HAND))
+
+    def settle(params: PyTree, source: TaskSource, key: PRNGKeyArray) -> Learner:
+        return make(given(model, jax.jit(partial(gathered, learner, model))(params, source, key)))
+
+    return learner._replace(settle=settle)
+
+
+def gathered(
+    learner: Learner, model: Model, params: PyTree, source: TaskSource, key: PRNGKeyArray, tasks: int = 100
+) -> dict[str, Statistics]:
+    """The statistics of `tasks` training tasks, of each layer of the network that a task begins with.
+
+    Gathered once, after training (Ioffe & Szegedy 2015, algorithm 2), not followed on the way: each task is normalised
+    by itself as it was in training, and the variance is that within tasks and that between their means.
+
+    Raises:
+        ValueError: a learner whose params hold no parameters of this network as they are.
+    """
+
+    def one(key: PRNGKeyArray) -> dict[str, Statistics]:
+        task = jax.tree.map(lambda leaf: leaf[0], source.sample(key, 1))
+        data = joined(task._replace(support=task.support._replace(known=None)))  # inputs count, labelled or not
+        if learner.network is not None:
+            network = learner.network(params, task.support, key)
+        else:
+            network = partial(model.apply, part_like(model, params, data.x))
+        return statistics_of(network, data.x, data.weight)
+
+    each = jax.lax.map(one, jax.random.split(key, tasks))
+    return {name: Statistics(s.mean.mean(0), s.variance.mean(0) + s.mean.var(0)) for name, s in each.items()}
+
+
+def part_like(model: Model, params: PyTree, x: PyTree) -> PyTree:
+    """The first part of a learner's params that has the form of the model's own."""
+    form = jax.eval_shape(model.init, jax.random.key(0), x)
+    structure, shapes = jax.tree.structure(form), [leaf.shape for leaf in jax.tree.leaves(form)]
+
+    def same(node: PyTree) -> bool:
+        return jax.tree.structure(node) == structure and [jnp.shape(leaf) for leaf in jax.tree.leaves(node)] == shapes
+
+    for node in jax.tree.leaves(params, is_leaf=same):
+        if same(node):
+            return node
+    raise ValueError(
+        "norm: 'running' needs the statistics of one network, but this learner's parameters hold none as it is (of "
+        "several particles, for instance); use norm='task', 'layer' or 'group'"
+    )

@@ -1,0 +1,1 @@
+"""Exact and reference answers, and learners judged by them."""

@@ -1,0 +1,161 @@
+"""Grouped tables judged group by group: every held-out group, after so many of its own observations.
+
+A way to predict is what was learned, a pytree, and a function answer(learned, support, x, key) -> Predictive with
+normal components, so that learners and classical mixed models meet the same tasks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from metaprior.core.types import Batch, Task
+from metaprior.evaluation.figures import Figure, figure_of
+from metaprior.referees.mixed import Rows
+from metaprior.tasks.checks import DataError, check_count
+from metaprior.tasks.tables.arrays import ArrayTasks, array_tasks
+from metaprior.tasks.tables.classes import encode_labels
+
+Answer = Callable[[PyTree, Batch, Array, PRNGKeyArray], Any]
+
+
+class Fold(NamedTuple):
+    """Groups to learn from and groups held out, of one table, standardised by the first."""
+
+    seen: ArrayTasks
+    held_out: ArrayTasks
+
+
+class HeldOut(NamedTuple):
+    """Tasks from every held-out group, stacked, each with the observations it should show and its number of group."""
+
+    tasks: Task
+    size: Int[np.ndarray, " tasks"]
+    group: Int[np.ndarray, " tasks"]
+
+
+class GroupScores(NamedTuple):
+    """Means over each group's queries and draws [groups], in the units of the table's target."""
+
+    nll: Float[np.ndarray, " groups"]
+    mse: Float[np.ndarray, " groups"]
+    coverage: Float[np.ndarray, " groups"]
+
+    def figures(self) -> dict[str, Figure]:
+        """Predictive log score, RMSE and coverage of the central 90 % intervals, with intervals over the groups."""
+        mse = figure_of(self.mse)
+        root = mse.mean**0.5
+        return {
+            "log_score": figure_of(-self.nll),
+            "rmse": Figure(root, None if mse.interval is None or root == 0 else mse.interval / (2 * root)),
+            "coverage_90": figure_of(self.coverage),
+        }
+
+
+def folds(x: Any, y: Any, groups: Any, count: int, *, seed: int = 0, **options: Any) -> Iterator[Fold]:
+    """The table `count` times, each time with other groups held out, each group once; options of `array_tasks`.
+
+    Groups with a single row are left out: they have nothing to be predicted from or nothing to predict.
+    """
+    check_count("count", count)
+    codes = encode_labels(groups)[0]
+    names, sizes = np.unique(codes, return_counts=True)
+    names = names[sizes > 1]
+    if count < 2 or len(names) < 2 * count:
+        raise DataError(f"count: came {count} folds of {len(names)} groups, needs 2 at least and two groups a fold")
+    parts = np.array_split(np.random.default_rng(seed).permutation(names), count)
+    for i, part in enumerate(parts):
+        seen = np.concatenate(parts[:i] + parts[i + 1 :])
+        kept = np.isin(codes, names)
+        split = (seen.tolist(), part[:1].tolist(), part[1:].tolist())
+        made: Any = array_tasks(
+            np.asarray(x)[kept], np.asarray(y)[kept], codes[kept], split=split, standardise=True, **options
+        )
+        both = ("groups", "starts", "counts")
+        together = {n: jnp.concatenate([getattr(made.validation, n), getattr(made.test, n)]) for n in both}
+        yield Fold(made.train, replace(made.test, **together))
+
+
+def rows_of_source(source: ArrayTasks) -> Rows:
+    """All rows of a source's groups, the groups numbered 0..J-1."""
+    starts, counts = np.asarray(source.starts), np.asarray(source.counts)
+    index = np.concatenate([np.arange(s, s + c) for s, c in zip(starts, counts, strict=True)])
+    return Rows(source.x[index], source.y[index], jnp.asarray(np.repeat(np.arange(len(counts)), counts)))
+
+
+def held_out_tasks(
+    source: ArrayTasks, sizes: Sequence[int] = (0, 1, 3, 5), *, draws: int = 5, query: int = 20, seed: int = 0
+) -> HeldOut:
+    """Every group, `draws` times with its rows in another order: the first n are shown, for n of `sizes`.
+
+    The queries are the same for all n: up to `query` rows from after the largest n. A group that is too small for that
+    shows as many as it can and keeps its last row for the query. Supports and queries are padded with rows of weight 0,
+    so that n = 0 shows nothing.
+    """
+    check_count("draws", draws)
+    check_count("query", query)
+    if not sizes or min(sizes) < 0:
+        raise ValueError(f"sizes: came {tuple(sizes)}, needs numbers of observations, 0 or more")
+    most, cut, random = max(sizes), max(*sizes, 1), np.random.default_rng(seed)
+    index, weights, size, group = [], [], [], []
+    for j, (start, rows) in enumerate(zip(np.asarray(source.starts), np.asarray(source.counts), strict=True)):
+        first = min(most, rows - 1)
+        asked = min(query, rows - first)
+        for _ in range(draws):
+            order = start + random.permutation(rows)
+            for n in sizes:
+                shown = np.resize(order[: max(min(n, first), 1)], cut)
+                index.append(np.concatenate([shown, np.resize(order[first : first + asked], query)]))
+                weights.append(np.concatenate([np.arange(cut) < min(n, first), np.arange(query) < asked]))
+                size.append(n)
+                group.append(j)
+    chosen, weight = np.stack(index), jnp.asarray(np.stack(weights), float)
+    x, y = source.x[chosen], source.y[chosen]
+    support = Batch(x[:, :cut], y[:, :cut], weight[:, :cut])
+    tasks = Task(support, Batch(x[:, cut:], y[:, cut:], weight[:, cut:]))
+    return HeldOut(tasks, np.asarray(size), np.asarray(group))
+
+
+def judge_groups(
+    answer: Answer, learned: PyTree, held: HeldOut, deviation: float, key: PRNGKeyArray, *, chunk: int = 50
+) -> dict[int, GroupScores]:
+    """The scores of each number of observations shown; `deviation`: of the target, which leads back to its units."""
+
+    def one(learned: PyTree, task: Task, key: PRNGKeyArray) -> dict[str, Array]:
+        support, query = task
+        predictive = answer(learned, support, query.x, key)
+        below = predictive.cdf(query.y)[:, 0]
+        scores = {
+            "nll": -predictive.log_prob(query.y),
+            "mse": (predictive.mean() - query.y)[:, 0] ** 2,
+            # The distribution function is continuous, so the quantiles need not be looked for.
+            "coverage": ((below >= 0.05) & (below <= 0.95)).astype(float),
+        }
+        weight = jnp.ones_like(scores["nll"]) if query.weight is None else query.weight
+        return jax.tree.map(lambda s: (weight * s).sum() / weight.sum(), scores)
+
+    @jax.jit
+    def run(learned: PyTree, tasks: Task, keys: PRNGKeyArray) -> dict[str, Array]:
+        return jax.lax.map(lambda a: one(learned, *a), (tasks, keys), batch_size=min(chunk, len(held.size)))
+
+    found = jax.device_get(run(learned, held.tasks, jax.random.split(key, len(held.size))))
+    found = found | {"nll": found["nll"] + np.log(deviation), "mse": found["mse"] * deviation**2}
+    scores = {}
+    for n in np.unique(held.size).tolist():
+        groups = np.unique(held.group[held.size == n])
+        of = [(held.size == n) & (held.group == j) for j in groups]
+        scores[n] = GroupScores(**{name: np.asarray([v[rows].mean() for rows in of]) for name, v in found.items()})
+    return scores
+
+
+def pooled(parts: Sequence[dict[int, GroupScores]]) -> dict[int, GroupScores]:
+    """The folds' groups as one."""
+    sizes = sorted({n for part in parts for n in part})
+    return {
+        n: GroupScores(*(np.concatenate(v) for v in zip(*(part[n] for part in parts if n in part), strict=True)))
+        for n in sizes
+    }

@@ -1,0 +1,135 @@
+"""The classical mixed model of a grouped table: varying intercept and slopes, by NUTS and by restricted likelihood.
+
+    phi_j ~ N(mu, Sigma),   y_j ~ N(X_j phi_j, s^2 I),   X_j = [1, x_j]
+
+Coefficients that do not vary have variance 0 (Gelman & Hill 2007, ch. 12-13; Bates et al. 2015). Given (mu, Sigma, s) a
+new group is conjugate, so its predictive is exact: a mixture over the draws of NUTS, or one normal at the estimate of
+statsmodels. Both need the extra `truth`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from metaprior.core.extras import extra
+from metaprior.core.likelihoods import Normals
+from metaprior.core.types import Batch
+from metaprior.inference.particles import systematic
+from metaprior.referees.conjugate import exact_log_marginal, exact_predictive
+from metaprior.tasks.synthetic.linear_gaussian import Hierarchy
+
+
+class Rows(NamedTuple):
+    """A grouped table: features, one target and the group 0..J-1 of every row."""
+
+    x: Float[Array, "n d"]
+    y: Float[Array, "n 1"]
+    group: Int[Array, " n"]
+
+
+def with_intercept(x: Float[Array, "n d"]) -> Float[Array, "n c"]:
+    """[1, x]."""
+    return jnp.concatenate([jnp.ones((x.shape[0], 1), x.dtype), x], 1)
+
+
+def mixed_by_nuts(
+    rows: Rows, key: PRNGKeyArray, *, varying: Sequence[int] | None = None, draws: int = 1000, warmup: int = 1000
+) -> Hierarchy:
+    """Draws of (mu, Sigma, s), along the leading axis of each; the whole hierarchy in one chain, non-centred.
+
+    varying: the columns of [1, x] whose coefficients vary from group to group (None: all). Weak hyper-priors, for
+    standardised columns: mu ~ N(0, 5^2), sds and s ~ |N(0, 2^2)|, correlations LKJ(2). Raises MissingExtra without
+    numpyro, ValueError for columns that are not there.
+    """
+    with extra("truth", "mixed_by_nuts"):
+        import numpyro
+        import numpyro.distributions as given
+        from numpyro import infer
+    x, vary = with_intercept(rows.x), _columns(varying, rows)
+    z_columns, groups = x[:, vary], int(rows.group.max()) + 1
+
+    def model() -> None:
+        mean = numpyro.sample("mean", given.Normal(0, 5).expand([x.shape[1]]).to_event(1))
+        sd = jnp.asarray(numpyro.sample("sd", given.HalfNormal(2).expand([len(vary)]).to_event(1)))
+        root = sd[:, None] * (
+            numpyro.sample("correlation", given.LKJCholesky(len(vary), 2.0)) if len(vary) > 1 else jnp.ones((1, 1))
+        )
+        numpyro.deterministic("root", root)
+        noise = numpyro.sample("noise", given.HalfNormal(2))
+        z = numpyro.sample("z", given.Normal(0, 1).expand([groups, len(vary)]).to_event(2))
+        centre = x @ mean + (z_columns * (z @ root.T)[rows.group]).sum(1)
+        numpyro.sample("y", given.Normal(centre, noise), obs=rows.y[:, 0])
+
+    chain = infer.MCMC(infer.NUTS(model), num_warmup=warmup, num_samples=draws, progress_bar=False)
+    chain.run(key)
+    found = chain.get_samples()
+    covariance = jnp.zeros((draws, x.shape[1], x.shape[1]))
+    covariance = covariance.at[:, vary[:, None], vary].set(found["root"] @ found["root"].swapaxes(1, 2))
+    return Hierarchy(found["mean"], covariance, found["noise"])
+
+
+def mixed_by_statsmodels(rows: Rows, *, varying: Sequence[int] | None = None) -> Hierarchy:
+    """The restricted-likelihood estimate of (mu, Sigma, s) as a single draw: statsmodels' MixedLM.
+
+    varying: as in `mixed_by_nuts`. Raises MissingExtra without statsmodels, ValueError for columns that are not there.
+    """
+    with extra("truth", "mixed_by_statsmodels"):
+        from statsmodels.regression.mixed_linear_model import MixedLM
+    x, vary = np.asarray(with_intercept(rows.x), float), _columns(varying, rows)
+    model = MixedLM(np.asarray(rows.y[:, 0], float), x, np.asarray(rows.group), exog_re=x[:, vary])
+    found = model.fit(reml=True, method=["lbfgs", "bfgs", "cg"])
+    covariance = np.zeros((x.shape[1], x.shape[1]))
+    covariance[np.ix_(vary, vary)] = found.cov_re
+    mean, noise = np.asarray(found.fe_params), np.sqrt(found.scale)
+    return Hierarchy(*(jnp.asarray(value, float)[None] for value in (mean, covariance, noise)))
+
+
+def new_group(
+    draws: Hierarchy, support: Batch, x: Float[Array, "m d"], key: PRNGKeyArray, components: int = 200
+) -> Normals:
+    """p(y at x | the support of a new group, everything that the draws saw).
+
+    Draws are weighted by the marginal likelihood of the support, which brings news of (mu, Sigma, s) too, and
+    `components` of them make the mixture. Examples of weight 0 count for nothing; without any this is the prior's.
+    """
+    w = jnp.ones(support.x.shape[0]) if support.weight is None else (support.weight > 0).astype(float)
+    # A row of zeros is a fair draw of the noise alone, whose density is taken off again.
+    shown = Batch(with_intercept(support.x) * w[:, None], support.y * w[:, None])
+
+    def one(theta: Hierarchy) -> tuple[Array, Array, Array]:
+        blank = -0.5 * jnp.log(2 * jnp.pi * theta.noise**2) * (1 - w).sum()
+        predictive = exact_predictive(theta, shown, with_intercept(x))
+        variance = jnp.diagonal(predictive.covariance)
+        return exact_log_marginal(theta, shown) - blank, predictive.mean, variance
+
+    log_weight, means, variances = jax.vmap(one)(draws)
+    if log_weight.shape[0] > 1:
+        pick = systematic(key, jax.nn.softmax(log_weight), components)
+        means, variances = means[pick], variances[pick]
+    return Normals(means[..., None], variances[..., None])
+
+
+def within_sd(rows: Rows) -> float:
+    """The sd of the noise, by least squares within each group, pooled by degrees of freedom: no prior needed."""
+    x, y, group = np.asarray(with_intercept(rows.x), float), np.asarray(rows.y, float), np.asarray(rows.group)
+    squares, freedom = 0.0, 0
+    for j in np.unique(group):
+        own = group == j
+        solution, _, rank, _ = np.linalg.lstsq(x[own], y[own], rcond=None)
+        squares += float(((y[own] - x[own] @ solution) ** 2).sum())
+        freedom += int(own.sum() - rank)
+    if freedom < 1:
+        raise ValueError("rows: no group has more rows than coefficients, so its noise cannot be told; state a scale")
+    return float(np.sqrt(squares / freedom))
+
+
+def _columns(varying: Sequence[int] | None, rows: Rows) -> np.ndarray:
+    width = rows.x.shape[1] + 1
+    chosen = np.arange(width) if varying is None else np.asarray(varying, int)
+    if not len(chosen) or chosen.min() < 0 or chosen.max() >= width or len(set(chosen.tolist())) < len(chosen):
+        raise ValueError(f"varying: came {varying}, needs different columns of [1, x], 0 to {width - 1}")
+    return chosen

@@ -1,0 +1,272 @@
+"""Reference posteriors by NUTS (NumPyro) where none is in closed form: hierarchies of logistic and Poisson regressions.
+
+    mu ~ N(0, 5^2),  sigma ~ |N(0, 2^2)|   for each of d numbers: weak hyper-priors
+    phi_j ~ N(mu, diag(sigma^2)),   y_j ~ p(y | X_j phi_j)
+
+Needs the extra `truth` (numpyro). `against_nuts` gives each learner the true prior and asks for a new task's posterior:
+what is judged is its inference alone. `learned_against_nuts` lets it learn the prior from the tasks that NUTS sees for
+the whole hierarchy, and asks for the prior and for posteriors of new tasks.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from metaprior.core.extras import extra
+from metaprior.core.likelihoods import Bernoulli, Gaussian, Likelihood, Poisson
+from metaprior.core.named import lookup
+from metaprior.core.types import Batch, Learner, Splits, Task
+from metaprior.inference.particles import systematic
+from metaprior.learners.builders.gradient import Adapted
+from metaprior.learners.registry import learners_before, make_learner, traits_of
+from metaprior.referees.truth import linear_model
+from metaprior.tasks.checks import check_count
+from metaprior.tasks.fixed import FixedTasks
+from metaprior.training.loop import Training, fit
+
+with extra("truth", "NUTS"):
+    import numpyro
+    import numpyro.distributions as given
+    from numpyro.infer import MCMC, NUTS
+
+NOISE = 0.5  # of Gaussian observations
+FAMILIES: dict[str, Likelihood] = {"gaussian": Gaussian(NOISE), "bernoulli": Bernoulli(), "poisson": Poisson()}
+
+
+class Agreement(NamedTuple):
+    """A posterior against that of NUTS; for NUTS itself 0, 1 and its own coverage.
+
+    bias: rms gap of the means, in NUTS sds. sd_ratio: sds over those of NUTS, geometric mean. coverage: share of the
+    true phi inside the central 90 % intervals.
+    """
+
+    bias: float
+    sd_ratio: float
+    coverage: float
+
+
+class Learned(NamedTuple):
+    """A learned prior N(mean, sd^2) against the posterior that NUTS has of it.
+
+    bias: rms gap of the means, in NUTS' prior sds. sd_ratio: its sds over NUTS' means of them, geometric mean; NaN
+    where the learner's prior is a point. coverage: share of its numbers (means, and sds where it has them) inside the
+    central 90 % intervals of NUTS.
+    """
+
+    bias: float
+    sd_ratio: float
+    coverage: float
+
+
+class Draws(NamedTuple):
+    """Draws of a whole hierarchy, along the leading axis of each."""
+
+    mean: Float[Array, "draws d"]
+    sd: Float[Array, "draws d"]
+    phi: Float[Array, "draws tasks d"]
+
+
+def hierarchy_tasks(
+    family: str, key: PRNGKeyArray, tasks: int, shot: int, features: int = 2, mean: Any = 0.0, sd: Any = 1.0
+) -> tuple[Batch, Float[Array, "tasks d"]]:
+    """Tasks under the prior N(mean, sd^2), and the phi that made them."""
+    lookup("family", family, FAMILIES)
+    check_count("tasks", tasks)
+    check_count("shot", shot)
+    key_phi, key_x, key_y = jax.random.split(key, 3)
+    phi = jnp.asarray(mean) + jnp.asarray(sd) * jax.random.normal(key_phi, (tasks, features))
+    # Half as wide as usual, so that a Poisson rate rarely explodes.
+    x = 0.5 * jax.random.normal(key_x, (tasks, shot, features))
+    outputs = jnp.einsum("tnd,td->tn", x, phi)
+    if family == "bernoulli":
+        return Batch(x, jax.random.bernoulli(key_y, jax.nn.sigmoid(outputs)).astype(int)), phi
+    if family == "poisson":
+        return Batch(x, jax.random.poisson(key_y, jnp.exp(outputs)).astype(float)[..., None]), phi
+    return Batch(x, (outputs + NOISE * jax.random.normal(key_y, outputs.shape))[..., None]), phi
+
+
+def nuts(family: str, batches: Batch, key: PRNGKeyArray, draws: int = 2000) -> Float[Array, "draws tasks d"]:
+    """Draws of every task's phi under the prior N(0, I), all tasks in one chain."""
+    tasks, _, features = batches.x.shape
+
+    def model() -> None:
+        phi = numpyro.sample("phi", given.Normal(0, 1).expand([tasks, features]).to_event(2))
+        _observe(family, batches, phi)
+
+    return _chain(model, key, draws)["phi"]
+
+
+def nuts_hierarchy(family: str, batches: Batch, key: PRNGKeyArray, draws: int = 2000) -> Draws:
+    """Draws of the prior's mean and sd and of every task's phi, non-centred."""
+    lookup("family", family, FAMILIES)
+    tasks, _, features = batches.x.shape
+
+    def model() -> None:
+        mean = numpyro.sample("mean", given.Normal(0, 5).expand([features]).to_event(1))
+        sd = numpyro.sample("sd", given.HalfNormal(2).expand([features]).to_event(1))
+        z = numpyro.sample("z", given.Normal(0, 1).expand([tasks, features]).to_event(2))
+        _observe(family, batches, numpyro.deterministic("phi", mean + sd * z))
+
+    found = _chain(model, key, draws)
+    return Draws(found["mean"], found["sd"], found["phi"])
+
+
+def _observe(family: str, batches: Batch, phi: Any) -> None:
+    outputs = jnp.einsum("tnd,td->tn", batches.x, phi)
+    likelihoods = {
+        "gaussian": lambda: given.Normal(outputs, NOISE),
+        "bernoulli": lambda: given.Bernoulli(logits=outputs),
+        "poisson": lambda: given.Poisson(jnp.exp(outputs)),
+    }
+    numpyro.sample("y", likelihoods[family](), obs=batches.y.reshape(outputs.shape))
+
+
+def _chain(model: Callable[[], None], key: PRNGKeyArray, draws: int) -> dict[str, Array]:
+    chain = MCMC(NUTS(model), num_warmup=1000, num_samples=draws, progress_bar=False)
+    chain.run(key)
+    return chain.get_samples()
+
+
+def new_task(
+    family: str, hierarchy: Draws, support: Batch, key: PRNGKeyArray, draws: int = 2000, each: int = 50
+) -> Float[Array, "draws d"]:
+    """Draws of a new task's phi given its support and all that NUTS saw: the prior integrated out, no second chain.
+
+    `each` values of phi are drawn from the prior of every draw of (mean, sd), weighted by the support's likelihood and
+    drawn again: consistent, as the new support's news of the prior is in the weights too.
+    """
+    key_phi, key_pick = jax.random.split(key)
+    noise = jax.random.normal(key_phi, (each, *hierarchy.mean.shape))
+    phi = (hierarchy.mean + hierarchy.sd * noise).reshape(-1, hierarchy.mean.shape[1])
+
+    def log_likelihood(value: Float[Array, " d"]) -> Scalar:
+        return -FAMILIES[family].nll(support.x @ value[:, None], support.y).sum()
+
+    weights = jax.nn.softmax(jax.vmap(log_likelihood)(phi))
+    return phi[systematic(key_pick, weights, draws)]
+
+
+def given_prior(name: str, family: str, features: int, key: PRNGKeyArray) -> tuple[Learner, PyTree]:
+    """A learner and the parameters that say the prior N(0, I)."""
+    options = lookup("learner", name, learners_before("nuts"))
+    learner = make_learner(name, linear_model(features), FAMILIES[family], **options)
+    standard = traits_of(name).standard
+    assert standard is not None, f"{name}: its traits need `standard` beside the referee 'nuts'"
+    return learner, standard({"head": jnp.zeros((features, 1))}, options, key)
+
+
+def posterior_draws(
+    learner: Learner, params: PyTree, batch: Batch, key: PRNGKeyArray, draws: int = 2000
+) -> Float[Array, "draws d"]:
+    """Draws of phi from a learner's posterior of one task; of its prior where the task shows nothing."""
+    key_adapt, key_draw = jax.random.split(key)
+    posterior = learner.adapt(params, batch, key_adapt)
+    if isinstance(posterior, Adapted):
+        posterior = posterior.posterior
+    return jax.vmap(lambda k: posterior.sample(k)["head"][:, 0])(jax.random.split(key_draw, draws))
+
+
+def agreement(found: np.ndarray, reference: np.ndarray, truth: np.ndarray) -> Agreement:
+    """Draws [draws, tasks, d] against the reference's, and against the true phi [tasks, d]."""
+    sd = reference.std(0)
+    low, high = np.quantile(found, [0.05, 0.95], axis=0)
+    return Agreement(
+        bias=float(np.sqrt((((found.mean(0) - reference.mean(0)) / sd) ** 2).mean())),
+        sd_ratio=float(np.exp(np.log(np.maximum(found.std(0), 1e-12) / sd).mean())),
+        coverage=float(((low <= truth) & (truth <= high)).mean()),
+    )
+
+
+def prior_agreement(mean: np.ndarray, sd: np.ndarray | None, hierarchy: Draws) -> Learned:
+    """A prior's mean and sds [d] (None: a point) against the draws of NUTS."""
+    reference = np.asarray(hierarchy.sd).mean(0)
+    numbers = [(mean, hierarchy.mean)] + ([] if sd is None else [(sd, hierarchy.sd)])
+    inside = []
+    for value, draws in numbers:
+        low, high = np.quantile(np.asarray(draws), [0.05, 0.95], axis=0)
+        inside.append((low <= value) & (value <= high))
+    return Learned(
+        bias=float(np.sqrt((((mean - np.asarray(hierarchy.mean).mean(0)) / reference) ** 2).mean())),
+        sd_ratio=float("nan") if sd is None else float(np.exp(np.log(sd / reference).mean())),
+        coverage=float(np.mean(inside)),
+    )
+
+
+def posteriors(learner: Learner, params: PyTree, batches: Batch, key: PRNGKeyArray) -> np.ndarray:
+    """Draws [draws, tasks, d] of a learner's posteriors of many tasks."""
+    keys = jax.random.split(key, batches.x.shape[0])
+
+    @jax.jit
+    def all_tasks(params: PyTree, batches: Batch, keys: PRNGKeyArray) -> Array:
+        return jax.lax.map(lambda a: posterior_draws(learner, params, *a), (batches, keys), batch_size=10)
+
+    return np.moveaxis(np.asarray(all_tasks(params, batches, keys)), 1, 0)
+
+
+def against_nuts(
+    family: str, names: tuple[str, ...] | None = None, *, tasks: int = 50, shot: int = 10, seed: int = 0
+) -> dict[str, Agreement]:
+    """Each learner's posteriors of `tasks` new tasks against NUTS, which comes first in the answer."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    batches, truth = hierarchy_tasks(family, keys[0], tasks, shot)
+    reference, truth = np.asarray(nuts(family, batches, keys[1])), np.asarray(truth)
+    found = {"nuts": agreement(reference, reference, truth)}
+    for name in tuple(learners_before("nuts")) if names is None else names:
+        learner, params = given_prior(name, family, truth.shape[1], keys[3])
+        found[name] = agreement(posteriors(learner, params, batches, keys[2]), reference, truth)
+    return found
+
+
+def learned_against_nuts(
+    family: str,
+    names: tuple[str, ...] | None = None,
+    *,
+    steps: int = 2000,
+    seen: int = 400,
+    tasks: int = 50,
+    shot: int = 10,
+    seed: int = 0,
+    mean: Any = (0.5, -0.5),
+    sd: Any = 0.8,
+) -> dict[str, tuple[Learned, Agreement]]:
+    """Each learner's prior, learned from `seen` tasks of the prior N(mean, sd^2), and its posteriors of new tasks.
+
+    The reference is NUTS for the whole hierarchy on the same tasks. First comes "truth", the prior that made the tasks
+    and the posteriors of NUTS: what a perfect learner of `seen` tasks would show is not 0 but like it.
+    """
+    judged = learners_before("nuts prior")
+    names = tuple(judged) if names is None else names
+    for name in names:
+        lookup("learner", name, judged)
+    check_count("seen", seen)
+    if shot < 2:
+        raise ValueError(f"shot: came {shot}, needs at least 2, so that a task can be shared out")
+    keys = jax.random.split(jax.random.key(seed), 5)
+    prior_mean, prior_sd = np.broadcast_to(mean, 2).astype(float), np.broadcast_to(sd, 2).astype(float)
+    batches, _ = hierarchy_tasks(family, keys[0], seen, shot, mean=prior_mean, sd=prior_sd)
+    hierarchy = nuts_hierarchy(family, batches, keys[1])
+    new, truth = hierarchy_tasks(family, keys[2], tasks, shot, mean=prior_mean, sd=prior_sd)
+    infer = jax.jit(lambda b, k: jax.lax.map(lambda a: new_task(family, hierarchy, *a), (b, k)))
+    reference = np.moveaxis(np.asarray(infer(new, jax.random.split(keys[3], tasks))), 1, 0)
+    truth = np.asarray(truth)
+    found = {"truth": (prior_agreement(prior_mean, prior_sd, hierarchy), agreement(reference, reference, truth))}
+    half = shot // 2
+    support, query = (Batch(batches.x[:, part], batches.y[:, part]) for part in (slice(half), slice(half, None)))
+    source = FixedTasks(Task(support, query))
+    nothing = Batch(new.x[0][:0], new.y[0][:0])
+    for name in names:
+        learner = make_learner(name, linear_model(2), FAMILIES[family], **judged[name])
+        training = Training(
+            steps=steps, meta_batch=min(25, seen), rate=1e-2, schedule="cosine", chunk=min(500, steps), seed=seed,
+            validate_every=steps, validation_tasks=1,
+        )  # fmt: skip
+        params = fit(learner, Splits(source, source, source), training, name=name).params
+        prior = np.asarray(posterior_draws(learner, params, nothing, keys[4], 20_000))
+        spread = prior.std(0) if prior.std(0).min() > 1e-6 else None
+        learned = prior_agreement(prior.mean(0), spread, hierarchy)
+        found[name] = learned, agreement(posteriors(learner, params, new, keys[4]), reference, truth)
+    return found

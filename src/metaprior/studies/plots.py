@@ -1,0 +1,108 @@
+"""Pictures of studies: draws over explanations, error over acquisitions, and AUROC against strangers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
+
+from metaprior.core.types import Learner, Task
+from metaprior.evaluation.plots import BLUE, GREEN, GREY, ORANGE, SERIES, inputs_over, literal, panels
+from metaprior.studies.active import Acquisition
+from metaprior.studies.novelty import Novelty
+from metaprior.tasks.synthetic.explained import ExplainedTasks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def explanations(
+    source: ExplainedTasks, learners: dict[str, tuple[Learner, PyTree]], key: PRNGKeyArray, show: int = 3
+) -> Figure:
+    """Draws of each learner's posterior (columns) on `show` tasks (rows) that have two explanations, both drawn dashed.
+
+    Inputs [n, 1]: a curve a draw. Inputs [n, 2]: the border between the classes that a draw sees, a line a draw.
+    """
+    tasks = source.sample(key, show)
+    flat = tasks.support.x.shape[-1] == 2
+    side = 2.9 if flat else 2.5
+    figure, axes = panels(
+        3.1 * len(learners), side * show, len(learners), show, sharex="row", sharey="row", squeeze=False
+    )
+
+    def drawing(learner: Learner) -> Any:
+        return jax.jit(lambda params, support, x: learner.predict(params, learner.adapt(params, support, key), x, key))
+
+    draw = {name: drawing(learner) for name, (learner, _) in learners.items()}
+    for j, row in enumerate(axes):
+        support = jax.tree.map(lambda leaf, j=j: leaf[j], tasks.support)
+        task = Task(support, jax.tree.map(lambda leaf, j=j: leaf[j], tasks.query))
+        x = _square(task) if flat else inputs_over(task)
+        truth = np.asarray(source.explanations(support, x), float)
+        for ax, (name, (_, params)) in zip(row, learners.items(), strict=True):
+            predictive = draw[name](params, support, x)
+            if flat:
+                _borders(ax, x, truth, colours=[ORANGE, GREEN], linestyles="--", linewidths=1.6)
+                p = np.exp(np.asarray(predictive.log_probs[..., 1]))
+                _borders(ax, x, p, colours=[BLUE] * len(p), linestyles="-", linewidths=0.9, alpha=0.6)
+                ax.set_aspect("equal")
+            else:
+                for curve, colour in zip(truth, (ORANGE, GREEN), strict=False):
+                    ax.plot(x[:, 0], curve[:, 0], "--", color=colour, linewidth=1.6)
+                ax.plot(x[:, 0], np.asarray(predictive.means)[..., 0].T, color=BLUE, alpha=0.6, linewidth=0.9)
+                ax.set_ylim(truth.min() - 1, truth.max() + 1)
+            ax.plot(support.x[:, 0], support.x[:, 1] if flat else support.y[:, 0], "o", color="black", markersize=5)
+            if j == 0:
+                ax.set_title(literal(name), loc="left", fontsize=10)
+    return figure
+
+
+def _square(task: Task, side: int = 80) -> jax.Array:
+    low, high = task.query.x.min(0), task.query.x.max(0)
+    first, second = (jnp.linspace(low[i], high[i], side) for i in (0, 1))
+    return jnp.stack(jnp.meshgrid(first, second, indexing="ij"), -1).reshape(-1, 2)
+
+
+def _borders(ax: Axes, x: jax.Array, levels: np.ndarray, colours: list[str], **style: Any) -> None:
+    side = round(len(x) ** 0.5)
+    first, second = (np.asarray(x)[:, i].reshape(side, side) for i in (0, 1))
+    for values, colour in zip(levels, colours, strict=True):
+        if values.min() < 0.5 < values.max():
+            ax.contour(first, second, values.reshape(side, side), levels=[0.5], colors=colour, **style)
+
+
+def acquisitions(found: dict[str, Acquisition]) -> Figure:
+    """Error over the number of points seen, chosen by variance and at random, one panel a learner."""
+    figure, axes = panels(4.2 * len(found), 3.2, len(found), sharey=True)
+    for ax, (name, result) in zip(axes, found.items(), strict=True):
+        for label, curve, colour in (("at random", result.at_random, GREY), ("by variance", result.by_variance, BLUE)):
+            mean, half = (np.array([getattr(f, part) for f in curve], float) for part in ("mean", "interval"))
+            ax.fill_between(result.seen, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+            ax.plot(result.seen, mean, "o-", color=colour, markersize=4, linewidth=1.4, label=label)
+        ax.set(xlabel="points seen", ylabel="MSE", ylim=(0, None))
+        ax.set_title(literal(name), loc="left", fontsize=10)
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def novelty_bars(found: dict[str, Novelty]) -> Figure:
+    """AUROC of each learner's uncertainty against each kind of stranger, with 95 % intervals."""
+    rows = {
+        f"{name}, {score}": kinds for name, result in found.items() for score, kinds in result.auroc.items()
+    }  # fmt: skip
+    figure, (ax,) = panels(6.4, 3.4)
+    width = 0.8 / len(rows)
+    for i, (label, kinds) in enumerate(rows.items()):
+        at = np.arange(len(kinds)) + (i - (len(rows) - 1) / 2) * width
+        mean, half = (np.array([getattr(f, part) for f in kinds.values()], float) for part in ("mean", "interval"))
+        ax.bar(at, mean, 0.92 * width, yerr=half, color=SERIES[i % len(SERIES)], ecolor="black", label=literal(label))
+    ax.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
+    kinds = next(iter(rows.values()))
+    ax.set(ylabel="AUROC", ylim=(0, 1), xticks=np.arange(len(kinds)))
+    ax.set_xticklabels(kinds)
+    ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return figure

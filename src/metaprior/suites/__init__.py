@@ -1,1 +1,0 @@
-"""Trainings that belong together, as TOML files (see `metaprior.suite`)."""

@@ -1,0 +1,172 @@
+"""Omniglot: 1623 characters of 50 alphabets, 20 drawings each (Lake, Salakhutdinov & Tenenbaum 2015).
+
+Read from METAPRIOR_DATA/omniglot (`images_*.npz`, or the official `images_*.zip`) or else downloaded. Drawings become
+uint8 with ink 255 on 0, reduced from 105 x 105 by exact area averaging.
+"""
+
+import io
+import re
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from metaprior.core.extras import extra
+from metaprior.core.options import Count, Seed, Way, checked
+from metaprior.core.types import Splits
+from metaprior.tasks.checks import DataError
+from metaprior.tasks.limits import open_zip
+from metaprior.tasks.pool import pool_splits
+from metaprior.tasks.store import Arrays, cached, data_folder, download, read_npz, reading, stamp
+
+REPOSITORY = "https://github.com/brendenlake/omniglot/raw"
+SOURCE = f"{REPOSITORY}/master/python/"
+
+# The official archives: characters that they hold, and their sha256 (as TensorFlow Datasets publishes them).
+ARCHIVES = {
+    "images_background": (964, "ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640"),
+    "images_evaluation": (659, "1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee"),
+}
+DRAWERS = 20
+SIDE = 105
+
+# Vinyals' split by official character number (1-based, inclusive): validation holds whole background alphabets, the
+# test ones are the last 423 (Vinyals et al. 2016, as used by Snell et al. 2017).
+VINYALS_VALIDATION = ((27, 67), (132, 177), (251, 272), (466, 487), (729, 769))
+VINYALS_TEST = (1201, 1623)
+
+
+@checked
+def omniglot(
+    *,
+    way: Way = 5,
+    shot: Count = 1,
+    query: Count = 15,
+    test_query: Count = 15,
+    train_way: Way | None = None,
+    train_labels: Literal["task", "class"] = "task",
+    split: Literal["vinyals", "maml", "lake"] = "vinyals",
+    rotations: bool = True,
+    test_rotations: bool = True,
+    size: Count = 28,
+    seed: Seed = 0,
+) -> Splits:
+    """Few-shot classification of characters: x float32 [n, size, size, 1] with ink 1 on 0, y int32 [n].
+
+    Args:
+        way, shot: classes a task and support examples a class.
+        query, test_query: query examples a class in training, and in validation and test.
+        train_way: classes a task in training, if not `way` (Snell et al. 2017 train with more than they test with).
+        train_labels: 'task' (places in the task, random) or 'class' (the class's own number among the training
+            classes, for learners that are pretrained by plain classification).
+        split: 'vinyals' (1028 / 172 / 423 characters), 'maml' (1100 / 100 / 423 at random by `seed`), or 'lake' (the
+            background set less Vinyals' validation alphabets, those, and the evaluation set: use it before
+            `one_shot_runs`, whose characters the other two train on).
+        rotations, test_rotations: characters turned by 90, 180 and 270 degrees are classes of their own, in training;
+            in validation and test (the published protocols turn there too).
+        size: side of the images in pixels, at most 105.
+
+    Raises:
+        DataError: damaged or absent data, no network, or fewer examples than shot + query need.
+
+    Source: Lake, Salakhutdinov & Tenenbaum 2015; splits of Vinyals et al. 2016 and Finn, Abbeel & Levine 2017.
+    """
+    parts = character_split(split, seed)
+    images = load_omniglot(size)
+    counts = np.full(len(images) // DRAWERS, DRAWERS)
+    return pool_splits(
+        images, counts, parts, way=way, shot=shot, query=query, test_query=test_query, rotations=rotations,
+        test_rotations=test_rotations, train_way=train_way, train_labels=train_labels,
+        names=[f"{code:04d}" for code in range(1, len(counts) + 1)],
+    )  # fmt: skip
+
+
+def character_split(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Character indices (official number less 1) of training, validation and test."""
+    total = sum(characters for characters, _ in ARCHIVES.values())
+    if split == "maml":
+        order = np.random.default_rng(seed).permutation(total)
+        return order[:1100], order[1100:1200], order[1200:]
+    if split not in ("vinyals", "lake"):
+        raise ValueError(f"split: came {split!r}, needs 'vinyals', 'maml' or 'lake'")
+    validation = np.concatenate([np.arange(first - 1, last) for first, last in VINYALS_VALIDATION])
+    background = ARCHIVES["images_background"][0]
+    first_test = background if split == "lake" else VINYALS_TEST[0] - 1
+    return np.setdiff1d(np.arange(first_test), validation), validation, np.arange(first_test, total)
+
+
+def load_omniglot(size: int = 28) -> UInt8[np.ndarray, "32460 size size 1"]:
+    """All drawings in the order (character, drawer), ink 255 on 0; decoded once, then memory-mapped from the cache."""
+    check_size(size)
+    folder = data_folder("omniglot")
+    local = {name: _local(folder, name) for name in ARCHIVES}
+
+    def build() -> Arrays:
+        parts = []
+        for name, (characters, sha256) in ARCHIVES.items():
+            path = local[name] or download(f"{SOURCE}{name}.zip", sha256, "omniglot")
+            paper = read_drawings(path, characters)
+            parts.append(ink_bytes(paper.reshape(-1, SIDE, SIDE), size))
+        return {"images": np.concatenate(parts)[..., None]}
+
+    origin = [stamp(path) if path else ARCHIVES[name][1] for name, path in local.items()]
+    return cached(f"omniglot-{size}", {"version": 1, "size": size, "origin": origin}, build)["images"]
+
+
+def check_size(size: int) -> None:
+    if not 1 <= size <= SIDE:
+        raise ValueError(f"size: came {size!r}, needs a number of pixels from 1 to {SIDE}")
+
+
+def _local(folder: Path | None, name: str) -> Path | None:
+    candidates = [folder / f"{name}{suffix}" for suffix in (".npz", ".zip")] if folder else []
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_drawings(path: Path, characters: int) -> Bool[np.ndarray, "characters 20 105 105"]:
+    """The drawings of one archive (.npz or the official .zip), True = paper, in the order of the official numbers."""
+    paper = read_zip(path) if path.suffix == ".zip" else read_npz(path, ("images",))[0]
+    if paper.shape != (characters, DRAWERS, SIDE, SIDE):
+        raise DataError(
+            f"{path}: came drawings {paper.shape}, needs {(characters, DRAWERS, SIDE, SIDE)}; it is not the official "
+            "archive or is truncated: delete it and download it again"
+        )
+    return paper.astype(bool)
+
+
+def read_zip(path: Path) -> Bool[np.ndarray, "characters drawers h w"]:
+    """Decode an archive of alphabet/character/NNNN_MM.png: NNNN the character's number, MM the drawer's."""
+    pattern = re.compile(r"(?:^|/)(\d{4})_(\d{2})\.png$")
+    with reading(path), open_zip(path) as archive:
+        found = {match.groups(): name for name in archive.namelist() if (match := pattern.search(name))}
+        numbers = sorted({number for number, _ in found})
+        drawers = sorted({drawer for _, drawer in found})
+        if not found or len(found) != len(numbers) * len(drawers):
+            raise DataError(f"{path}: came {len(found)} drawings of {len(numbers)} characters, needs {DRAWERS} of each")
+        return np.stack([
+            np.stack([read_png(archive.read(found[number, drawer])) for drawer in drawers]) for number in numbers
+        ])  # fmt: skip
+
+
+def read_png(data: bytes) -> Bool[np.ndarray, "h w"]:
+    """One drawing, True = paper."""
+    with extra("data", "Reading drawings"):
+        from PIL import Image
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("L")) > 127
+
+
+def ink_bytes(paper: Bool[np.ndarray, "n h h"], size: int) -> UInt8[np.ndarray, "n size size"]:
+    """The share of ink in each of size x size equal areas, as 0..255; exact averaging, partial pixels included."""
+    if size == paper.shape[1]:
+        return np.where(paper, 0, 255).astype(np.uint8)
+    edges = np.linspace(0, paper.shape[1], size + 1)
+    pixels = np.arange(paper.shape[1])
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    weights = (np.maximum(overlap, 0) * size / paper.shape[1]).astype(np.float32)
+    reduced = np.empty((len(paper), size, size), np.uint8)
+    for start in range(0, len(paper), 1000):
+        ink = (~paper[start : start + 1000]).astype(np.float32)
+        reduced[start : start + 1000] = np.rint(255 * (weights @ ink @ weights.T))
+    return reduced

@@ -1,0 +1,214 @@
+"""Texts by class: few-shot classification from the user's own texts, and the intents of CLINC150 and Banking77."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import Count, Seed, Way, checked
+from metaprior.core.types import Splits, Task
+from metaprior.tasks.checks import DataError
+from metaprior.tasks.drawing import as_task, draw_rows
+from metaprior.tasks.images.decoding import fingerprint
+from metaprior.tasks.pool import check_enough
+from metaprior.tasks.splitting import Split, split_groups
+from metaprior.tasks.store import Arrays, cached, data_folder
+from metaprior.tasks.texts.reading import Texts, read_texts
+from metaprior.tasks.texts.words import Hashing
+
+INTENTS = {"clinc150": ("clinc150_full.json.xz",), "banking77": ("banking77_train.csv.xz", "banking77_test.csv.xz")}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TextPool:
+    """Episodes of `way` classes with `shot` support and `query` query texts a class, each a row of its n-grams.
+
+    Class i's texts are grams[starts[i] : starts[i] + counts[i]]; splits share one array. `outside` are texts of no
+    class, to be told from the others (None: there are none). `encode` makes rows of the user's texts.
+    """
+
+    grams: Int[Array, "total length"]
+    classes: Int[Array, " classes"]
+    starts: Int[Array, " classes"]
+    counts: Int[Array, " classes"]
+    outside: Int[Array, "m length"] | None
+    encode: Hashing = field(metadata={"static": True})
+    way: int = field(metadata={"static": True})
+    shot: int = field(metadata={"static": True})
+    query: int = field(metadata={"static": True})
+    own_labels: bool = field(default=False, metadata={"static": True})
+
+    def sample(self, key: PRNGKeyArray, n: int) -> Task:
+        """n tasks: support x int32 [n, way * shot, length] and y int32 [n, way * shot], class by class; query alike.
+
+        A class's label is its place in the task, which is random, or with own_labels its number in this split.
+        """
+
+        def one(key: PRNGKeyArray) -> Task:
+            rows, chosen = draw_rows(key, self.starts, self.counts, self.way, self.shot + self.query)
+            labels = chosen if self.own_labels else jnp.arange(self.way)
+            return as_task(self.grams[rows], labels.astype(jnp.int32), self.shot)
+
+        return jax.vmap(one)(jax.random.split(key, n))
+
+
+@checked
+def text_splits(
+    name: str,
+    origin: Any,
+    read: Callable[[], Texts],
+    outside: str | None = None,
+    drop_small: bool = False,
+    *,
+    way: Way = 5,
+    shot: Count = 1,
+    query: Count = 15,
+    test_query: Count = 15,
+    train_way: Way | None = None,
+    train_labels: Literal["task", "class"] = "task",
+    split: Split = (0.64, 0.16, 0.2),
+    seed: Seed = 0,
+    words: Count = 2,
+    characters: tuple[int, int] = (3, 4),
+    length: Count = 96,
+) -> Splits:
+    """The pools of what `read` gives, encoded once for each `name` and `origin`; options as `texts`."""
+    train_way = way if train_way is None else train_way
+    if train_labels not in ("task", "class"):
+        raise ValueError(f"train_labels: came {train_labels!r}, needs 'task' or 'class'")
+    encode = Hashing(words, characters, length)
+    identity = {"version": 1, "encode": asdict(encode), "outside": outside, "origin": origin}
+    arrays = cached(name, identity, lambda: _by_class(read(), outside, encode))
+    names, counts = [str(label) for label in arrays["names"]], np.asarray(arrays["counts"])
+    parts = split_groups(names, split, seed, "class")
+    sizes = (query, test_query, test_query)
+    if drop_small:
+        parts = [part[counts[part] >= shot + size] for part, size in zip(parts, sizes, strict=True)]
+    ways = (train_way, way, way)
+    for part, w, size in zip(parts, ways, sizes, strict=True):
+        check_enough(part, counts, names, w, shot, size, "texts")
+    grams, starts = jnp.asarray(arrays["grams"]), np.cumsum(counts) - counts
+    own = (train_labels == "class", False, False)
+    return Splits(*(
+        TextPool(grams, jnp.asarray(part, jnp.int32), jnp.asarray(starts[part], jnp.int32),
+                 jnp.asarray(counts[part], jnp.int32), apart, encode, w, shot, size, labels)
+        for part, apart, w, size, labels in zip(parts, _halves(arrays["outside"], seed), ways, sizes, own, strict=True)
+    ))  # fmt: skip
+
+
+@passes_options_to(text_splits)
+def texts(
+    *,
+    path: str | Path,
+    text: str | None = None,
+    label: str | None = None,
+    outside: str | None = None,
+    drop_small: bool = False,
+    **options: Any,
+) -> Splits:
+    """Few-shot classification from texts by class: x int32 [n, length], the hashed n-grams of a text, y int32 [n].
+
+    A text that stands in a class twice counts once, so that none is in support and query. Encoded once, then
+    memory-mapped from the cache.
+
+    Args:
+        path, text, label: a CSV, TSV or JSON file, or a folder by class, and its columns; see `read_texts`.
+        outside: the label of texts that belong to no class; half of them go with validation, half with test.
+        way, shot, query, test_query: classes a task; texts a class of the support, of the query in training, and in
+            validation and test.
+        train_way, train_labels: as in `images`.
+        split: how classes are shared out: three fractions, three lists of labels, or a table of 'train',
+            'validation' and 'test'. seed: of the random split.
+        drop_small: leave out classes of fewer than shot + query texts in place of an error.
+        words, characters, length: the n-grams of a text, see `Hashing`.
+
+    Raises:
+        DataError: nothing to read, unknown columns or labels, too few classes or texts.
+    """
+    if not Path(path).expanduser().exists():
+        raise DataError(f"path: came {path}, which does not exist; needs a CSV or JSON file, or a folder by class")
+    origin = [fingerprint(path), text, label]
+    read = partial(read_texts, path, text=text, label=label)
+    return text_splits(f"texts-{Path(path).stem}", origin, read, outside, drop_small, **options)
+
+
+@passes_options_to(text_splits)
+def clinc150(*, path: str | Path | None = None, **options: Any) -> Splits:
+    """CLINC150: 150 intents of 150 utterances, and 1,200 out of scope. Options as `texts`.
+
+    Read from METAPRIOR_DATA/text/clinc150_full.json.xz, or from `path`: the official data_full.json. The utterances out
+    of scope are `outside` of validation and test, shared out at random by halves.
+
+    Source: Larson et al. 2019 (CC BY 3.0).
+    """
+    file = _intents("clinc150", path)[0]
+    return text_splits("clinc150", fingerprint(file), partial(read_texts, file), "oos", **options)
+
+
+@passes_options_to(text_splits)
+def banking77(*, path: str | Path | None = None, **options: Any) -> Splits:
+    """Banking77: 77 intents of a bank's customers, 13,083 utterances. Options as `texts`.
+
+    Read from METAPRIOR_DATA/text/banking77_{train,test}.csv.xz, or from `path`: one CSV file with text and category.
+
+    Source: Casanueva et al. 2020 (CC BY 4.0).
+    """
+    files = _intents("banking77", path)
+
+    def read() -> Texts:
+        parts = [read_texts(file) for file in files]
+        return Texts([t for part in parts for t in part.texts], [y for part in parts for y in part.labels or ()])
+
+    return text_splits("banking77", [fingerprint(file) for file in files], read, **options)
+
+
+def _intents(name: str, path: str | Path | None) -> list[Path]:
+    if path is not None:
+        files = [Path(path).expanduser()]
+        if not files[0].is_file():
+            raise DataError(f"path: came {path}, which is no file; needs the file of {name}")
+        return files
+    folder = data_folder("text")
+    files = [] if folder is None else [folder / file for file in INTENTS[name]]
+    if not files or not all(file.is_file() for file in files):
+        raise DataError(
+            f"{name}: needs {' and '.join(INTENTS[name])} in a folder text/ inside the one that METAPRIOR_DATA names, "
+            "or path=, a file of your own"
+        )
+    return files
+
+
+def _by_class(found: Texts, outside: str | None, encode: Hashing) -> Arrays:
+    labels = [str(label) for label in found.labels or ()]
+    if outside is not None and outside not in labels:
+        raise DataError(f"outside: came {outside!r}, which is the label of no text; leave it out or correct it")
+    # The same words under the same label are one text, however they are cased and spaced.
+    unique = dict.fromkeys(
+        (label, " ".join(text.lower().split())) for text, label in zip(found.texts, labels, strict=True)
+    )
+    groups: dict[str, list[str]] = {name: [] for name in sorted(set(labels) - {outside})}
+    apart = [text for label, text in unique if label == outside]
+    for label, text in unique:
+        if label != outside:
+            groups[label].append(text)
+    return {
+        "grams": encode([text for group in groups.values() for text in group]),
+        "counts": np.asarray([len(group) for group in groups.values()], np.int32),
+        "names": np.asarray(list(groups)),
+        "outside": encode(apart),
+    }
+
+
+def _halves(outside: np.ndarray, seed: int) -> Sequence[Int[Array, "m length"] | None]:
+    if not len(outside):
+        return None, None, None
+    order = np.random.default_rng(seed).permutation(len(outside))
+    return None, *(jnp.asarray(outside[np.sort(half)]) for half in np.array_split(order, 2))
