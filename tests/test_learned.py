@@ -354,7 +354,7 @@ def test_the_gates_can_be_seen_and_the_input_gate_is_the_implied_rate():
 
 
 def test_the_cell_names_what_it_lacks():
-    with pytest.raises(ValueError, match=r"rate: came 1\.5"):
+    with pytest.raises(ValueError, match=r"rate must be between 0 and 1.*got 1\.5"):
         meta_lstm(NET, Gaussian(), rate=1.5)
     with pytest.raises(ValueError, match="units must be"):
         meta_lstm(NET, Gaussian(), units=0)

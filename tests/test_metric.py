@@ -9,7 +9,17 @@ from jax.scipy.stats import multivariate_normal
 from metaprior.core.likelihoods import Categorical, Gaussian
 from metaprior.core.types import Batch, Model, Task
 from metaprior.inference.posteriors import laplace
-from metaprior.learners import fine_tune, make_learner, matching, nearest_neighbour, protonet
+from metaprior.learners import (
+    amortized_bml,
+    bmaml,
+    fine_tune,
+    gem_mixture,
+    make_learner,
+    matching,
+    nearest_neighbour,
+    platipus,
+    protonet,
+)
 from metaprior.learners.builders.metric import cosine_distance, squared_distance, unit
 from metaprior.learners.protonet import Gaussians
 from metaprior.networks import conv4, mlp
@@ -276,6 +286,10 @@ def test_a_fine_tuned_head_has_laplace_error_bars():
         (nearest_neighbour, {"on": "pixels"}),
         (fine_tune, {"steps": 3}),
         (fine_tune, {"steps": 3, "frozen": False}),
+        (platipus, {"steps": 2, "draws": 2}),
+        (bmaml, {"steps": 2, "particles": 2}),
+        (amortized_bml, {"steps": 2, "draws": 0}),
+        (gem_mixture, {"steps": 2, "draws": 2, "components": 2}),
     ],
 )
 def test_a_query_alone_does_not_feel_the_others(make, options):

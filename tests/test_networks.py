@@ -14,6 +14,7 @@ from metaprior.core.types import Attributes, Batch, Call, Model, Splits, Task, s
 from metaprior.evaluation.calibration import calibrate_softmax, temperature_scaled
 from metaprior.evaluation.protocol import evaluate
 from metaprior.inference.curvature import kfac
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.posteriors import laplace, point
 from metaprior.learners import make_learner, maml
 from metaprior.learners.builders.gradient import Adaptation, query_learner
@@ -253,8 +254,7 @@ def scaled(model):
 
 
 def adapting_on(adaptation, rule=None):
-    options = {"steps": 2, "test_steps": None, "first_order": False, "remat": False, "transductive": True}
-    return query_learner(adaptation, Categorical(), **options, posterior=rule or point())
+    return query_learner(adaptation, Categorical(), InnerLoop(steps=2), rule or point())
 
 
 def adapting(adaptation, norm, rule=None):

@@ -342,19 +342,32 @@ def check_fields(settings: Any, path: str = "") -> None:
         object.__setattr__(settings, field.name, value)
 
 
-def passes_options_to(target: Callable) -> Callable[[F], F]:
-    """Show, in the signature of a factory that ends in **options, the keyword options of what it passes them to.
+def passes_options_to(target: Callable, *, without: Sequence[str] = (), **defaults: Any) -> Callable[[F], F]:
+    """Gives a factory that ends in **options the keyword options of the function that it passes them to.
 
-    The factory's calls are checked, as by `checked`.
+    They stand in the factory's signature, so that recipes, checks and help know them. Its calls are checked, as by
+    `checked`.
+
+    Args:
+        target: The function or dataclass that takes the options.
+        without: Options of the target that the factory does not take.
+        defaults: The factory's own defaults for options of the target.
     """
 
     def show(factory: F) -> F:
         own = inspect.signature(factory)
         kept = {p.name: p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD}
-        for p in inspect.signature(target).parameters.values():
-            if p.kind is inspect.Parameter.KEYWORD_ONLY:
-                kept.setdefault(p.name, p)
-        factory.__signature__ = own.replace(parameters=list(kept.values()))  # type: ignore[attr-defined]
-        return checked(factory)
+        passed = [p for p in parameters_of(target).values() if p.kind is p.KEYWORD_ONLY and p.name not in without]
+        for p in passed:
+            kept.setdefault(p.name, p.replace(default=defaults.get(p.name, p.default)))
+        if unknown := sorted({*defaults, *without} - parameters_of(target).keys()):
+            raise TypeError(f"{target.__name__} has no option {unknown[0]}.")
+
+        @wraps(factory)
+        def filled(*args: Any, **options: Any) -> Any:
+            return factory(*args, **(defaults | options))
+
+        filled.__signature__ = own.replace(parameters=list(kept.values()))  # type: ignore[attr-defined]
+        return checked(filled)  # type: ignore[return-value]
 
     return show

@@ -15,14 +15,15 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
-from metaprior.core.options import Count, InnerOptimizer, NonNegative, Whole, check_fields
+from metaprior.core.options import Count, InnerOptimizer, NonNegative, Whole
 from metaprior.core.types import Batch, Call, Model, weights
-from metaprior.inference.descent import count, descend, make_optimizer, mean_nll
+from metaprior.inference.descent import count, descend, mean_nll
 from metaprior.inference.gaussian import DiagonalGaussian, kl
+from metaprior.inference.inner_loop import InnerLoop
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variational:
+class Variational(InnerLoop):
     """How a task's Gaussian is fitted.
 
     steps, test_steps (None: as many): optimiser steps in training and on a new task. optimizer, rate: any of optax, or
@@ -34,23 +35,20 @@ class Variational:
     """
 
     steps: Whole = 5
-    test_steps: Whole | None = None
-    rate: NonNegative = 0.01
-    optimizer: InnerOptimizer = "adam"
+    optimizer: InnerOptimizer | optax.GradientTransformation = "adam"
     samples: Count = 1
     kl_weight: NonNegative = 1.0
     local: bool = False
-    remat: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.optimizer == "natural" and not (0 < self.rate <= 1 and self.kl_weight > 0):
             came = f"rate {self.rate} and kl_weight {self.kl_weight}"
             raise ValueError(f"optimizer: came 'natural' with {came}, needs a rate of (0, 1] and a kl_weight above 0")
         if self.samples > 1 and self.samples % 2:
             raise ValueError(f"samples: came {self.samples}, needs 1 or an even number: draws are mirrored in pairs")
 
-    def transformation(self, batch: Batch, differentiated: bool = True) -> Any:
+    def on(self, batch: Batch, differentiated: bool = True) -> Any:
         """The inner optimiser; "natural" is told how many examples the mean loss is of, and so what a share is.
 
         Without examples nothing moves, as the posterior is the prior. It has to be said: where gradients are exactly 0,
@@ -65,7 +63,7 @@ class Variational:
         if self.optimizer == "sgd":
             pull = self.rate * self.kl_weight / count(batch)
             return optax.chain(optax.sgd(self.rate), no_further_than_the_prior(pull))
-        return make_optimizer(self.optimizer, self.rate, differentiated=differentiated)
+        return self.transformation(differentiated=differentiated)
 
 
 def no_further_than_the_prior(rate: float | Scalar) -> optax.GradientTransformation:
@@ -184,7 +182,7 @@ def infer(
     how: Variational,
     *,
     steps: int | None = None,
-    first_order: bool = False,
+    first_order: bool | None = None,
     differentiated: bool | None = None,
 ) -> DiagonalGaussian:
     """q(phi) ~ p(phi | batch) under the prior, from the prior; without data the prior itself.
@@ -193,7 +191,8 @@ def infer(
     first_order), here or elsewhere; see `make_optimizer`.
     """
     steps = how.steps if steps is None else steps
+    first_order = how.first_order if first_order is None else first_order
     energy = free_energy(model, likelihood, prior, batch, how)
     keys = jax.random.split(key, steps)
-    inner = how.transformation(batch, not first_order if differentiated is None else differentiated)
+    inner = how.on(batch, not first_order if differentiated is None else differentiated)
     return descend(energy, prior, inner, steps, first_order=first_order, remat=how.remat, data=keys).phi

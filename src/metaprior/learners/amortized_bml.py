@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray, Scalar
 
 from metaprior.core.likelihoods import Likelihood
 from metaprior.core.named import passes_options_to
-from metaprior.core.options import InnerOptimizer, NonNegative, Positive, Whole
+from metaprior.core.options import NonNegative, Positive, Whole
 from metaprior.core.types import Learner, Model, Task, joined
 from metaprior.inference.gaussian import DiagonalGaussian, around, kl
 from metaprior.inference.variational import Variational, free_energy, infer
@@ -37,12 +37,11 @@ def hyper_nll(theta: DiagonalGaussian, a0: float, b0: float) -> Scalar:
     referees=BUDGETS,
     standard=lambda zero, options, key: around(zero, 0.0),
 )
-@passes_options_to(Variational)
+@passes_options_to(Variational, optimizer="sgd")
 def amortized_bml(
     model: Model,
     likelihood: Likelihood,
     *,
-    optimizer: InnerOptimizer = "sgd",
     log_sd: float = -3.0,
     hyperprior: NonNegative = 0.0,
     a0: Positive = 2.0,
@@ -56,7 +55,7 @@ def amortized_bml(
     b0: of its Gamma. log_sd: of the prior before training. draws: networks a prediction averages (0: linearised, in
     closed form). Other options: see `Variational`. Metrics are those of the query at the posterior's mean.
     """
-    how = Variational(optimizer=optimizer, **inference)
+    how = Variational(**inference)
 
     def loss(theta: DiagonalGaussian, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         key_inner, key_outer = jax.random.split(key)

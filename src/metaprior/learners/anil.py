@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from metaprior.core.likelihoods import Categories, Likelihood, check_labels, one_hot
 from metaprior.core.named import passes_options_to
-from metaprior.core.options import InnerOptimizer, NonNegative, Positive, Whole, checked
+from metaprior.core.options import Positive
 from metaprior.core.types import Batch, Call, Learner, Model, Task, counted, weights
-from metaprior.inference.descent import make_optimizer
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.learners.builders.amortised import embedding, output_width
 from metaprior.learners.builders.gradient import Adaptation, query_learner
@@ -35,21 +35,19 @@ def _is_head(params: PyTree, head: str) -> PyTree:
     return mask
 
 
-@checked
+@passes_options_to(InnerLoop)
 def anil(
-    model: Model,
-    likelihood: Likelihood,
-    *,
-    head: str = "head",
-    steps: Whole = 1,
-    rate: NonNegative = 0.01,
-    optimizer: InnerOptimizer = "sgd",
-    test_steps: Whole | None = None,
-    first_order: bool = False,
-    transductive: bool = True,
-    posterior: PosteriorRule = point(),
+    model: Model, likelihood: Likelihood, *, head: str = "head", posterior: PosteriorRule = point(), **inner: Any
 ) -> Learner:
-    """Meta-learn an initialisation whose layer named `head` alone is adapted; options as in `maml`."""
+    """Meta-learns an initialisation of which one layer alone is adapted.
+
+    Args:
+        model: The network.
+        likelihood: Of the support and the query.
+        head: Name of the layer that is adapted: a component of its parameters' path.
+        posterior: What is put around the last phi.
+        inner: Options of the inner loop, see `InnerLoop`.
+    """
 
     import equinox as eqx  # not above: it takes a sixth of a second
 
@@ -64,17 +62,10 @@ def anil(
         _is_head(params, head)
         return params
 
-    inner = make_optimizer(optimizer, rate, differentiated=not first_order)
-    return query_learner(
-        Adaptation(model, init, start, network, lambda params: inner),
-        likelihood,
-        steps=steps,
-        test_steps=test_steps,
-        first_order=first_order,
-        remat=False,
-        transductive=transductive,
-        posterior=posterior,
-    )
+    loop = InnerLoop(**inner)
+    optimizer = loop.transformation()
+    adaptation = Adaptation(model, init, start, network, lambda params: optimizer)
+    return query_learner(adaptation, likelihood, loop, posterior)
 
 
 class Memory(NamedTuple):

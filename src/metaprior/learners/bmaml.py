@@ -14,12 +14,15 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
-from metaprior.core.options import Count, InnerOptimizer, NonNegative, Whole, checked
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import Count, NonNegative, Whole
 from metaprior.core.types import Batch, Learner, Model, Task, counted, joined, weighted_mean
 from metaprior.inference.curvature.rows import normal_like
-from metaprior.inference.descent import count, descend, half_square, make_optimizer, mean_nll, trajectory
+from metaprior.inference.descent import count, descend, half_square, mean_nll, trajectory
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.particles import Particles, predict_with, stein
 from metaprior.learners.builders.gradient import fit_metrics
+from metaprior.learners.builders.normalised import predicts_alone
 from metaprior.learners.traits import traits
 
 
@@ -36,31 +39,33 @@ from metaprior.learners.traits import traits
         key, jax.tree.map(lambda leaf: jnp.zeros((options["particles"], *leaf.shape)), zero)
     ),
 )
-@checked
+@passes_options_to(InnerLoop)
 def bmaml(
     model: Model,
     likelihood: Likelihood,
     *,
     particles: Count = 5,
-    steps: Whole = 1,
     leader_steps: Whole = 1,
-    rate: NonNegative = 0.01,
-    optimizer: InnerOptimizer = "sgd",
     loss: str = "chaser",
     weight_precision: NonNegative = 0.0,
-    test_steps: Whole | None = None,
-    remat: bool = False,
+    **inner: Any,
 ) -> Learner:
-    """Meta-learn M particles; params and posterior hold them along a leading axis.
+    """Meta-learns M particles; params and posterior hold them along a leading axis.
 
-    particles: M, each from its own random start. steps, leader_steps: n and s. rate, optimizer: of the inner Stein
-    steps, on the mean nll, the kernel's repulsion divided by the number of examples with it. loss: "chaser" or
-    "mixture". weight_precision: of a prior N(0, 1 / precision) on each particle's weights (0: flat).
+    Args:
+        model: The network; all of its parameters are adapted.
+        likelihood: Of the support and the query.
+        particles: M, each from a random start of its own.
+        leader_steps: Number s of further Stein steps of the leader.
+        loss: "chaser" or "mixture".
+        weight_precision: Precision of a prior N(0, 1 / precision) on each particle's weights. 0: flat.
+        inner: Options of the Stein steps, see `InnerLoop`. They descend the mean nll; the kernel's repulsion is divided
+            by the number of examples as well.
     """
     if loss not in ("chaser", "mixture"):
         raise ValueError(f"loss: came {loss!r}, needs 'chaser' or 'mixture'")
 
-    at_test = steps if test_steps is None else test_steps
+    loop = InnerLoop(**inner)
 
     def init(key: PRNGKeyArray, task: Task) -> PyTree:
         return jax.vmap(lambda k: model.init(k, task.support.x))(jax.random.split(key, particles))
@@ -73,22 +78,22 @@ def bmaml(
             pull = weight_precision * half_square(phi, jax.tree.map(jnp.zeros_like, phi)) if weight_precision else 0.0
             return nll + pull / count(data)
 
-        return lambda phis: jax.vmap(one)(phis).sum(), optax.chain(stein(data), make_optimizer(optimizer, rate))
+        return lambda phis: jax.vmap(one)(phis).sum(), optax.chain(stein(data), loop.transformation())
 
     def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Particles:
         energy, optimizer = fit(support)
-        return Particles(descend(energy, params, optimizer, at_test).phi)
+        return Particles(descend(energy, params, optimizer, loop.on_new_task).phi)
 
     def path(params: PyTree, support: Batch, key: PRNGKeyArray) -> Particles:
         energy, optimizer = fit(support)
-        return Particles(trajectory(energy, params, optimizer, at_test).phi)
+        return Particles(trajectory(energy, params, optimizer, loop.on_new_task).phi)
 
-    def predict(params: PyTree, posterior: Particles, x: PyTree, key: PRNGKeyArray) -> Any:
-        return predict_with(model.apply, likelihood, posterior, x)
+    def predictive(model: Model) -> Callable[..., Any]:
+        return lambda params, posterior, x, key: predict_with(model.apply, likelihood, posterior, x)
 
     def meta_loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         energy, optimizer = fit(task.support)
-        chaser = descend(energy, params, optimizer, steps, remat=remat).phi
+        chaser = loop.descend(energy, params, optimizer).phi
         outputs: Array = jax.vmap(lambda phi: model.apply(phi, task.query.x))(chaser)
         metrics = fit_metrics(likelihood, outputs.mean(0), task.query)
         if loss == "mixture":
@@ -98,4 +103,5 @@ def bmaml(
         leader = descend(energy, jax.lax.stop_gradient(chaser), optimizer, leader_steps, first_order=True).phi
         return 2 * half_square(chaser, jax.lax.stop_gradient(leader)), metrics
 
-    return Learner(init, adapt, predict, meta_loss, path)
+    learner = Learner(init, adapt, predictive(model), meta_loss, path)
+    return learner if loop.transductive else predicts_alone(learner, predictive, model)

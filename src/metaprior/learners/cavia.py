@@ -6,16 +6,17 @@ beside their inputs; convolutional ones are modulated by it, one layer's channel
 phi (their sec. 3.4, after FiLM, Perez et al. 2018).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from metaprior.core.likelihoods import Likelihood
-from metaprior.core.options import Count, InnerOptimizer, NonNegative, Whole, checked
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import Count
 from metaprior.core.types import Call, Learner, Model, Task
-from metaprior.inference.descent import make_optimizer
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.learners.builders.gradient import Adaptation, query_learner
 from metaprior.learners.traits import traits
@@ -30,31 +31,29 @@ class Told(NamedTuple):
 
 
 @traits(reads_names=True, small={"rate": 0.3})
-@checked
+@passes_options_to(InnerLoop, rate=1.0)
 def cavia(
     model: Model,
     likelihood: Likelihood,
     *,
     context: Count = 5,
     layer: str | None = None,
-    steps: Whole = 1,
-    rate: NonNegative = 1.0,
-    optimizer: InnerOptimizer = "sgd",
-    test_steps: Whole | None = None,
-    first_order: bool = False,
-    transductive: bool = True,
     posterior: PosteriorRule = point(),
+    **inner: Any,
 ) -> Learner:
-    """Meta-learn a network that is told of its task by `context` numbers, which alone are adapted.
+    """Meta-learns a network that reads a few context parameters phi, which alone are adapted.
 
     Args:
-        model: on inputs [n, ...], which are flattened where phi joins them.
-        context: how many numbers phi has.
-        layer: the layer that phi modulates, after its norm (e.g. "block3" of `conv4`); None: phi is put beside the
+        model: The network. Where phi joins its inputs, these are flattened to [n, d].
+        likelihood: Of the support and the query.
+        context: Number of context parameters.
+        layer: Name of the layer that phi modulates, after its norm (e.g. "block3" of `conv4`). None appends phi to the
             inputs.
-        steps, rate, optimizer, test_steps, first_order, transductive, posterior: as in `maml`.
+        posterior: What is put around the last phi.
+        inner: Options of the inner loop, see `InnerLoop`.
     """
-    inner = make_optimizer(optimizer, rate, differentiated=not first_order)
+    loop = InnerLoop(**inner)
+    optimizer = loop.transformation()
 
     def beside(phi: Float[Array, " k"], x: Array) -> Float[Array, "n d"]:
         x = flat(x).astype(phi.dtype)
@@ -88,16 +87,8 @@ def cavia(
     def start(params: Told) -> Float[Array, " k"]:
         return jnp.zeros(context, jax.tree.leaves(params.theta)[0].dtype)
 
-    return query_learner(
-        Adaptation(model, init, start, network, lambda params: inner),
-        likelihood,
-        steps=steps,
-        test_steps=test_steps,
-        first_order=first_order,
-        remat=False,
-        transductive=transductive,
-        posterior=posterior,
-    )
+    adaptation = Adaptation(model, init, start, network, lambda params: optimizer)
+    return query_learner(adaptation, likelihood, loop, posterior)
 
 
 def layer_width(model: Model, layer: str, theta: PyTree, x: PyTree) -> int:

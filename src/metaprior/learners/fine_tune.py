@@ -6,6 +6,7 @@ an output for each training class. With Gaussian targets it is the joint trainin
 compare with.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
-from metaprior.core.options import InnerOptimizer, NonNegative, Way, Whole, checked
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import NonNegative, Way
 from metaprior.core.types import Batch, Call, Learner, Model, Task
-from metaprior.inference.descent import half_square, make_optimizer
+from metaprior.inference.descent import half_square
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.learners.builders.amortised import embedding
 from metaprior.learners.builders.gradient import Adaptation, Adapted, gradient_learner, pretraining_loss
@@ -32,28 +35,35 @@ class Tuned(NamedTuple):
 
 
 @traits(pretrained=True)
-@checked
+@passes_options_to(InnerLoop, without=("first_order", "remat"), steps=100, rate=0.1)
 def fine_tune(
     model: Model,
     likelihood: Likelihood,
     *,
     way: Way | None = None,
-    steps: Whole = 100,
-    rate: NonNegative = 0.1,
-    optimizer: InnerOptimizer = "sgd",
     frozen: bool = True,
     l2: NonNegative = 0.0,
-    test_steps: Whole | None = None,
-    transductive: bool = True,
     posterior: PosteriorRule = point(),
+    **inner: Any,
 ) -> Learner:
-    """Pretrain the model, then fit a new linear head to the support; params are the model's own.
+    """Pretrains the model without tasks, then fits a new linear head to each support.
 
-    The head starts at zero. frozen: the features stay as they are (with `l2`, of the mean nll plus l2/2 |head|^2, and
-    many steps this is logistic regression); False tunes all. way: outputs of the new head (default: the model's own
-    number). steps, rate, optimizer, test_steps, transductive, posterior: as in `maml`.
+    Its params are the model's own. The head starts at zero. With frozen features, `l2` and many steps this is logistic
+    regression.
+
+    Args:
+        model: The network.
+        likelihood: Of the support and the query.
+        way: Number of outputs of the new head. None: the model's own number.
+        frozen: Whether the features stay as they are. False tunes all parameters.
+        l2: Weight of l2 / 2 |head|^2, which is added to the mean nll.
+        posterior: What is put around the last phi.
+        inner: Options of the fit of the head, see `InnerLoop`.
     """
-    inner = make_optimizer(optimizer, rate, differentiated=False)
+    loop = InnerLoop(**inner)
+    # Frozen features are computed beside the support once, before the head sees them.
+    head_loop = replace(loop, transductive=loop.transductive or frozen)
+    optimizer = loop.transformation(differentiated=False)
     embed, loss = embedding(model), pretraining_loss(model, likelihood)
     untold = model._replace(support=None)  # `embed` has its batch norm by the support itself
 
@@ -75,12 +85,11 @@ def fine_tune(
             return Tuned({"w": jnp.zeros((width, classes)), "b": jnp.zeros(classes)}, None if frozen else params)
 
         return gradient_learner(
-            Adaptation(untold, init, start, network, lambda params: inner, penalty if l2 else None),
+            Adaptation(untold, init, start, network, lambda params: optimizer, penalty if l2 else None),
             likelihood,
             loss,
-            steps=steps if test_steps is None else test_steps,
+            head_loop,
             posterior=posterior,
-            transductive=transductive or frozen,
         )
 
     def seen(params: PyTree, support: Batch) -> Batch:
@@ -88,7 +97,7 @@ def fine_tune(
         return support._replace(x=embed(params, support.x)) if frozen else support
 
     def beside(adapted: Adapted, support: Batch) -> Adapted:
-        return adapted._replace(context=support.x) if frozen and not transductive else adapted
+        return adapted._replace(context=support.x) if frozen and not loop.transductive else adapted
 
     def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Adapted:
         return beside(tuner(params, support.x).adapt(params, seen(params, support), key), support)

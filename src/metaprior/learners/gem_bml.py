@@ -77,7 +77,7 @@ def two_posteriors(
     referees=BUDGETS,
     standard=lambda zero, options, key: around(zero, 0.0),
 )
-@passes_options_to(Variational)
+@passes_options_to(Variational, without=("first_order",))
 def gem_bml(
     model: Model,
     likelihood: Likelihood,
@@ -113,11 +113,10 @@ def gem_bml(
     silent=SILENT,
     referees={"truth": BUDGETS["truth"]},
 )
-@passes_options_to(gem_bml)
+@passes_options_to(gem_bml, without=("predictive",))
 def gem_bml_plus(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
     """GEM-BML+: gradient-EM of log p(query | support); options as `gem_bml`."""
-    options["predictive"] = True
-    return gem_bml(model, likelihood, **options)
+    return gem_bml(model, likelihood, predictive=True, **options)
 
 
 @traits(
@@ -126,7 +125,7 @@ def gem_bml_plus(model: Model, likelihood: Likelihood, **options: Any) -> Learne
     silent=SILENT,
     referees={"truth": BUDGETS["truth"]},
 )
-@passes_options_to(Variational)
+@passes_options_to(Variational, without=("first_order",))
 def kl_chaser(
     model: Model, likelihood: Likelihood, *, log_sd: float = -3.0, draws: Whole = 16, **inference: Any
 ) -> Learner:

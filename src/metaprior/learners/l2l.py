@@ -7,7 +7,7 @@ objective is that of eq. 3 with all weights 1, the mean over t of f(phi_t); the 
 where query and support are drawn alike. All unrolls of an optimisation make one meta-step.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -15,9 +15,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
-from metaprior.core.options import Count, NonNegative, Positive, Whole, checked
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import Count, Positive
 from metaprior.core.types import Batch, Learner, Model, Task, examples
 from metaprior.inference.descent import drawn, mean_nll, minibatches
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.learned_optimizers import P, log_sign, unrolled
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.learners.builders.gradient import adapt_all, fit_metrics, gradient_learner, support_loss
@@ -68,31 +70,36 @@ def learned_optimizer(rule: Rule, *, rate: float = RATE, p: float = P) -> optax.
 
 
 @traits(estimates=True, descends=False, small={"start": "learned", "steps": 10, "unroll": 5})
-@checked
+@passes_options_to(InnerLoop, without=("optimizer", "remat"), steps=100, rate=RATE, first_order=True)
 def l2l(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: Whole = 100,
     unroll: Count = 20,
     minibatch: Count | None = None,
     units: Count = 20,
     depth: Count = 2,
-    rate: NonNegative = RATE,
     p: Positive = P,
     start: str = "random",
-    first_order: bool = True,
-    test_steps: Whole | None = None,
-    transductive: bool = True,
     posterior: PosteriorRule = point(),
+    **inner: Any,
 ) -> Learner:
-    """Meta-learn the optimiser that fits phi to the support; `learned_optimizer(params.rule)` is it, for other losses.
+    """Meta-learns the optimiser that fits phi to the support; `learned_optimizer(params.rule)` uses it on other losses.
 
-    steps, unroll: of an optimisation in training, and of back-propagation. minibatch: examples of the support a step
-    sees in training (None: all, as on a new task). units, depth: of the LSTM. rate: factor of its output. p: of the
-    log-sign preprocessing. start: phi_0 is drawn anew ("random", as in the paper) or meta-learned too ("learned").
-    first_order=False differentiates the inner gradients as well. test_steps: on a new task (default: steps).
+    Args:
+        model: The network; all of its parameters are adapted.
+        likelihood: Of the support and the query.
+        unroll: Number of steps that are back-propagated through at once; it must divide `steps`.
+        minibatch: Number of support examples per step in training. None: all, as on a new task.
+        units: Width of the LSTM.
+        depth: Number of LSTM layers.
+        p: Of the log-sign preprocessing.
+        start: "random" draws phi_0 anew for each task, as in the paper; "learned" meta-learns it.
+        posterior: What is put around the last phi.
+        inner: Options of the inner loop, see `InnerLoop`; `rate` is a factor of the LSTM's output.
     """
+    loop = InnerLoop(**inner)
+    steps = loop.steps
     if start not in ("random", "learned"):
         raise ValueError(f"start: came {start!r}, needs 'random' or 'learned'")
     if steps < 1 or unroll < 1 or steps % unroll:
@@ -108,7 +115,7 @@ def l2l(
         return params._replace(theta=model.init(key, support.x))
 
     def optimizer(params: Learned) -> optax.GradientTransformation:
-        return learned_optimizer(params.rule, rate=rate, p=p)
+        return learned_optimizer(params.rule, rate=loop.rate, p=p)
 
     adaptation = free._replace(
         init=init, start=lambda params: params.theta, optimizer=optimizer, local=begun if start == "random" else None
@@ -128,11 +135,8 @@ def l2l(
             return mean_nll(likelihood, adaptation.outputs(params, phi, query.x), query)
 
         at, values = unrolled(
-            fit, judge, params.theta, optimizer(params), steps, unroll, first_order=first_order, data=data
+            fit, judge, params.theta, optimizer(params), steps, unroll, first_order=loop.first_order, data=data
         )
         return values.mean(), fit_metrics(likelihood, adaptation.outputs(params, at.phi, query.x), query)
 
-    return gradient_learner(
-        adaptation, likelihood, loss, steps=steps if test_steps is None else test_steps, posterior=posterior,
-        transductive=transductive, descends=False,
-    )  # fmt: skip
+    return gradient_learner(adaptation, likelihood, loss, loop, posterior=posterior, descends=False)

@@ -6,19 +6,20 @@ the data plus the prior's precision). The gradient covers both terms. objective=
 full, for which eta is 1/2: -log p(D | phi) - log p(phi | theta) + 1/2 log det(H / 2 pi).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
-from metaprior.core.named import lookup
-from metaprior.core.options import NonNegative, Positive, Whole, checked
+from metaprior.core.named import lookup, passes_options_to
+from metaprior.core.options import NonNegative, Positive, Whole
 from metaprior.core.types import PLAIN, Batch, Call, Learner, Model, Task, joined
 from metaprior.inference.curvature import CURVATURES, descent_spectrum, dual
-from metaprior.inference.descent import count, descend, half_square, make_optimizer, mean_nll
+from metaprior.inference.descent import count, half_square, mean_nll
 from metaprior.inference.evidence import negative_log_evidence
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.posteriors import PosteriorRule, laplace
 from metaprior.learners.builders.gradient import adapt_all, fit_metrics, gradient_learner, support_loss
 from metaprior.learners.traits import traits
@@ -42,13 +43,11 @@ class Prior(NamedTuple):
     },
     standard=lambda zero, options, key: Prior(zero, jnp.zeros(())),
 )  # fmt: skip
-@checked
+@passes_options_to(InnerLoop, without=("optimizer",), steps=5)
 def llama(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: Whole = 5,
-    rate: NonNegative = 0.01,
     eta: NonNegative = 1e-6,
     precision: Positive = 1.0,
     curvature: str = "dual",
@@ -56,20 +55,26 @@ def llama(
     prior: str = "isotropic",
     objective: str = "query",
     learn_precision: bool = False,
-    test_steps: Whole | None = None,
-    remat: bool = False,
     draws: Whole = 0,
-    transductive: bool = True,
     posterior: PosteriorRule | None = None,
+    **inner: Any,
 ) -> Learner:
-    """Meta-learn a prior N(theta, I / precision) by the Laplace approximation of each task's marginal likelihood.
+    """Meta-learns a prior N(theta, I / precision) by Laplace's approximation of each task's marginal likelihood.
 
-    eta: weight of log det (the paper's 1e-6 with mean losses; ignored by "evidence"). curvature: "dual" (exact
-    Gauss-Newton), "kfac" (the paper's), "diagonal" or "lanczos"; curvature_on: "support" or "query" (the paper's text).
-    prior: "isotropic", or "implicit", the one that k steps of gradient descent imply (sec. 3.2; "dual" only).
-    objective: "query" as published, or "evidence": phi is fitted to support and query under the prior, and the loss is
-    -log marginal per example, from which `learn_precision` learns the precision too. posterior: default laplace at that
-    precision, linearised, or with `draws` networks from N(phi, H^-1) as in the paper's Figure 5.
+    Args:
+        model: The network; all of its parameters are adapted.
+        likelihood: Of the support and the query.
+        eta: Weight of log det (the paper's 1e-6 with mean losses). "evidence" ignores it: there it is 1/2.
+        precision: Of the prior, before training.
+        curvature: "dual" (exact Gauss-Newton), "kfac" (the paper's), "diagonal" or "lanczos".
+        curvature_on: The data of the curvature: "support", or "query" (the paper's text).
+        prior: "isotropic", or "implicit", the prior that k steps of gradient descent imply (section 3.2; "dual" only).
+        objective: "query" as published, or "evidence": phi is fitted to support and query under the prior, and the loss
+            is -log marginal per example, from which `learn_precision` learns the precision too.
+        learn_precision: Whether the precision is meta-learned ("evidence" only).
+        draws: Number of networks drawn from N(phi, H^-1) in a prediction, as in the paper's Figure 5. 0 linearises.
+        posterior: What is put around the last phi. None: Laplace's approximation at the precision.
+        inner: Options of the inner loop, see `InnerLoop`.
     """
     if objective not in ("query", "evidence"):
         raise ValueError(f"objective: came {objective!r}, needs 'query' or 'evidence'")
@@ -82,7 +87,8 @@ def llama(
     if prior == "implicit" and (curvature != "dual" or objective != "query"):
         raise ValueError("prior: 'implicit' needs curvature='dual' and objective='query'")
     curve = lookup("curvature", curvature, CURVATURES)
-    free = adapt_all(model, make_optimizer("sgd", rate))
+    loop = InnerLoop(**inner)
+    free = adapt_all(model, loop.transformation())
     explicit = objective == "evidence"
 
     def init(key: PRNGKeyArray, task: Task) -> Prior:
@@ -102,15 +108,15 @@ def llama(
     def log_det(params: Prior, phi: PyTree, batch: Batch, key: PRNGKeyArray) -> Scalar:
         """log det(I + H / tau) (implicit: of the posterior precision over the prior's), of the *summed* nll."""
         if prior == "implicit":
-            scale = jnp.sqrt(rate / count(batch))
+            scale = jnp.sqrt(loop.rate / count(batch))
             values = jnp.maximum(jnp.linalg.eigvalsh(dual(outputs, likelihood, phi, batch, scale).gram), 0)
-            flat, drop, _ = descent_spectrum(values, steps)
+            flat, drop, _ = descent_spectrum(values, loop.steps)
             return -jnp.log1p(values * drop / flat).sum()
         return curve(outputs, likelihood, phi, batch, tau(params) ** -0.5, key).log_det()
 
     def query_objective(params: Prior, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         fit = support_loss(adaptation, likelihood, params, task.support)
-        phi = descend(fit, params.theta, adaptation.optimizer(params), steps, remat=remat).phi
+        phi = loop.descend(fit, params.theta, adaptation.optimizer(params)).phi
         predicted = outputs(phi, task.query.x)
         volume = log_det(params, phi, task.support if curvature_on == "support" else task.query, key)
         metrics = fit_metrics(likelihood, predicted, task.query) | {"log_det": volume}
@@ -119,7 +125,7 @@ def llama(
     def evidence_objective(params: Prior, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         data = joined(task)
         fit = support_loss(adaptation, likelihood, params, data)
-        phi = descend(fit, params.theta, adaptation.optimizer(params), steps, remat=remat).phi
+        phi = loop.descend(fit, params.theta, adaptation.optimizer(params)).phi
         surprise = negative_log_evidence(
             outputs, likelihood, phi, params.theta, data, tau(params) ** -0.5, curvature=curve, key=key
         )
@@ -129,8 +135,7 @@ def llama(
         adaptation,
         likelihood,
         evidence_objective if explicit else query_objective,
-        steps=steps if test_steps is None else test_steps,
+        loop,
         posterior=laplace(None if explicit else precision, draws=draws) if posterior is None else posterior,
-        transductive=transductive,
         implied_precision=(lambda params, support: tau(params)) if explicit else None,
     )

@@ -11,7 +11,7 @@ meta-gradient (sec. 3.2). The input gate is the rate at which a parameter follow
 that the steps imply is that of any descent.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
-from metaprior.core.options import Count, NonNegative, Positive, Whole, checked
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import Count, Positive
 from metaprior.core.types import Batch, Learner, Model, Task
 from metaprior.inference.descent import trajectory
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.learned_optimizers import P, log_sign
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.learners.builders.gradient import Adaptation, adapt_all, query_learner, support_loss
@@ -115,31 +117,32 @@ def _adaptation(model: Model, units: int, rate: float, p: float) -> Adaptation:
 
 
 @traits(estimates=True, gates=lambda *args, **options: gates(*args, **options))
-@checked
+@passes_options_to(InnerLoop, without=("optimizer", "first_order", "remat"), steps=5)
 def meta_lstm(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: Whole = 5,
-    rate: NonNegative = 0.01,
     units: Count = 20,
     p: Positive = P,
-    test_steps: Whole | None = None,
-    transductive: bool = True,
     posterior: PosteriorRule = point(),
+    **inner: Any,
 ) -> Learner:
-    """Meta-learn theta_0 and the gates by which phi moves from it; first order, as published.
+    """Meta-learns theta_0 and the gates by which phi moves from it; first order, as published.
 
-    steps: 12 for one shot, 5 for five in the paper. rate: where the input gate starts, in 0..1. units: of the LSTM that
-    sees gradient and loss. transductive=False comes nearest to the paper's batch norm at test, which uses the
-    support's statistics.
+    Args:
+        model: The network; all of its parameters are adapted.
+        likelihood: Of the support and the query.
+        units: Width of the LSTM that sees gradient and loss.
+        p: Of the log-sign preprocessing.
+        posterior: What is put around the last phi.
+        inner: Options of the inner loop, see `InnerLoop`. The paper's `steps` are 12 for one shot and 5 for five.
+            `rate` is where the input gate starts, between 0 and 1. `transductive=False` comes nearest to the paper's
+            batch norm at test, which uses the support's statistics.
     """
-    if not 0 < rate < 1:
-        raise ValueError(f"rate: came {rate}, needs a number between 0 and 1: it is where the input gate starts")
-    return query_learner(
-        _adaptation(model, units, rate, p), likelihood, steps=steps, test_steps=test_steps, first_order=True,
-        remat=False, transductive=transductive, posterior=posterior,
-    )  # fmt: skip
+    loop = InnerLoop(first_order=True, **inner)
+    if not 0 < loop.rate < 1:
+        raise ValueError(f"rate must be between 0 and 1, where the input gate starts, got {loop.rate}.")
+    return query_learner(_adaptation(model, units, loop.rate, p), likelihood, loop, posterior)
 
 
 def gates(model: Model, likelihood: Likelihood, params: MetaLSTM, support: Batch, steps: int, *, p: float = P) -> Gates:

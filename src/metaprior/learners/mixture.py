@@ -5,6 +5,7 @@ r_k ~ w_k exp(ELBO_k) (Dempster, Laird & Rubin 1977, for the E step; Zou & Lu 20
 log p(D | Theta) is r_k g(q_k) in component k and r_k - w_k in log w_k.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from metaprior.inference.descent import count
 from metaprior.inference.gaussian import DiagonalGaussian, around
 from metaprior.inference.variational import Variational, free_energy, infer
 from metaprior.learners.builders.gradient import fit_metrics
+from metaprior.learners.builders.normalised import predicts_alone
 from metaprior.learners.builders.variational import SILENT
 from metaprior.learners.gem_bml import ascends, gem_gradient, natural
 from metaprior.learners.traits import traits
@@ -38,7 +40,7 @@ class Mixture(NamedTuple):
 
 
 @traits(estimates=True, small={"components": 2, "steps": 10, "rate": 0.02, "draws": 8}, silent=SILENT)
-@passes_options_to(Variational)
+@passes_options_to(Variational, without=("first_order",))
 def gem_mixture(
     model: Model,
     likelihood: Likelihood,
@@ -53,7 +55,6 @@ def gem_mixture(
     log_sd: of each component before training. draws: networks a prediction averages. Other options: see `Variational`.
     """
     how = Variational(**inference)
-    at_test = how.steps if how.test_steps is None else how.test_steps
 
     def init(key: PRNGKeyArray, task: Task) -> Mixture:
         keys = jax.random.split(key, components)
@@ -72,11 +73,14 @@ def gem_mixture(
         return Mixture(q, jax.nn.log_softmax(prior.logits + evidence))
 
     def adapt(params: Mixture, support: Batch, key: PRNGKeyArray) -> Mixture:
-        return posterior(params, support, key, at_test)
+        return posterior(params, support, key, how.on_new_task)
 
-    def predict(params: Mixture, adapted: Mixture, x: PyTree, key: PRNGKeyArray) -> Any:
-        outputs = jax.vmap(lambda k: model.apply(adapted.sample(k), x))(jax.random.split(key, draws))
-        return likelihood.predictive(outputs)
+    def predictive(model: Model) -> Callable[..., Any]:
+        def predict(params: Mixture, adapted: Mixture, x: PyTree, key: PRNGKeyArray) -> Any:
+            outputs = jax.vmap(lambda k: model.apply(adapted.sample(k), x))(jax.random.split(key, draws))
+            return likelihood.predictive(outputs)
+
+        return predict
 
     def loss(params: Mixture, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         key_support, key_query, key_show = jax.random.split(key, 3)
@@ -91,11 +95,12 @@ def gem_mixture(
 
         pull = jax.vmap(component)(params.components, found.components, share).sum()
         weights = -(share * jax.nn.log_softmax(params.logits)).sum()
-        shown = predict(theta, after_support, task.query.x, key_show).log_prob(counted(task.query).y)
+        shown = predictive(model)(theta, after_support, task.query.x, key_show).log_prob(counted(task.query).y)
         best = jax.tree.map(lambda leaf: leaf[share.argmax()], after_support.components.mean)
         metrics = fit_metrics(likelihood, model.apply(best, task.query.x), task.query)
         nll = -weighted_mean(shown, task.query)
         held = jax.lax.stop_gradient(nll - weights)
         return pull + weights + held, jax.lax.stop_gradient(metrics | {"nll": nll, "largest_share": share.max()})
 
-    return Learner(init, adapt, predict, loss)
+    learner = Learner(init, adapt, predictive(model), loss)
+    return learner if how.transductive else predicts_alone(learner, predictive, model)

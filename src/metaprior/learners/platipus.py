@@ -6,19 +6,22 @@ Algorithm 2 (test): theta ~ p, phi = k steps from it; each draw is one explanati
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
-from metaprior.core.options import NonNegative, Whole, checked
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import NonNegative, Whole
 from metaprior.core.types import Batch, Learner, Model, Task
-from metaprior.inference.descent import Descent, count, descend, make_optimizer, trajectory
+from metaprior.inference.descent import Descent, count, descend, trajectory
 from metaprior.inference.gaussian import DiagonalGaussian, around, kl
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.particles import Particles, predict_with
 from metaprior.learners.builders.gradient import Adaptation, Loss, adapt_all, query_loss, support_loss
+from metaprior.learners.builders.normalised import predicts_alone
 from metaprior.learners.traits import traits
 
 
@@ -42,27 +45,31 @@ def _one_step(adaptation: Adaptation, likelihood: Likelihood, mu: PyTree, log_ra
     silent={"log_sd": -15.0},
     referees={"truth": {"steps": 5, "rate": 0.05, "kl_weight": 1.0, "log_sd": -1.0, "draws": 100}},
 )
-@checked
+@passes_options_to(InnerLoop, steps=5)
 def platipus(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: Whole = 5,
-    rate: NonNegative = 0.01,
     kl_weight: NonNegative = 0.1,
     log_sd: float = -3.0,
     inference_rate: NonNegative = 0.01,
-    test_steps: Whole | None = None,
     draws: Whole = 16,
-    remat: bool = False,
+    **inner: Any,
 ) -> Learner:
-    """Meta-learn mu, sigma, v_q and both inference rates; a posterior is `draws` adapted networks.
+    """Meta-learns mu, sigma, v_q and both inference rates; a posterior is `draws` adapted networks.
 
-    steps, rate: inner SGD on the mean support nll. kl_weight: of the KL, summed over weights and divided by the query's
-    number of examples; 1 is the bound, the paper uses 0.1. log_sd: of p and q before training. inference_rate: gamma_p
-    and gamma_q before training.
+    Args:
+        model: The network; all of its parameters are adapted.
+        likelihood: Of the support and the query.
+        kl_weight: Weight of the KL, which is summed over weights and divided by the number of query examples. 1 is the
+            bound; the paper uses 0.1.
+        log_sd: Logarithm of the sd of p and q before training.
+        inference_rate: gamma_p and gamma_q before training.
+        draws: Number of networks in a posterior.
+        inner: Options of the inner loop, see `InnerLoop`.
     """
-    adaptation = adapt_all(model, make_optimizer("sgd", rate))
+    loop = InnerLoop(**inner)
+    adaptation = adapt_all(model, loop.transformation())
 
     def init(key: PRNGKeyArray, task: Task) -> Initialisation:
         prior = around(model.init(key, task.support.x), log_sd)
@@ -77,13 +84,12 @@ def platipus(
         p = initial(params, task.support)
         mean = _one_step(adaptation, likelihood, params.prior.mean, params.log_rate_q, task.query)
         q = DiagonalGaussian(mean, params.log_sd_q)
-        objective = query_loss(adaptation._replace(start=lambda _: q.sample(key)), likelihood, steps, remat=remat)
+        objective = query_loss(adaptation._replace(start=lambda _: q.sample(key)), likelihood, loop)
         nll, metrics = objective(None, task, key)
         gap = kl(q, p)
         return nll + kl_weight * gap / count(task.query), metrics | {"kl": gap}
 
-    at_test = steps if test_steps is None else test_steps
-    return _drawing(adaptation, model, likelihood, init, initial, loss, at_test, draws)
+    return _drawing(adaptation, model, likelihood, init, initial, loss, loop, draws)
 
 
 @traits(
@@ -91,29 +97,29 @@ def platipus(
     silent={"noise": 1e-6},
     referees={"truth": {"steps": 5, "rate": 0.05, "noise": 0.3, "draws": 100}},
 )
-@checked
+@passes_options_to(InnerLoop, steps=5)
 def maml_noise(
-    model: Model,
-    likelihood: Likelihood,
-    *,
-    steps: Whole = 5,
-    rate: NonNegative = 0.01,
-    noise: NonNegative = 0.05,
-    test_steps: Whole | None = None,
-    draws: Whole = 16,
-    remat: bool = False,
+    model: Model, likelihood: Likelihood, *, noise: NonNegative = 0.05, draws: Whole = 16, **inner: Any
 ) -> Learner:
-    """MAML whose initialisation gets noise of sd `noise` at test: PLATIPUS' ablation. Other options as there."""
+    """Trains as MAML and adds noise to the initialisation at test: an ablation of PLATIPUS.
+
+    Args:
+        model: The network; all of its parameters are adapted.
+        likelihood: Of the support and the query.
+        noise: Standard deviation of the noise, above 0.
+        draws: Number of networks in a posterior.
+        inner: Options of the inner loop, see `InnerLoop`.
+    """
     if noise <= 0:
         raise ValueError(f"noise: came {noise}, needs a number above 0")
-    adaptation = adapt_all(model, make_optimizer("sgd", rate))
+    loop = InnerLoop(**inner)
+    adaptation = adapt_all(model, loop.transformation())
 
     def initial(params: PyTree, support: Batch) -> DiagonalGaussian:
         return around(params, jnp.log(noise))
 
-    loss = query_loss(adaptation, likelihood, steps, remat=remat)
-    at_test = steps if test_steps is None else test_steps
-    return _drawing(adaptation, model, likelihood, adaptation.init, initial, loss, at_test, draws)
+    loss = query_loss(adaptation, likelihood, loop)
+    return _drawing(adaptation, model, likelihood, adaptation.init, initial, loss, loop, draws)
 
 
 def _drawing(
@@ -123,26 +129,27 @@ def _drawing(
     init: Callable[[PRNGKeyArray, Task], PyTree],
     initial: Callable[[PyTree, Batch], DiagonalGaussian],
     loss: Loss,
-    steps: int,
+    loop: InnerLoop,
     draws: int,
 ) -> Learner:
-    """A learner whose posterior is `draws` networks, each `steps` from a start drawn from initial(params, support)."""
+    """A learner whose posterior is `draws` networks, each fitted from a start drawn from initial(params, support)."""
     if draws < 1:
         raise ValueError(f"draws: came {draws}, needs at least 1")
 
     def run(walk: Callable[..., Descent], params: PyTree, support: Batch, key: PRNGKeyArray) -> PyTree:
         start, fit = initial(params, support), support_loss(adaptation, likelihood, None, support)
         thetas = jax.vmap(start.sample)(jax.random.split(key, draws))
-        return jax.vmap(lambda theta: walk(fit, theta, adaptation.optimizer(None), steps).phi)(thetas)
+        return jax.vmap(lambda theta: walk(fit, theta, adaptation.optimizer(None), loop.on_new_task).phi)(thetas)
 
     def path(params: PyTree, support: Batch, key: PRNGKeyArray) -> Particles:
         course = run(trajectory, params, support, key)
         return Particles(jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), course))
 
-    return Learner(
-        init=init,
-        adapt=lambda params, support, key: Particles(run(descend, params, support, key)),
-        predict=lambda params, posterior, x, key: predict_with(model.apply, likelihood, posterior, x),
-        loss=loss,
-        path=path,
-    )
+    def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Particles:
+        return Particles(run(descend, params, support, key))
+
+    def predictive(model: Model) -> Callable[..., Any]:
+        return lambda params, posterior, x, key: predict_with(model.apply, likelihood, posterior, x)
+
+    learner = Learner(init, adapt, predictive(model), loss, path)
+    return learner if loop.transductive else predicts_alone(learner, predictive, model)

@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from metaprior.core.likelihoods import Likelihood
 from metaprior.core.named import passes_options_to
-from metaprior.core.options import NonNegative, Positive, Whole
+from metaprior.core.options import Positive, Whole
 from metaprior.core.types import Learner, Model, Task
 from metaprior.inference.curvature.rows import safe_sqrt
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.linear_descent import Root
 from metaprior.inference.posteriors import PosteriorRule, point
 from metaprior.learners.builders.gradient import Adaptation, query_learner
@@ -38,14 +39,9 @@ def _learner(
     likelihood: Likelihood,
     init_rule: Callable[[PRNGKeyArray, PyTree], PyTree],
     update: Callable[[PyTree, Array, PyTree], PyTree],
-    root: Callable[[Stepped], PyTree] | None = None,
-    *,
-    steps: Whole = 1,
-    test_steps: Whole | None = None,
-    first_order: bool = False,
-    remat: bool = False,
-    transductive: bool = True,
-    posterior: PosteriorRule = point(),
+    root: Callable[[Stepped], PyTree] | None,
+    loop: InnerLoop,
+    posterior: PosteriorRule,
 ) -> Learner:
     """MAML whose t-th inner update is update(rule, t, gradient): constant rates with a root, or rates by tensor."""
 
@@ -60,52 +56,61 @@ def _learner(
 
         return optax.GradientTransformation(lambda _: jnp.zeros((), int), step)  # pyright: ignore[reportArgumentType]
 
-    return query_learner(
-        Adaptation(
-            model,
-            init,
-            lambda params: params.theta,
-            lambda params, phi, x, call: model.outputs(phi, x, call),
-            optimizer,
-            root=root,
-            by_tensor=root is None,
-        ),
-        likelihood,
-        steps=steps,
-        test_steps=test_steps,
-        first_order=first_order,
-        remat=remat,
-        transductive=transductive,
-        posterior=posterior,
+    adaptation = Adaptation(
+        model,
+        init,
+        start=lambda params: params.theta,
+        network=lambda params, phi, x, call: model.outputs(phi, x, call),
+        optimizer=optimizer,
+        root=root,
+        by_tensor=root is None,
     )
+    return query_learner(adaptation, likelihood, loop, posterior)
 
 
-@passes_options_to(_learner)
-def meta_sgd(model: Model, likelihood: Likelihood, *, rate: NonNegative = 0.01, **options: Any) -> Learner:
-    """One learned rate a parameter, from `rate`; other options as in `maml`. The paper takes one inner step."""
+@passes_options_to(InnerLoop, without=("optimizer",))
+def meta_sgd(model: Model, likelihood: Likelihood, *, posterior: PosteriorRule = point(), **inner: Any) -> Learner:
+    """Meta-learns an initialisation and one learning rate per parameter. The paper takes one inner step.
+
+    Args:
+        model: The network; all of its parameters are adapted.
+        likelihood: Of the support and the query.
+        posterior: What is put around the last phi.
+        inner: Options of the inner loop, see `InnerLoop`; `rate` is the value that all learned rates start from.
+    """
+    loop = InnerLoop(**inner)
     return _learner(
         model,
         likelihood,
-        lambda key, theta: jax.tree.map(lambda leaf: jnp.full_like(leaf, rate), theta),
+        lambda key, theta: jax.tree.map(lambda leaf: jnp.full_like(leaf, loop.rate), theta),
         lambda rates, t, g: jax.tree.map(lambda a, gi: -a * gi, rates, g),
         lambda params: jax.tree.map(safe_sqrt, params.rule),
-        **options,
+        loop,
+        posterior,
     )
 
 
 @traits(on_table=five_steps, small={"steps": 2, "rate": 0.02})
-@passes_options_to(_learner)
-def lslr(
-    model: Model, likelihood: Likelihood, *, rate: NonNegative = 0.01, steps: Whole = 5, **options: Any
-) -> Learner:
-    """One learned rate a tensor and inner step, from `rate`; steps past the trained ones repeat the last rates."""
+@passes_options_to(InnerLoop, without=("optimizer",), steps=5)
+def lslr(model: Model, likelihood: Likelihood, *, posterior: PosteriorRule = point(), **inner: Any) -> Learner:
+    """Meta-learns an initialisation and one learning rate per tensor and inner step.
+
+    Args:
+        model: The network; all of its parameters are adapted.
+        likelihood: Of the support and the query.
+        posterior: What is put around the last phi.
+        inner: Options of the inner loop, see `InnerLoop`; `rate` is the value that all learned rates start from. Steps
+            on a new task beyond the trained ones repeat the last rates.
+    """
+    loop = InnerLoop(**inner)
     return _learner(
         model,
         likelihood,
-        lambda key, theta: jax.tree.map(lambda leaf: jnp.full(max(steps, 1), rate, leaf.dtype), theta),
+        lambda key, theta: jax.tree.map(lambda leaf: jnp.full(max(loop.steps, 1), loop.rate, leaf.dtype), theta),
         lambda rates, t, g: jax.tree.map(lambda a, gi: -a[jnp.minimum(t, a.shape[0] - 1)] * gi, rates, g),
-        steps=steps,
-        **options,
+        None,
+        loop,
+        posterior,
     )
 
 
@@ -117,11 +122,26 @@ class Preconditioner(NamedTuple):
 
 
 @traits(on_table=five_steps, small={"rank": 2, "rate": 0.02}, silent={"rank": 0})
-@passes_options_to(_learner)
+@passes_options_to(InnerLoop, without=("optimizer",))
 def preconditioned(
-    model: Model, likelihood: Likelihood, *, rate: Positive = 0.01, rank: Whole = 0, **options: Any
+    model: Model,
+    likelihood: Likelihood,
+    *,
+    rate: Positive = 0.01,
+    rank: Whole = 0,
+    posterior: PosteriorRule = point(),
+    **inner: Any,
 ) -> Learner:
-    """A learned positive definite B, diagonal (rank=0) or diagonal plus rank r, from B = rate * I."""
+    """Meta-learns an initialisation and a positive definite matrix B that multiplies inner gradients.
+
+    Args:
+        model: The network; all of its parameters are adapted.
+        likelihood: Of the support and the query.
+        rate: B starts as rate * I.
+        rank: Rank of the part of B that is not diagonal; 0 learns a diagonal B.
+        posterior: What is put around the last phi.
+        inner: Other options of the inner loop, see `InnerLoop`.
+    """
 
     def init_rule(key: PRNGKeyArray, theta: PyTree) -> Preconditioner:
         flat = ravel_pytree(theta)[0]
@@ -138,4 +158,4 @@ def preconditioned(
         diagonal = unravel(jnp.exp(params.rule.log_diagonal / 2))
         return Root(diagonal, params.rule.factor) if rank else diagonal
 
-    return _learner(model, likelihood, init_rule, update, root, **options)
+    return _learner(model, likelihood, init_rule, update, root, InnerLoop(rate=rate, **inner), posterior)

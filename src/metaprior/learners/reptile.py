@@ -5,13 +5,17 @@ theta <- theta + e (phi - theta). As a loss, 1/2 |theta - stop(phi)|^2 has the g
 SGD of rate e, annealed linearly to 0, is the paper's update. The task's support and query are one training set here.
 """
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
-from metaprior.core.options import Count, Fraction, InnerOptimizer, NonNegative, Whole, checked
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import Count, Fraction
 from metaprior.core.types import Learner, Model, Task, examples, joined
-from metaprior.inference.descent import descend, drawn, half_square, make_optimizer, mean_nll, minibatches
+from metaprior.inference.descent import descend, drawn, half_square, mean_nll, minibatches
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.posteriors import PosteriorRule, implicit, point
 from metaprior.learners.builders.gradient import adapt_all, fit_metrics, gradient_learner
 from metaprior.learners.traits import traits
@@ -28,29 +32,33 @@ from metaprior.learners.traits import traits
         }
     },
 )  # fmt: skip
-@checked
+@passes_options_to(InnerLoop, without=("first_order", "remat"), steps=5, rate=1e-3, optimizer="adam", test_steps=50)
 def reptile(
     model: Model,
     likelihood: Likelihood,
     *,
-    steps: Whole = 5,
-    rate: NonNegative = 1e-3,
-    optimizer: InnerOptimizer = "adam",
     b1: Fraction | None = 0.0,
     minibatch: Count | None = 10,
-    test_steps: Whole | None = 50,
-    transductive: bool = True,
     posterior: PosteriorRule = point(),
+    **inner: Any,
 ) -> Learner:
-    """Meta-learn an initialisation without a query set; params are the model's own.
+    """Meta-learns an initialisation without a query set. Its params are the model's own.
 
-    steps, rate, optimizer: the inner optimiser, by default the paper's Adam with b1 = 0 (its state starts afresh in
-    each task; the authors' code carries it over). minibatch: examples an inner step sees (None: all). transductive:
-    False judges each query beside the support alone, as the paper's main table. The reported loss is
-    1/2 |theta - phi|^2; the metrics are of the task's data at phi.
+    The reported loss is 1/2 |theta - phi|^2; the metrics are those of the task's data at phi. The paper's main table
+    has `transductive=False`.
+
+    Args:
+        model: The network; all of its parameters are adapted.
+        likelihood: Of the support and the query.
+        b1: Of the inner Adam. The paper's is 0, and its state starts afresh in each task; the authors' code carries it
+            over. None takes optax's.
+        minibatch: Number of examples per inner step in training. None: all.
+        posterior: What is put around the last phi.
+        inner: Options of the inner loop, see `InnerLoop`.
     """
-    options = {"b1": b1} if optimizer == "adam" and b1 is not None else {}
-    adaptation = adapt_all(model, make_optimizer(optimizer, rate, differentiated=False, **options))
+    loop = InnerLoop(**inner)
+    options = {"b1": b1} if loop.optimizer == "adam" and b1 is not None else {}
+    adaptation = adapt_all(model, loop.transformation(differentiated=False, **options))
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         data = joined(task)
@@ -60,18 +68,11 @@ def reptile(
             return mean_nll(likelihood, adaptation.outputs(params, phi, batch.x), batch)
 
         size = examples(data) if minibatch is None else min(minibatch, examples(data))
-        order = minibatches(key, examples(data), size, steps)
+        order = minibatches(key, examples(data), size, loop.steps)
         start = jax.lax.stop_gradient(params)
-        at = descend(fit, start, adaptation.optimizer(params), steps, first_order=True, data=order)
+        at = descend(fit, start, adaptation.optimizer(params), loop.steps, first_order=True, data=order)
         phi = jax.lax.stop_gradient(at.phi)
         outputs: Array = adaptation.outputs(params, phi, data.x)
         return half_square(params, phi), jax.lax.stop_gradient(fit_metrics(likelihood, outputs, data))
 
-    return gradient_learner(
-        adaptation,
-        likelihood,
-        loss,
-        steps=steps if test_steps is None else test_steps,
-        posterior=posterior,
-        transductive=transductive,
-    )
+    return gradient_learner(adaptation, likelihood, loss, loop, posterior=posterior)

@@ -15,6 +15,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 from metaprior.core.likelihoods import Categorical, Gaussian, Likelihood
 from metaprior.core.types import PLAIN, Batch, Call, Learner, Model, Task, joined, weighted_mean
 from metaprior.inference.descent import Descent, count, descend, inner_rates, mean_nll, trajectory
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.posteriors import Implied, PosteriorRule
 from metaprior.networks.statistics import by_support
 
@@ -61,6 +62,23 @@ def adapt_all(model: Model, optimizer: optax.GradientTransformation) -> Adaptati
     )
 
 
+def one_by_one(outputs: Callable[..., Array], context: PyTree) -> Callable[..., Array]:
+    """Outputs of each input in a batch of its own beside the support's inputs (Nichol et al. 2018, section 6.1).
+
+    Args:
+        outputs: (phi, x, call) -> [n, c]
+        context: The support's inputs.
+    """
+
+    def singly(phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
+        def one(xi: PyTree) -> Array:
+            return outputs(phi, jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), context, xi), call)[-1]
+
+        return jax.lax.map(one, x)
+
+    return singly
+
+
 def support_loss(adaptation: Adaptation, likelihood: Likelihood, params: PyTree, support: Batch) -> Callable:
     """phi -> mean nll of the support set (plus the penalty, if any): what the inner loop descends."""
 
@@ -90,35 +108,31 @@ def gradient_learner(
     adaptation: Adaptation,
     likelihood: Likelihood,
     loss: Loss,
+    loop: InnerLoop,
     *,
-    steps: int,
     posterior: PosteriorRule,
-    transductive: bool = True,
     implied_precision: Callable[[PyTree, Batch], Scalar | float] | None = None,
     descends: bool = True,
 ) -> Learner:
-    """The four functions (and the path) of a learner that infers phi by `steps` optimiser steps.
+    """Builds a learner that infers phi by optimiser steps: its functions and its path.
 
-    transductive=False predicts each query example in a batch of its own beside the support set, so that batch norm
-    never sees two queries together (Nichol et al. 2018, sec. 6.1). implied_precision is the precision of an explicit
-    prior N(theta, 1/precision) that the inner loop optimises, in units of the summed nll (iMAML). descends=False: the
-    steps follow no gradient at any rate (a network says them), so they imply no prior.
+    Args:
+        adaptation: What is adapted.
+        likelihood: Of the support and the query.
+        loss: The meta-objective.
+        loop: The inner loop; on a new task it runs `loop.on_new_task` steps.
+        posterior: What is put around the last phi.
+        implied_precision: (params, support) -> the precision of an explicit prior N(theta, 1 / precision) that the
+            inner loop optimises, in units of the summed nll (iMAML). None: the steps imply the prior.
+        descends: False where a network chooses the steps: they then imply no prior.
     """
-    if steps < 0:
-        raise ValueError(f"steps: came {steps}, needs at least 0")
+    steps, transductive = loop.on_new_task, loop.transductive
 
     def outputs(params: PyTree, context: PyTree) -> Callable:
         def jointly(phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
             return adaptation.outputs(params, phi, x, call)
 
-        def singly(phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
-            def one(xi: PyTree) -> Array:
-                beside = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), context, xi)
-                return jointly(phi, beside, call)[-1]
-
-            return jax.lax.map(one, x)
-
-        return jointly if context is None else singly
+        return jointly if context is None else one_by_one(jointly, context)
 
     def implied(params: PyTree, support: Batch, at: Descent, k: int | Array) -> Implied:
         if not descends:
@@ -174,41 +188,20 @@ def gradient_learner(
 def query_learner(
     adaptation: Adaptation,
     likelihood: Likelihood,
-    *,
-    steps: int,
-    test_steps: int | None,
-    first_order: bool,
-    remat: bool,
-    transductive: bool,
+    loop: InnerLoop,
     posterior: PosteriorRule,
 ) -> Learner:
-    """MAML with any adaptation: `query_loss` after `steps` in training, `test_steps` (or as many) on a new task."""
-    return gradient_learner(
-        adaptation,
-        likelihood,
-        query_loss(adaptation, likelihood, steps, first_order=first_order, remat=remat),
-        steps=steps if test_steps is None else test_steps,
-        posterior=posterior,
-        transductive=transductive,
-    )
+    """Builds MAML with any adaptation: it is trained by `query_loss`."""
+    return gradient_learner(adaptation, likelihood, query_loss(adaptation, likelihood, loop), loop, posterior=posterior)
 
 
-def query_loss(
-    adaptation: Adaptation, likelihood: Likelihood, steps: int, *, first_order: bool = False, remat: bool = False
-) -> Loss:
-    """The query's mean nll after k inner steps on the support (Finn et al. 2017, Algorithm 2)."""
+def query_loss(adaptation: Adaptation, likelihood: Likelihood, loop: InnerLoop) -> Loss:
+    """The query's mean nll after the inner steps on the support (Finn et al. 2017, Algorithm 2)."""
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         fit = support_loss(adaptation, likelihood, params, task.support)
-        at = descend(
-            fit,
-            adaptation.start(params),
-            adaptation.optimizer(params),
-            steps,
-            first_order=first_order,
-            remat=remat,
-        )
-        outputs = adaptation.outputs(params, at.phi, task.query.x)
+        phi = loop.descend(fit, adaptation.start(params), adaptation.optimizer(params)).phi
+        outputs = adaptation.outputs(params, phi, task.query.x)
         return mean_nll(likelihood, outputs, task.query), fit_metrics(likelihood, outputs, task.query)
 
     return loss

@@ -1,4 +1,5 @@
-"""Learners over networks whose batch norm goes by the support (`of_support`) or by training tasks (`of_training`)."""
+"""Learners whose batch norm uses statistics of the support (`of_support`), of training tasks (`of_training`), or of the
+support and one query at a time (`predicts_alone`)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.types import Batch, Learner, Model, Task, TaskSource, joined
+from metaprior.learners.builders.gradient import one_by_one
 from metaprior.networks.norm import AT_HAND, Statistics
 from metaprior.networks.statistics import beside, given, statistics_of
 
 
 class Supported(NamedTuple):
-    """A learner's posterior, and the support that its queries are normalised by."""
+    """A learner's posterior, and the support beside which its queries are normalised."""
 
     posterior: PyTree
     support: Batch
@@ -45,10 +47,37 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
         course = at(support).path
         assert course is not None
         steps = course(params, support, key)
-        length = jax.tree.leaves(steps)[0].shape[0]
-        return Supported(steps, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (length, *leaf.shape)), support))
+        return _every_step(steps, support)
 
     return Learner(init, adapt, predict, loss, None if make(model).path is None else path)
+
+
+def _every_step(steps: PyTree, support: Batch) -> Supported:
+    length = jax.tree.leaves(steps)[0].shape[0]
+    return Supported(steps, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (length, *leaf.shape)), support))
+
+
+def predicts_alone(learner: Learner, predict: Callable[[Model], Callable[..., PyTree]], model: Model) -> Learner:
+    """Returns a learner that predicts each query in a batch of its own beside the support (`transductive=False`).
+
+    Args:
+        learner: The learner, whose predictions see all queries together.
+        predict: model -> the learner's function `predict` with that model.
+        model: The learner's model.
+    """
+
+    def alone(params: PyTree, posterior: Supported, x: PyTree, key: PRNGKeyArray) -> PyTree:
+        beside = model._replace(apply=one_by_one(model.outputs, posterior.support.x))
+        return predict(beside)(params, posterior.posterior, x, key)
+
+    def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Supported:
+        return Supported(learner.adapt(params, support, key), support)
+
+    def path(params: PyTree, support: Batch, key: PRNGKeyArray) -> Supported:
+        assert learner.path is not None
+        return _every_step(learner.path(params, support, key), support)
+
+    return learner._replace(adapt=adapt, predict=alone, path=None if learner.path is None else path)
 
 
 def of_training(make: Callable[[Model], Learner], model: Model) -> Learner:

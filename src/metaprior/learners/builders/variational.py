@@ -13,21 +13,17 @@ from metaprior.inference.descent import Descent, trajectory
 from metaprior.inference.gaussian import DiagonalGaussian, around
 from metaprior.inference.posteriors import predict
 from metaprior.inference.variational import Variational, free_energy, infer
+from metaprior.learners.builders.normalised import predicts_alone
 
 # What these learners say of themselves (`learners/traits.py`): options under which nothing is drawn (nor blown up by
 # Adam), and those with which they come to their own answer before each referee.
 SILENT = {"kl_weight": 0.0, "log_sd": -15.0, "optimizer": "sgd"}
-
-
 _NATURAL = {"steps": 100, "rate": 0.2, "optimizer": "natural", "samples": 16}
-
-
 BUDGETS = {
     "truth": {"steps": 60, "rate": 0.5, "optimizer": "natural", "samples": 8, "log_sd": -1.0, "draws": 0},
     "nuts": _NATURAL,
     "nuts prior": _NATURAL | {"steps": 30, "test_steps": 100, "log_sd": -1.0},
 }
-
 
 Objective = Callable[[DiagonalGaussian, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
 
@@ -49,23 +45,26 @@ def variational_learner(
     """
     if not -30 < log_sd < 10:
         raise ValueError(f"log_sd: came {log_sd}, needs a number between -30 (a variance that underflows) and 10")
-    on_new_task = how.steps if how.test_steps is None else how.test_steps
 
     def init(key: PRNGKeyArray, task: Task) -> DiagonalGaussian:
         return around(model.init(key, task.support.x), log_sd)
 
     def adapt(params: DiagonalGaussian, support: Batch, key: PRNGKeyArray) -> DiagonalGaussian:
-        options = {"steps": on_new_task, "first_order": True, "differentiated": differentiated}
+        options = {"steps": how.on_new_task, "first_order": True, "differentiated": differentiated}
         return infer(model, likelihood, params, support, key, how, **options)
 
     def path(params: DiagonalGaussian, support: Batch, key: PRNGKeyArray) -> DiagonalGaussian:
         energy = free_energy(model, likelihood, params, support, how)
-        keys = jax.random.split(key, on_new_task)
-        inner = how.transformation(support, differentiated)
-        course: Descent = trajectory(energy, params, inner, on_new_task, data=keys)
+        keys = jax.random.split(key, how.on_new_task)
+        inner = how.on(support, differentiated)
+        course: Descent = trajectory(energy, params, inner, how.on_new_task, data=keys)
         return course.phi
 
-    def predictive(params: DiagonalGaussian, posterior: DiagonalGaussian, x: PyTree, key: PRNGKeyArray) -> Any:
-        return predict(model.apply, likelihood, posterior, x, key, draws=draws)
+    def predictive(model: Model) -> Callable[..., Any]:
+        def predict_by(params: DiagonalGaussian, posterior: DiagonalGaussian, x: PyTree, key: PRNGKeyArray) -> Any:
+            return predict(model.apply, likelihood, posterior, x, key, draws=draws)
 
-    return Learner(init, adapt, predictive, objective, path)
+        return predict_by
+
+    learner = Learner(init, adapt, predictive(model), objective, path)
+    return learner if how.transductive else predicts_alone(learner, predictive, model)
