@@ -345,7 +345,7 @@ def test_the_pit_of_counts_is_randomised_and_the_report_says_so():
     learner = constant(lambda x: Counts(jnp.full((1, len(x), 1), np.log(0.7))))
     report = evaluate(learner, None, given_task(y), jax.random.key(0), tasks=2)
     np.testing.assert_allclose(report.pit, 1, atol=0.2)
-    assert any("whole numbers" in note for note in report.notes)
+    assert any("targets are counts" in note for note in report.notes)
 
 
 def test_weights_count_in_every_figure():

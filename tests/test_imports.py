@@ -137,11 +137,11 @@ def test_help_says_of_each_command_what_the_command_says():
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtra, match=r"^A picture needs the extra `plots` \(.*matplotlib.*metaprior\[plots\]'$"):
+    with pytest.raises(MissingExtra, match=r"^A plot needs the extra `plots` \(.*matplotlib.*metaprior\[plots\]'$"):
         mp.evaluation.plots.panels(1, 1)
-    with pytest.raises(ModuleNotFoundError, match=r"metaprior\.nothing"), extra("plots", "A picture"):
+    with pytest.raises(ModuleNotFoundError, match=r"metaprior\.nothing"), extra("plots", "A plot"):
         import_module("metaprior.nothing")  # our own fault, which no extra mends
-    with pytest.raises(ZeroDivisionError), extra("plots", "A picture"):
+    with pytest.raises(ZeroDivisionError), extra("plots", "A plot"):
         _ = 1 / 0
 
 
@@ -222,7 +222,7 @@ main()
         "width_95",
         r"A scikit-learn estimator needs the extra `sklearn` \(No module named 'sklearn'\): pip install .*",
         r"Lanczos curvature needs the extra `lanczos` \(No module named 'matfree'\): .*",
-        r"A picture needs the extra `plots` \(No module named 'matplotlib'\): .*",
+        r"A plot needs the extra `plots` \(No module named 'matplotlib'\): .*",
         r"The task source 'digits' needs the extra `sklearn` .*",
         r"NUTS needs the extra `truth` \(No module named 'numpyro'\): .*",
         r"A run's folder needs the extra `cli` \(No module named 'orbax'\): .*",

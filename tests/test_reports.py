@@ -93,7 +93,7 @@ DAMAGE = {
     "settings must be a table": lambda t: t.update(settings=[1]),
 }  # fmt: skip
 BROKEN = {
-    "it lacks figures": lambda t: t.pop("figures"),
+    "the report has no figures": lambda t: t.pop("figures"),
     "figures must be a table": lambda t: t.update(figures=[1]),
     "figures.mse.mean must be a number, got '1'": lambda t: t["figures"]["mse"].update(mean="1"),
     "figures.mse must have a mean and an interval": lambda t: t["figures"]["mse"].pop("mean"),

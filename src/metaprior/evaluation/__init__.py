@@ -1,4 +1,4 @@
-"""How right a learner is on new tasks, and how honest about it: the report, calibration, rejection, pictures."""
+"""Accuracy and calibration of a learner on new tasks: the report, calibration, rejection and plots."""
 
 from metaprior.evaluation.figures import Figure, figure_of, title_of
 from metaprior.evaluation.protocol import LEVELS, TASKS, Units, evaluate, integral_transform, score, summarise

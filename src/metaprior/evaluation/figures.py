@@ -4,12 +4,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEW = 30  # groups or tasks, below which the interval of a skewed figure covers less than 90 % (docs/reliability.md)
+# With fewer groups or tasks than this, the interval of a skewed figure covers less than 90 % (docs/reliability.md).
+FEW = 30
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over tasks with the half-width of its 95 % interval, None where one task or group leaves it unknown."""
+    """A mean over tasks with the half-width of its 95 % interval.
+
+    Attributes:
+        mean: the mean.
+        interval: the half-width, or None if there is a single task or group.
+    """
 
     mean: float
     interval: float | None
@@ -23,23 +29,38 @@ class Figure:
 
 
 def digits_of(value: float) -> str:
-    """Four decimals, or four digits for figures of tables in units that are very small or large."""
+    """Returns the format of a number: four decimals, or four significant digits if it is very small or large.
+
+    Args:
+        value: the number.
+    """
     return ".4f" if value == 0 or 1e-2 <= abs(value) < 1e5 else ".4g"
 
 
 def title_of(name: str) -> str:
-    """A figure's name as it is printed."""
+    """Returns a figure's name as it is printed.
+
+    Args:
+        name: its key in a report, e.g. 'nll'.
+    """
     special = {"nll": "NLL", "mse": "MSE", "rmse": "RMSE", "ece": "ECE", "mce": "MCE"}
     return special.get(name, name.replace("_", " "))
 
 
 def figure_of(per_task: np.ndarray, groups: np.ndarray | None = None) -> Figure:
-    """Mean and 95 % half-width t_{g-1} sd / sqrt(g) of one number a task; inf or NaN where a task diverged.
+    """Computes the mean of one number per task, and the half-width t_{g-1} sd / sqrt(g) of its 95 % interval.
 
-    groups: each task's group. g is then their number, and sd that of the groups' means; else g counts tasks. The mean
-    is over g means, so that each group counts once however often it was shown. One group or task has no interval.
+    Without groups, g is the number of tasks. With groups, g is the number of groups, and the mean and the sd are those
+    of the groups' means, so each group counts once however often it was drawn.
+
+    Args:
+        per_task: the numbers [tasks].
+        groups: the group of each task [tasks].
+
+    Returns:
+        The figure. It is infinite or NaN if a task diverged, and has no interval if there is one task or group.
     """
-    from scipy.special import stdtrit  # not above: it takes a quarter of a second
+    from scipy.special import stdtrit  # imported here because it takes a quarter of a second
 
     values = np.asarray(per_task, float)
     if groups is not None:

@@ -1,4 +1,4 @@
-"""Pictures: of reports, of training, and of what a posterior says about a task. Each returns a matplotlib Figure."""
+"""Plots of reports, of training and of posteriors. Each function returns a matplotlib Figure."""
 
 from __future__ import annotations
 
@@ -21,37 +21,65 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito's palette, told apart by colour-blind readers too.
+# Okabe & Ito's palette, which colour-blind readers can tell apart too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-SERIES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)  # of many lines in one picture
+SERIES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)  # for many lines in one plot
 DPI = 160
 
 
 def literal(name: str) -> str:
-    """A name as matplotlib shows it letter by letter: '$' would begin a formula."""
+    r"""Escapes '$' in a name, which would begin a formula in matplotlib.
+
+    Args:
+        name: the name.
+
+    Returns:
+        The name, with '\$' for '$'.
+    """
     return name.replace("$", r"\$")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture whole or not at all; its format is that of the path's suffix."""
+    """Writes a plot atomically, in the format of the path's suffix.
+
+    Args:
+        figure: the plot.
+        path: the file.
+    """
     with beside(path) as partial:
         figure.savefig(partial)
 
 
 def check_pictures(folder: Path, option: str) -> None:
-    """Before anything is computed for pictures: matplotlib is there, and the folder may be written to.
+    """Checks that plots can be written, before anything is computed for them.
+
+    Args:
+        folder: where the plots will be written.
+        option: the command-line option that names the folder, for the error message.
 
     Raises:
-        MissingExtra: there is no matplotlib.
-        ValueError: a folder that cannot be written to; the message begins with the option.
+        MissingExtra: matplotlib is not installed.
+        ValueError: the folder cannot be written to. The message begins with the option.
     """
-    with extra("plots", "A picture"):
+    with extra("plots", "A plot"):
         import matplotlib.figure  # noqa: F401
     check_output(folder, option)
 
 
 def panels(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    with extra("plots", "A picture"):
+    """Creates an empty figure in the library's style.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        columns: the number of columns of axes.
+        rows: the number of rows of axes.
+        **options: further options of matplotlib's `subplots`.
+
+    Returns:
+        The figure and its axes, [rows], [columns] or [rows, columns].
+    """
+    with extra("plots", "A plot"):
         from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -64,7 +92,11 @@ def panels(width: float, height: float, columns: int = 1, rows: int = 1, **optio
 
 
 def reliability_diagram(report: Report) -> Figure:
-    """Accuracy against confidence, with binomial 95 % intervals, over the number of predictions in each bin."""
+    """Plots accuracy against confidence, with binomial 95 % intervals, and the number of predictions in each bin.
+
+    Args:
+        report: the report of a classification.
+    """
     figure, (top, low) = panels(4.6, 5.2, rows=2, sharex=True, height_ratios=(3, 1))
     rows = [r for r in report.reliability if r["count"] > 0]
     count, confidence, accuracy = (np.array([r[k] for r in rows]) for k in ("count", "confidence", "accuracy"))
@@ -80,7 +112,11 @@ def reliability_diagram(report: Report) -> Figure:
 
 
 def pit_histogram(pit: Sequence[float]) -> Figure:
-    """Density of the probability integral transform: flat where the predictive is calibrated."""
+    """Plots the density of the probability integral transform, which is flat if the predictive is calibrated.
+
+    Args:
+        pit: the density in equal bins of [0, 1].
+    """
     figure, (ax,) = panels(4.6, 3.0)
     bins = len(pit)
     ax.bar((np.arange(bins) + 0.5) / bins, pit, width=0.9 / bins, color=BLUE)
@@ -91,7 +127,11 @@ def pit_histogram(pit: Sequence[float]) -> Figure:
 
 
 def adaptation_curve(report: Report) -> Figure:
-    """Each figure of the per-step curve with its 95 % interval."""
+    """Plots each figure of a report after each inner step, with its 95 % interval.
+
+    Args:
+        report: the report of a learner with inner steps.
+    """
     names = list(report.curve[0])
     figure, axes = panels(4.2 * len(names), 3.2, columns=len(names))
     steps = np.arange(len(report.curve))
@@ -111,7 +151,11 @@ def _label(name: str, target: str | None) -> str:
 
 
 def compared_curves(reports: Mapping[str, Report]) -> Figure:
-    """Each figure after each inner step, of several reports; one without inner steps is a level line."""
+    """Plots each figure of several reports after each inner step.
+
+    Args:
+        reports: the reports by label. A report without inner steps is drawn as a horizontal line.
+    """
     names = [n for n in ("accuracy", "mse", "nll") if all(n in report.figures for report in reports.values())]
     figure, axes = panels(4.6 * len(names), 3.6, columns=len(names))
     longest = max(len(report.curve) for report in reports.values())
@@ -132,11 +176,19 @@ def compared_curves(reports: Mapping[str, Report]) -> Figure:
 
 
 def training_curve(rows: Sequence[dict[str, float]], target: str | None = None) -> Figure:
-    """Training and validation figures over meta-steps; target: of a table, which training sees standardised."""
+    """Plots the training and validation metrics against meta-steps.
+
+    Args:
+        rows: the metrics of each chunk, as `Fitted.history` and metrics.jsonl hold them.
+        target: the name of a table's target, which training sees standardised.
+
+    Raises:
+        ValueError: there are no rows.
+    """
     if not rows:
-        raise ValueError("rows: came no figures, needs at least one chunk of training")
+        raise ValueError("rows must hold the metrics of at least one chunk of training, got none.")
     names = [n for n in ("accuracy", "mse", "nll", "loss") if f"train/{n}" in rows[0] or f"validation/{n}" in rows[0]]
-    # The loss of a likelihood learner is its nll: once is enough.
+    # The loss of many learners is their nll, which needs to be drawn only once.
     names = names[:2] if len(names) > 1 else names
     figure, axes = panels(4.6 * len(names), 3.2, columns=len(names))
     for ax, name in zip(axes, names, strict=True):
@@ -157,6 +209,11 @@ def _bands(ax: Axes, x: np.ndarray, predictive: Any, colour: str) -> None:
 
 
 def inputs_over(task: Task) -> jax.Array:
+    """Returns 200 evenly spaced inputs [200, 1] that span a task's support and query.
+
+    Args:
+        task: a task with inputs [n, 1].
+    """
     x = jnp.concatenate([task.support.x.reshape(-1), task.query.x.reshape(-1)])
     return jnp.linspace(x.min(), x.max(), 200)[:, None]
 
@@ -177,10 +234,18 @@ def regression_tasks(
     each: bool = False,
     preparation: Preparation | None = None,
 ) -> Figure:
-    """Mean and 50/95 % bands on [n, 1] inputs for each task of a stack: before adapting, after one step, at the end.
+    """Plots the predictive mean with 50 % and 95 % bands, before adaptation, after one inner step and after the last.
 
-    each: after each inner step, in place of the first and the last. preparation: of a table, whose units and names are
-    drawn.
+    Args:
+        learner: the learner.
+        params: its meta-learned parameters.
+        tasks: a stack of tasks with inputs and targets [tasks, n, 1].
+        key: the random key of the adaptation.
+        each: plots every inner step, instead of the first and the last.
+        preparation: of a table. The axes then have the table's units and column names.
+
+    Returns:
+        A figure with one row per task.
     """
     scaling = None if preparation is None else preparation.scaling
     names = ("x", "y") if preparation is None else (preparation.features[0], preparation.target.name)
@@ -201,7 +266,7 @@ def regression_tasks(
         if courses is None:
             stages = {"adapted": adapt(params, task.support, key)}
         else:
-            # Before it saw anything the posterior is the prior: all weights 0, not 0 steps, which imply no spread.
+            # The prior is the posterior of a support with all weights 0. Zero inner steps would give no spread.
             unseen = task.support._replace(weight=jnp.zeros(task.support.x.shape[0]))
             stages = {"before": adapt(params, unseen, key)}
             stages |= {_stage(k): jax.tree.map(lambda leaf, j=j, k=k: leaf[j, k], courses) for k in shown}
@@ -216,7 +281,7 @@ def regression_tasks(
                 ax.set_title(title, loc="left", fontsize=10)
             ax.set_xlabel(literal(names[0])) if j == number - 1 else None
         axes[j, 0].set_ylabel(literal(names[1]))
-    # Above the panels, as it would lie on the points of one: in two lines over a single column.
+    # The legend is above the panels, where it covers no points; over a single column it takes two lines.
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=5 if columns > 1 else 3, frameon=False, fontsize=8)
     return figure
@@ -227,7 +292,15 @@ def _stage(k: int) -> str:
 
 
 def prior_functions(learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyArray, show: int = 12) -> Figure:
-    """What the learned prior knows: the start of every task, and where the supports of `show` tasks lead it."""
+    """Plots the prior's function before adaptation, and the functions after adaptation to several tasks.
+
+    Args:
+        learner: the learner.
+        params: its meta-learned parameters.
+        tasks: a stack of tasks with inputs and targets [tasks, n, 1].
+        key: the random key of the adaptation.
+        show: the number of tasks to draw.
+    """
     figure, (ax,) = panels(5.4, 3.4)
     first = jax.tree.map(lambda leaf: leaf[0], tasks)
     x = inputs_over(first)
@@ -250,10 +323,17 @@ def prior_functions(learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyA
 
 
 def gate_values(forget: PyTree, input: PyTree) -> Figure:
-    """A learned update rule's gates at each step, a line a layer: leaves [tasks, steps, ...] as phi's parameters are.
+    """Plots the gates of a learned update rule at each inner step, one line per layer.
 
-    The median over a layer's parameters and the tasks, and the range of the middle 80 % (Ravi & Larochelle 2017,
-    fig. 2). A forget gate below 1 is weight decay, an input gate is the rate at which the gradient is followed.
+    Lines are medians over a layer's parameters and the tasks; bands are the middle 80 %. A forget gate below 1 acts as
+    weight decay. The input gate is the learning rate.
+
+    Args:
+        forget: the forget gates, with phi's structure and leaves [tasks, steps, ...].
+        input: the input gates, of the same structure.
+
+    References:
+        Ravi & Larochelle 2017, fig. 2.
     """
     figure, axes = panels(9.2, 3.4, columns=2)
     for ax, title, values in zip(axes, ("forget gate", "input gate"), (forget, input), strict=True):
@@ -269,7 +349,7 @@ def gate_values(forget: PyTree, input: PyTree) -> Figure:
 
 
 def _by_layer(values: PyTree) -> dict[str, np.ndarray]:
-    """[steps, parameters and tasks] of each layer, which is the first name in a leaf's path."""
+    """The values [steps, parameters and tasks] of each layer, named by the first name in a leaf's path."""
     layers: dict[str, list[np.ndarray]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(values):
         name = jax.tree_util.keystr(path[:1], simple=True) or "parameters"

@@ -1,9 +1,10 @@
-"""One report for every learner: how right it is on new tasks, and how honest about it.
+"""The evaluation protocol: one report of accuracy and calibration on new tasks, the same for every learner.
 
-Intervals are t sd / sqrt(g) with Student's t of g - 1 degrees of freedom. g counts independent pieces of evidence: the
-tasks where each is a draw of its own (with hundreds of tasks this is the field's 1.96 sd / sqrt(tasks)), or the groups,
-by their means, where tasks come from a fixed number of groups. Episodes from a pool of classes are independent draws
-given the pool: their intervals speak of these classes, not of other ones. ECE, MCE and PIT pool all query examples.
+Intervals are t sd / sqrt(g) with Student's t of g - 1 degrees of freedom. g counts independent observations. Where
+tasks are independent draws, g is the number of tasks; with hundreds of tasks this is the field's 1.96 sd / sqrt(tasks).
+Where tasks come from a fixed number of groups, g is the number of groups, and the observations are the groups' means.
+Episodes from a pool of classes are independent draws given the pool, so their intervals hold for these classes, not for
+other ones. ECE, MCE and PIT pool all query examples.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,14 +38,23 @@ from metaprior.evaluation.figures import FEW, figure_of
 from metaprior.evaluation.report import CORRELATION, Report
 from metaprior.tasks import preparation_of
 
-LEVELS = (0.5, 0.9, 0.95)  # of the central predictive intervals whose coverage is reported
+LEVELS = (0.5, 0.9, 0.95)  # the central predictive intervals whose coverage is reported
 
 
-TASKS = 600  # by default, where tasks are independent draws
+TASKS = 600  # the default number of tasks, where they are independent draws
 
 
 def score(predictive: Any, y: Array) -> dict[str, Array]:
-    """Each query example's scores [n]; which ones depends on the kind of predictive."""
+    """Computes the scores of each query example.
+
+    Args:
+        predictive: the predictive distribution of n examples.
+        y: their targets, [n] class labels or [n, d] numbers.
+
+    Returns:
+        Scores [n] by name. For classes: accuracy, nll, brier and confidence. Otherwise: mse, nll, the coverage and
+        width of central intervals at `LEVELS`, and the variance, as means over the d targets (nll: their sum).
+    """
     nll = -predictive.log_prob(y)
     if isinstance(predictive, Categories):
         p = predictive.mean()
@@ -64,7 +74,16 @@ def score(predictive: Any, y: Array) -> dict[str, Array]:
 
 
 def integral_transform(predictive: Any, y: Array, key: PRNGKeyArray) -> dict[str, Array]:
-    """PIT values of each target [n, d], those of counts randomised; none of classes."""
+    """Computes the probability integral transform (PIT) of each target.
+
+    Args:
+        predictive: the predictive distribution of n examples.
+        y: their targets [n, d].
+        key: the random key for counts, whose PIT is randomised.
+
+    Returns:
+        "pit": [n, d], or nothing for classes.
+    """
     if isinstance(predictive, Categories):
         return {}
     return {"pit": predictive.pit(y, key) if isinstance(predictive, Counts) else predictive.cdf(y)}
@@ -82,24 +101,33 @@ def evaluate(
     course: Learner | None = None,
     metrics: Sequence[str] = (),
 ) -> Report:
-    """Adapt to new tasks and judge the predictions of their queries, a table's in the units of its target.
+    """Adapts a learner to new tasks and evaluates its predictions of their queries.
+
+    The figures of a table are in the units of its target.
 
     Args:
-        tasks: how many; by default one of each group, where the source has groups, and 600 where it has none. A
-            source of groups shows each before any comes again.
-        chunk: tasks in memory at once.
-        course: the learner whose `path` gives the figures after each inner step (default: the learner itself, if it
-            has one; a cheaper posterior may be wanted there).
-        metrics: names of the learner's own, of its loss on the test tasks, to report besides: a learner that is judged
-            all along an episode has some.
+        learner: the learner.
+        params: its meta-learned parameters, such as `Fitted.params` or `Fitted.best`.
+        source: the test tasks.
+        key: the random key of the tasks and of the adaptation.
+        tasks: the number of tasks. The default is one task per group if the source has groups, and 600 otherwise.
+            A source with groups draws each group once before any group is drawn again.
+        chunk: the number of tasks at once in memory.
+        course: the learner whose `path` gives the figures after each inner step. The default is `learner` itself, if
+            it has a `path`. Give one with a cheaper posterior to save time.
+        metrics: names of further metrics to report, from those that the learner's loss returns on the test tasks (for
+            example of a learner that is judged throughout an episode).
+
+    Returns:
+        The report: figures with 95 % intervals, calibration, and the figures after each inner step.
 
     Raises:
-        ValueError: arguments of a wrong type; targets that cannot be, such as a label that is no class; weights below
-            0; no query that counts; a learner that has to be `settled` first.
+        ValueError: an argument has a wrong type, a target is not possible (such as a label that is no class), a weight
+            is below 0, no query has a weight above 0, or the learner must be settled first (`Learner.settle`).
     """
     check_settled(learner)
     if hasattr(params, "best") and hasattr(params, "history"):
-        raise ValueError("params must be parameters, got what training ends with; give its .best or .params.")
+        raise ValueError("params must be a learner's parameters, got the result of `fit`. Give its .best or .params.")
     check_source(source)
     groups = group_count(source)
     tasks = (groups or TASKS) if tasks is None else tasks
@@ -109,11 +137,15 @@ def evaluate(
     def own(params: PyTree, task: Task, key: PRNGKeyArray) -> dict[str, Array]:
         has = learner.loss(params, task, key)[1] if metrics else {}
         if unknown := [name for name in metrics if name not in has]:
-            raise ValueError(f"metrics: came {', '.join(unknown)}, but on these tasks the loss has {', '.join(has)}")
+            raise ValueError(
+                f"metrics must be names of the loss's metrics on these tasks, {', '.join(has)}, got "
+                f"{', '.join(unknown)}."
+            )
         return {name: has[name] for name in metrics}
 
     key_group, key = jax.random.split(key)
-    place, kinds = group_order(source, key_group, tasks), []  # kinds: the predictive's type and shapes, when traced
+    # kinds: the predictive's type and shapes, which tracing appends.
+    place, kinds = group_order(source, key_group, tasks), []
 
     def one(params: PyTree, source: TaskSource, key: PRNGKeyArray, group: Array) -> tuple:
         key_task, key_adapt, key_predict, key_pit = jax.random.split(key, 4)
@@ -145,16 +177,24 @@ def evaluate(
     report = summarise(units.scaled(scores), units.scaled(steps), weight, members)
     own_figures = {name: figure_of(values, members) for name, values in others.items()}
     if isinstance(kind, Counts):
-        note = "counts are whole numbers, so a true predictive covers its level or more; the PIT is randomised"
+        note = "targets are counts, so intervals of a true predictive cover at least their level; the PIT is randomised"
         report = replace(report, notes=[*report.notes, note])
     return replace(report, target=units.target, figures=report.figures | own_figures)
 
 
 def check_targets(kind: Any, support: tuple[Any, Any], query: tuple[Any, Any], lost: bool) -> None:
-    """A ValueError for targets (y, weight) of stacked tasks that cannot be, and for weights below 0.
+    """Checks the targets and weights of stacked tasks.
 
-    kind: the predictive, whose type and shape say what may be. lost: predictions came out NaN. Labels below 0 are
-    hidden ones, which some learners read in a support; where predictions are lost, this one did not.
+    Labels below 0 are hidden ones. Some learners can read them in a support; if predictions are NaN, this one cannot.
+
+    Args:
+        kind: the predictive, whose type and shape determine which targets are possible.
+        support: the targets and the weights of the supports.
+        query: the targets and the weights of the queries.
+        lost: whether any prediction is NaN.
+
+    Raises:
+        ValueError: a target is not possible, or a weight is below 0.
     """
     for side, (y, weight) in (("support", support), ("query", query)):
         check_weight(weight)
@@ -175,10 +215,14 @@ def check_targets(kind: Any, support: tuple[Any, Any], query: tuple[Any, Any], l
 
 @dataclass(frozen=True)
 class Units:
-    """The units of a table's target: `scale` of them are one standardised unit of each target.
+    """The units of a table's target.
 
-    Scores are computed with scales of 1 at most, and brought to their size in float64, where no square of a scale
-    overflows.
+    Scores are computed with scales relative to the largest one, so that none is above 1, and then multiplied in
+    float64, in which the square of a scale does not overflow.
+
+    Attributes:
+        target: the name of the target, or None if there is no table.
+        scale: for each target, how many of its units are one standardised unit.
     """
 
     target: str | None = None
@@ -186,21 +230,38 @@ class Units:
 
     @classmethod
     def of(cls, source: Any) -> "Units":
-        """Those of a source's table; none for classes and for tasks that are no tables."""
+        """Returns the units of a source's table, which are empty for classes and where there is no table.
+
+        Args:
+            source: a task source.
+        """
         preparation = preparation_of(source)
         if preparation is None or preparation.target.kind == "class":
             return cls()
         return cls(preparation.target.name, preparation.target.deviation)
 
     def score(self, predictive: Any, y: Array, by: Callable[..., dict[str, Array]] | None = None) -> dict[str, Array]:
-        """Scores of a predictive of standardised targets, relative to the largest scale."""
+        """Computes scores of a predictive of standardised targets, in units relative to the largest scale.
+
+        Args:
+            predictive: the predictive distribution of n examples.
+            y: their standardised targets [n, d].
+            by: the function that computes the scores. The default is `score`.
+
+        Returns:
+            Scores [n] by name.
+        """
         if set(self.scale) - {1.0}:
             relative = np.asarray(self.scale) / max(self.scale)
             predictive, y = in_units(predictive, 0 * relative, relative), y * relative.astype(y.dtype)
         return (score if by is None else by)(predictive, y)
 
     def scaled(self, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The scores in the target's own units."""
+        """Converts the results of `score` to the target's own units.
+
+        Args:
+            scores: the scores by name.
+        """
         if not set(self.scale) - {1.0}:
             return scores
         largest, own = max(self.scale), {name: np.asarray(values, float) for name, values in scores.items()}
@@ -210,7 +271,15 @@ class Units:
 
 
 def brief_score(predictive: Any, y: Array) -> dict[str, Array]:
-    """The scores of the per-step curve: what is right, and the nll."""
+    """Computes the scores that are reported after each inner step: accuracy or mse, and nll.
+
+    Args:
+        predictive: the predictive distribution of n examples.
+        y: their targets.
+
+    Returns:
+        Scores [n] by name.
+    """
     scores = score(predictive, y)
     return {name: scores[name] for name in ("accuracy", "mse", "nll") if name in scores}
 
@@ -221,9 +290,21 @@ def summarise(
     weight: np.ndarray,
     groups: np.ndarray | None = None,
 ) -> Report:
-    """A report from scores [tasks, n], per-step means [tasks, k + 1], weights [tasks, n] and groups [tasks].
+    """Summarises the scores of many tasks in a report.
 
-    A task without a query that counts has no figures, and is left out.
+    Tasks whose queries all have weight 0 are left out.
+
+    Args:
+        scores: scores by name, [tasks, n].
+        steps: means after 0, 1, ..., k inner steps by name, [tasks, k + 1].
+        weight: the weights of the query examples [tasks, n].
+        groups: the group of each task [tasks], or None if tasks are independent draws.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: no task has a query with a weight above 0.
     """
     kept = weight.sum(-1) > 0
     if not kept.any():
@@ -259,7 +340,7 @@ def summarise(
             for b, (n, c, a) in enumerate(zip(*table, strict=True))
         ]
         return replace(report, kind="classification", pooled=pooled, reliability=rows)
-    least = max(1e-20 * flat["variance"].mean(), 1e-300)  # in the units of the target, whatever they are
+    least = max(1e-20 * flat["variance"].mean(), 1e-300)  # relative, as the target may have any units
     error, spread = (np.log(np.maximum(flat[name].astype(float), least)) for name in ("mse", "variance"))
     pooled = {
         "rmse": float(np.sqrt(figures["mse"].mean)),
@@ -272,8 +353,8 @@ def summarise(
 
 
 def _correlation(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float | None:
-    """The weighted correlation; None where either is constant up to rounding, which leaves it undefined."""
-    with np.errstate(invalid="ignore"):  # NaN where a task diverged
+    """The weighted correlation, or None if it is undefined because either input is constant up to rounding."""
+    with np.errstate(invalid="ignore"):  # values are NaN where a task diverged
         a, b = (v - np.average(v, weights=weight) for v in (a, b))
     deviations = [float(np.sqrt(np.average(v**2, weights=weight))) for v in (a, b)]
     return None if min(deviations) <= 1e-5 else float(np.average(a * b, weights=weight) / np.prod(deviations))
@@ -281,9 +362,9 @@ def _correlation(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float | No
 
 def _notes(tasks: int, groups: int | None, lost: int) -> list[str]:
     independent, what = (tasks, "tasks") if groups is None else (groups, "groups")
-    notes = [f"{lost} tasks have no query that counts and were left out"] if lost else []
+    notes = [f"{lost} tasks have no query with a weight above 0 and were left out"] if lost else []
     if independent < 2:
-        return [*notes, f"one of {what} leaves the intervals unknown"]
+        return [*notes, f"there are no intervals, as they need at least two {what}"]
     if independent < FEW:
         return [*notes, f"few {what}: the interval of a skewed figure covers less than 95 % with {independent} {what}"]
     return notes

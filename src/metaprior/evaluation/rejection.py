@@ -1,8 +1,8 @@
-"""Knowing what one does not know: queries that belong to no class of the task, told from the others by a score.
+"""Rejection: a score tells inputs that belong to no class of the task (outsiders) from its queries.
 
-In a task of the source, queries are joined by as many inputs from outside. AUROC says how well the score ranks them,
-whatever the threshold; accuracy with rejection says what comes of one threshold, chosen on validation tasks: a query is
-right if it is kept and classified right, an outsider if it is rejected (Larson et al. 2019).
+Each task gets as many outsiders as it has queries. AUROC measures how well the score ranks them, over all thresholds.
+Accuracy with rejection uses one threshold, chosen on validation tasks: a query counts as correct if it is kept and
+classified correctly, an outsider if it is rejected (Larson et al. 2019).
 """
 
 from collections.abc import Callable
@@ -21,12 +21,19 @@ from metaprior.evaluation.figures import Figure, figure_of
 from metaprior.learners.builders.amortised import embedding
 from metaprior.learners.builders.metric import DISTANCES, memberships, present
 
-# (params, support, x, key) -> how surely each of x is of one of the support's classes; higher is surer.
+# (params, support, x, key) -> a score [n] of each input; higher means that it more surely has a class of the support.
 Score = Callable[[PyTree, Batch, PyTree, PRNGKeyArray], Float[Array, " n"]]
 
 
 class Scored(NamedTuple):
-    """Scores of `tasks` tasks: of the queries, whether each was classified right and counts, and of as many outside."""
+    """Scores of queries and outsiders in many tasks.
+
+    Attributes:
+        inside: scores of the queries.
+        correct: whether each query was classified correctly.
+        counted: whether each query has a weight above 0.
+        outside: scores of the outsiders.
+    """
 
     inside: Float[np.ndarray, "tasks n"]
     correct: Bool[np.ndarray, "tasks n"]
@@ -36,10 +43,14 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Rejection:
-    """AUROC by task, the threshold that was best on validation tasks, and what it does on the test tasks.
+    """How well outsiders are rejected on the test tasks.
 
-    accuracy: of queries and outsiders together, half and half; kept: the share of the queries that are not rejected;
-    rejected: that of the outsiders that are.
+    Attributes:
+        auroc: the area under the ROC curve, per task.
+        threshold: the threshold that is best on the validation tasks.
+        accuracy: of queries and outsiders together, in equal shares.
+        kept: the share of the queries that are kept.
+        rejected: the share of the outsiders that are rejected.
     """
 
     auroc: Figure
@@ -50,7 +61,14 @@ class Rejection:
 
 
 def confidence(learner: Learner) -> Score:
-    """The probability of the likeliest class (Hendrycks & Gimpel 2017)."""
+    """Returns a score: the probability of the most likely class.
+
+    Args:
+        learner: the learner, a classifier.
+
+    References:
+        Hendrycks & Gimpel 2017.
+    """
 
     def score(params: PyTree, support: Batch, x: PyTree, key: PRNGKeyArray) -> Float[Array, " n"]:
         key_adapt, key_predict = jax.random.split(key)
@@ -61,9 +79,12 @@ def confidence(learner: Learner) -> Score:
 
 
 def closeness(model: Model, way: int, distance: str = "euclidean") -> Score:
-    """Minus the distance to the nearest class mean, in the embedding of a learner that has one (`params.embedding`).
+    """Returns a score: minus the distance to the nearest class mean in the learner's embedding (`params.embedding`).
 
-    distance: "euclidean" (squared) or "cosine".
+    Args:
+        model: the network that embeds inputs.
+        way: the largest number of classes in a task.
+        distance: "euclidean" (squared) or "cosine".
     """
     measure, embed = lookup("distance", distance, DISTANCES), embedding(model)
 
@@ -87,9 +108,23 @@ def scored(
     tasks: int = 600,
     chunk: int = 20,
 ) -> Scored:
-    """Scores of the queries of `tasks` tasks, and in each of as many inputs drawn from `outside`."""
+    """Computes the scores of the queries and of as many outsiders in each of many tasks.
+
+    Args:
+        learner: the learner, a classifier.
+        score: the score, such as `confidence(learner)`.
+        params: the learner's meta-learned parameters.
+        source: the tasks.
+        outside: inputs of no class; outsiders are drawn from these with replacement.
+        key: the random key.
+        tasks: the number of tasks.
+        chunk: the number of tasks at once in memory.
+
+    Raises:
+        ValueError: `tasks` is below 1.
+    """
     if tasks < 1:
-        raise ValueError(f"tasks: came {tasks}, needs at least 1")
+        raise ValueError(f"tasks must be at least 1, got {tasks}.")
 
     def one(key: PRNGKeyArray) -> tuple[Array, ...]:
         key_task, key_adapt, key_predict, key_score, key_outside = jax.random.split(key, 5)
@@ -98,7 +133,7 @@ def scored(
         rows = jax.random.randint(key_outside, (n,), 0, jax.tree.leaves(outside)[0].shape[0])
         posterior = learner.adapt(params, task.support, key_adapt)
         choice = learner.predict(params, posterior, task.query.x, key_predict).mean().argmax(-1)
-        # Queries and outsiders are scored apart, as a score that sees them together could tell the two sets by that.
+        # Queries and outsiders are scored separately: a score that sees a whole set could tell the two sets apart.
         inside = score(params, task.support, task.query.x, key_score)
         apart = score(params, task.support, jax.tree.map(lambda leaf: leaf[rows], outside), key_score)
         counted = jnp.ones(n, bool) if task.query.weight is None else task.query.weight > 0
@@ -110,13 +145,20 @@ def scored(
 
 
 def best_threshold(found: Scored) -> float:
-    """The threshold with the highest accuracy: right queries kept, outsiders rejected; at or above it one is kept."""
+    """Returns the threshold with the highest accuracy. Inputs with scores at or above it are kept.
+
+    Args:
+        found: the scores on validation tasks.
+
+    Returns:
+        The threshold, or infinity if rejecting everything is best.
+    """
     scores = np.concatenate([found.inside[found.counted], found.outside.ravel()])
-    # Keeping one more costs a rejected outsider or gains a query, if that is classified right.
+    # Keeping one more input loses a rejected outsider, or gains a query if it is classified correctly.
     gain = np.concatenate([found.correct[found.counted].astype(int), np.full(found.outside.size, -1)])
     order = np.argsort(-scores, kind="stable")
     ordered, total = scores[order], np.cumsum(gain[order])
-    # Equal scores are kept or rejected together.
+    # Inputs with equal scores are kept or rejected together.
     ends = np.append(ordered[1:] != ordered[:-1], True)
     best = int(np.argmax(np.where(ends, total, -np.inf)))
     if total[best] <= 0:
@@ -125,7 +167,12 @@ def best_threshold(found: Scored) -> float:
 
 
 def rejection(validation: Scored, test: Scored) -> Rejection:
-    """How well outsiders are told from queries on test tasks, the threshold chosen on validation tasks."""
+    """Evaluates the rejection of outsiders on test tasks, with the threshold that is best on validation tasks.
+
+    Args:
+        validation: the scores on validation tasks.
+        test: the scores on test tasks.
+    """
     threshold = best_threshold(validation)
     rows = []
     for inside, correct, counted, outside in zip(*test, strict=True):

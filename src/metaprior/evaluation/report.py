@@ -1,4 +1,4 @@
-"""What `evaluate` found, as JSON holds it."""
+"""The report of an evaluation, which is saved as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -10,17 +10,26 @@ from metaprior.core.files import write_atomically
 from metaprior.core.options import Count, accept, shown
 from metaprior.evaluation.figures import Figure, digits_of, title_of
 
-CORRELATION = "variance_error_correlation"  # undefined where all variances are one
+CORRELATION = "variance_error_correlation"  # undefined if all variances are equal
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found. `pooled` are figures without an interval, None where undefined, as the correlation of
-    variance and error is where all variances are one; `curve` has a row an inner step.
+    """The report of an evaluation.
 
-    `target` names the column of a table that was predicted: errors, widths and NLL are in its own units. `groups` is
-    the number of groups that the tasks come from, None where each task is a draw of its own. `notes` are sentences on
-    what the figures cannot say.
+    Attributes:
+        kind: "classification" or "regression".
+        tasks: the number of tasks.
+        figures: means over tasks with 95 % intervals, by name.
+        pooled: figures over all query examples, without an interval. None marks an undefined one, such as the
+            correlation of variance and error if all variances are equal.
+        curve: the figures after 0, 1, ..., k inner steps; empty for a learner without inner steps.
+        reliability: of a classification, for each bin of the confidence: its edges `low` and `high`, the `count` of
+            predictions, their mean `confidence` and their `accuracy`.
+        pit: of a regression, the density of the probability integral transform in equal bins of [0, 1].
+        target: the name of the predicted column of a table. Errors, widths and NLL are in its units.
+        groups: the number of groups that the tasks come from, or None if tasks are independent draws.
+        notes: sentences about what the figures do not show.
     """
 
     kind: str
@@ -35,21 +44,30 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
+        """Returns the report as JSON text."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def save(self, path: Path | str) -> None:
+        """Writes the report to a JSON file, atomically.
+
+        Args:
+            path: the file.
+        """
         write_atomically(Path(path), self.to_json())
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """What `to_json` wrote.
+        """Reads a report from the text that `to_json` returns.
+
+        Args:
+            text: the JSON text.
 
         Raises:
-            ValueError: other or damaged text, saying what is wrong with it.
+            ValueError: the text is damaged or not a report. The message says what is wrong.
         """
         table = accept(dict, json.loads(text), "a report")
         if lacking := [name for name in ("kind", "tasks", "figures", "pooled", "curve") if name not in table]:
-            raise ValueError(f"it lacks {', '.join(lacking)}")
+            raise ValueError(f"the report has no {', '.join(lacking)}")
         kind = accept(Literal["classification", "regression"], table["kind"], "kind")
         rows = {name: accept(list, table.get(name, []), name) for name in ("curve", "reliability", "pit", "notes")}
         return cls(
@@ -73,15 +91,22 @@ class Report:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def heading(self, title: str = "") -> str:
-        """The title of a table: by default the number of tasks; with the number of groups and the target's name."""
+        """Returns the title of the report's table, with the number of groups and the name of the target.
+
+        Args:
+            title: its beginning. The default is the number of tasks.
+        """
         title = (title or f"{self.tasks} tasks") + (f" of {self.groups} groups" if self.groups else "")
         return title + (f"; in units of {self.target}" if self.target else "")
 
 
 def _numbers(table: Any, name: str, *, undefined: Sequence[str] = ()) -> dict[Any, Any]:
-    """Numbers by name as JSON holds them; NaN and infinity are figures too, of tasks that diverged.
+    """Checks numbers by name that were read from JSON. NaN and infinity are allowed, since tasks can diverge.
 
-    undefined: those for which None may stand.
+    Args:
+        table: the numbers.
+        name: what they are, for the error message.
+        undefined: the names of numbers that may be None.
     """
     for key, value in accept(dict, table, name).items():
         if key in undefined and value is None:

@@ -1,1 +1,1 @@
-"""Exact and reference answers, and learners judged by them."""
+"""Referees: exact or reference answers to compare learners with."""

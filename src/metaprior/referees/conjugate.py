@@ -1,10 +1,10 @@
-"""The conjugate linear-Gaussian hierarchy, exactly: the yardstick of approximate inference.
+"""Exact answers for the conjugate linear-Gaussian hierarchy, to judge approximate inference by.
 
     phi_j ~ N(mu, Sigma),   y_j = X_j phi_j + e_j,   e_j ~ N(0, s^2 I)
 
 Posterior, predictive and marginal likelihood are in closed form (Gelman & Hill 2007, ch. 12-13; Bishop 2006, eqs.
-3.49-3.59), and so is empirical Bayes in mu; Sigma and s^2 follow by EM (Dempster, Laird & Rubin 1977). All functions
-run in the type of their arguments: call them under `jax.enable_x64()` for float64.
+3.49-3.59), and so is the empirical-Bayes estimate of mu. Sigma and s^2 are estimated by EM (Dempster, Laird & Rubin
+1977). All functions compute in the type of their arguments: call them under `jax.enable_x64()` for float64.
 """
 
 from math import log, pi
@@ -20,7 +20,12 @@ from metaprior.tasks.synthetic.linear_gaussian import Hierarchy
 
 
 class Normal(NamedTuple):
-    """A multivariate normal distribution."""
+    """A multivariate normal distribution.
+
+    Attributes:
+        mean: its mean.
+        covariance: its covariance.
+    """
 
     mean: Float[Array, " k"]
     covariance: Float[Array, "k k"]
@@ -28,13 +33,20 @@ class Normal(NamedTuple):
 
 def _observations(theta: Hierarchy, x: Float[Array, "n d"]) -> Normal:
     """p(y | theta) of y = X phi + e with phi integrated out."""
-    # Symmetric in the prior's covariance too: a Cholesky factor reads one triangle, its gradient would be lopsided.
+    # Symmetrised, as a Cholesky factorisation reads one triangle only and its gradient would not be symmetric.
     spread = x @ (theta.covariance + theta.covariance.T) @ x.T / 2
     return Normal(x @ theta.mean, spread + theta.noise**2 * jnp.eye(x.shape[0], dtype=spread.dtype))
 
 
 def exact_posterior(theta: Hierarchy, batch: Batch) -> Normal:
-    """p(phi | batch, theta), exactly; x [n, d], y [n, 1]. Works for any n and for a singular prior covariance."""
+    """Computes the exact posterior p(phi | batch, theta).
+
+    It holds for any n, also 0, and for a singular prior covariance.
+
+    Args:
+        theta: the hierarchy's parameters.
+        batch: the observations of one task, x [n, d] and y [n, 1].
+    """
     marginal = _observations(theta, batch.x)
     factor = cho_factor(marginal.covariance, lower=True)
     cross = batch.x @ theta.covariance
@@ -44,7 +56,15 @@ def exact_posterior(theta: Hierarchy, batch: Batch) -> Normal:
 
 
 def exact_log_marginal(theta: Hierarchy, batch: Batch) -> Scalar:
-    """log p(y | X, theta) = log N(y; X mu, X Sigma X' + s^2 I), phi integrated out, all constants kept."""
+    """Computes the exact log p(y | X, theta) = log N(y; X mu, X Sigma X' + s^2 I), with all constants.
+
+    Args:
+        theta: the hierarchy's parameters.
+        batch: the observations of one task, x [n, d] and y [n, 1].
+
+    Returns:
+        The log marginal likelihood in nats.
+    """
     marginal = _observations(theta, batch.x)
     factor = cho_factor(marginal.covariance, lower=True)
     residual = batch.y[:, 0] - marginal.mean
@@ -53,14 +73,25 @@ def exact_log_marginal(theta: Hierarchy, batch: Batch) -> Scalar:
 
 
 def exact_predictive(theta: Hierarchy, support: Batch, x: Float[Array, "m d"]) -> Normal:
-    """p(y at x | support, theta): jointly normal over the m queries, noise included."""
+    """Computes the exact predictive p(y at x | support, theta), joint over the m queries, with the noise.
+
+    Args:
+        theta: the hierarchy's parameters.
+        support: the observations of one task, x [n, d] and y [n, 1].
+        x: the inputs of the queries.
+
+    Returns:
+        A normal distribution of m numbers.
+    """
     return _observations(Hierarchy(*exact_posterior(theta, support), theta.noise), x)
 
 
 def empirical_bayes_mean(theta: Hierarchy, batches: Batch) -> Float[Array, " d"]:
-    """The mu that maximises the tasks' marginal likelihood, given Sigma and s: generalised least squares.
+    """Computes the mu that maximises the tasks' marginal likelihood given Sigma and s, by generalised least squares.
 
-    batches: x [tasks, n, d], y [tasks, n, 1].
+    Args:
+        theta: the hierarchy's parameters, of which the mean is not used.
+        batches: the observations of all tasks, x [tasks, n, d] and y [tasks, n, 1].
     """
 
     def normal_equations(batch: Batch) -> tuple[Array, Array]:
@@ -73,7 +104,17 @@ def empirical_bayes_mean(theta: Hierarchy, batches: Batch) -> Float[Array, " d"]
 
 
 def em_step(theta: Hierarchy, batches: Batch) -> Hierarchy:
-    """One exact EM step in (mu, Sigma, s); never lowers the tasks' marginal likelihood, and fixed at its optimum."""
+    """Computes one exact EM step in (mu, Sigma, s).
+
+    A step never lowers the tasks' marginal likelihood, and its maximum is a fixed point.
+
+    Args:
+        theta: the current parameters.
+        batches: the observations of all tasks, x [tasks, n, d] and y [tasks, n, 1].
+
+    Returns:
+        The next parameters.
+    """
     posteriors = jax.vmap(exact_posterior, in_axes=(None, 0))(theta, batches)
     mean = posteriors.mean.mean(0)
     centred = posteriors.mean - mean
@@ -88,5 +129,14 @@ def em_step(theta: Hierarchy, batches: Batch) -> Hierarchy:
 
 
 def empirical_bayes(theta: Hierarchy, batches: Batch, steps: int = 1000) -> Hierarchy:
-    """The maximum of the tasks' marginal likelihood in all of theta, by `steps` of EM from the given start."""
+    """Maximises the tasks' marginal likelihood in all of theta, by EM.
+
+    Args:
+        theta: the start.
+        batches: the observations of all tasks, x [tasks, n, d] and y [tasks, n, 1].
+        steps: the number of EM steps.
+
+    Returns:
+        The parameters after the last step.
+    """
     return jax.lax.fori_loop(0, steps, lambda _, now: em_step(now, batches), theta)

@@ -1,7 +1,7 @@
-"""Grouped tables judged group by group: every held-out group, after so many of its own observations.
+"""Evaluation on every held-out group of a table, after a given number of its observations.
 
-A way to predict is what was learned, a pytree, and a function answer(learned, support, x, key) -> Predictive with
-normal components, so that learners and classical mixed models meet the same tasks.
+A method is a pytree of what it has learned and a function answer(learned, support, x, key) -> Predictive with normal
+components. So learners and classical mixed models are judged on the same tasks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +24,25 @@ Answer = Callable[[PyTree, Batch, Array, PRNGKeyArray], Any]
 
 
 class Fold(NamedTuple):
-    """Groups to learn from and groups held out, of one table, standardised by the first."""
+    """One split of a table into groups to learn from and held-out groups.
+
+    Attributes:
+        seen: the groups to learn from. Their rows give the scaling of the whole table.
+        held_out: the held-out groups.
+    """
 
     seen: ArrayTasks
     held_out: ArrayTasks
 
 
 class HeldOut(NamedTuple):
-    """Tasks from every held-out group, stacked, each with the observations it should show and its number of group."""
+    """Stacked tasks from every held-out group.
+
+    Attributes:
+        tasks: the tasks.
+        size: the requested number of observations in each support.
+        group: the group of each task, 0..J-1.
+    """
 
     tasks: Task
     size: Int[np.ndarray, " tasks"]
@@ -39,14 +50,20 @@ class HeldOut(NamedTuple):
 
 
 class GroupScores(NamedTuple):
-    """Means over each group's queries and draws [groups], in the units of the table's target."""
+    """Scores of each group, as means over its queries and draws, in the units of the table's target.
+
+    Attributes:
+        nll: negative log-likelihood per query, in nats.
+        mse: mean squared error.
+        coverage: the share of queries inside the central 90 % interval.
+    """
 
     nll: Float[np.ndarray, " groups"]
     mse: Float[np.ndarray, " groups"]
     coverage: Float[np.ndarray, " groups"]
 
     def figures(self) -> dict[str, Figure]:
-        """Predictive log score, RMSE and coverage of the central 90 % intervals, with intervals over the groups."""
+        """Returns log score, RMSE and coverage of the central 90 % intervals, with intervals over groups."""
         mse = figure_of(self.mse)
         root = mse.mean**0.5
         return {
@@ -57,16 +74,33 @@ class GroupScores(NamedTuple):
 
 
 def folds(x: Any, y: Any, groups: Any, count: int, *, seed: int = 0, **options: Any) -> Iterator[Fold]:
-    """The table `count` times, each time with other groups held out, each group once; options of `array_tasks`.
+    """Yields cross-validation splits of a table, in which each group is held out once.
 
-    Groups with a single row are left out: they have nothing to be predicted from or nothing to predict.
+    Groups with a single row are left out, as a task needs a support and a query.
+
+    Args:
+        x: features [n, d].
+        y: targets [n].
+        groups: the group of each row [n].
+        count: the number of folds, at least 2.
+        seed: the seed of the shuffling of groups.
+        **options: further options of `array_tasks`.
+
+    Yields:
+        The folds.
+
+    Raises:
+        DataError: `count` is below 2, or there are fewer than two groups per fold.
     """
     check_count("count", count)
     codes = encode_labels(groups)[0]
     names, sizes = np.unique(codes, return_counts=True)
     names = names[sizes > 1]
     if count < 2 or len(names) < 2 * count:
-        raise DataError(f"count: came {count} folds of {len(names)} groups, needs 2 at least and two groups a fold")
+        raise DataError(
+            f"count must be at least 2, with at least two groups per fold, got {count} folds of {len(names)} groups "
+            "with more than one row. Give fewer folds, or a table with more groups."
+        )
     parts = np.array_split(np.random.default_rng(seed).permutation(names), count)
     for i, part in enumerate(parts):
         seen = np.concatenate(parts[:i] + parts[i + 1 :])
@@ -81,7 +115,11 @@ def folds(x: Any, y: Any, groups: Any, count: int, *, seed: int = 0, **options: 
 
 
 def rows_of_source(source: ArrayTasks) -> Rows:
-    """All rows of a source's groups, the groups numbered 0..J-1."""
+    """Returns all rows of a source's groups, with the groups numbered 0..J-1.
+
+    Args:
+        source: a table's task source.
+    """
     starts, counts = np.asarray(source.starts), np.asarray(source.counts)
     index = np.concatenate([np.arange(s, s + c) for s, c in zip(starts, counts, strict=True)])
     return Rows(source.x[index], source.y[index], jnp.asarray(np.repeat(np.arange(len(counts)), counts)))
@@ -90,16 +128,26 @@ def rows_of_source(source: ArrayTasks) -> Rows:
 def held_out_tasks(
     source: ArrayTasks, sizes: Sequence[int] = (0, 1, 3, 5), *, draws: int = 5, query: int = 20, seed: int = 0
 ) -> HeldOut:
-    """Every group, `draws` times with its rows in another order: the first n are shown, for n of `sizes`.
+    """Makes tasks from every group, with supports of several sizes.
 
-    The queries are the same for all n: up to `query` rows from after the largest n. A group that is too small for that
-    shows as many as it can and keeps its last row for the query. Supports and queries are padded with rows of weight 0,
-    so that n = 0 shows nothing.
+    Each group's rows are shuffled `draws` times. For each n in `sizes`, the support is the first n rows. The queries
+    are the same for all n: up to `query` rows that follow the largest n. The support of a small group has as many rows
+    as leave one for the query. Supports and queries are padded with rows of weight 0, so n = 0 gives an empty support.
+
+    Args:
+        source: a table's task source.
+        sizes: the numbers of support rows.
+        draws: the number of shuffles of each group.
+        query: the largest number of query rows.
+        seed: the seed of the shuffling.
+
+    Raises:
+        ValueError: `sizes` is empty or has a number below 0, or `draws` or `query` is below 1.
     """
     check_count("draws", draws)
     check_count("query", query)
     if not sizes or min(sizes) < 0:
-        raise ValueError(f"sizes: came {tuple(sizes)}, needs numbers of observations, 0 or more")
+        raise ValueError(f"sizes must be numbers of observations, each at least 0, got {tuple(sizes)}.")
     most, cut, random = max(sizes), max(*sizes, 1), np.random.default_rng(seed)
     index, weights, size, group = [], [], [], []
     for j, (start, rows) in enumerate(zip(np.asarray(source.starts), np.asarray(source.counts), strict=True)):
@@ -123,7 +171,19 @@ def held_out_tasks(
 def judge_groups(
     answer: Answer, learned: PyTree, held: HeldOut, deviation: float, key: PRNGKeyArray, *, chunk: int = 50
 ) -> dict[int, GroupScores]:
-    """The scores of each number of observations shown; `deviation`: of the target, which leads back to its units."""
+    """Computes the scores of each group, for each number of observations in the support.
+
+    Args:
+        answer: answer(learned, support, x, key) -> Predictive.
+        learned: what the method has learned, a pytree.
+        held: the tasks of held-out groups.
+        deviation: the standard deviation of the target, which converts scores back to its units.
+        key: the random key.
+        chunk: the number of tasks at once in memory.
+
+    Returns:
+        Scores by the number of observations in the support.
+    """
 
     def one(learned: PyTree, task: Task, key: PRNGKeyArray) -> dict[str, Array]:
         support, query = task
@@ -132,7 +192,7 @@ def judge_groups(
         scores = {
             "nll": -predictive.log_prob(query.y),
             "mse": (predictive.mean() - query.y)[:, 0] ** 2,
-            # The distribution function is continuous, so the quantiles need not be looked for.
+            # The distribution function is continuous, so comparing it with the levels needs no quantiles.
             "coverage": ((below >= 0.05) & (below <= 0.95)).astype(float),
         }
         weight = jnp.ones_like(scores["nll"]) if query.weight is None else query.weight
@@ -153,7 +213,11 @@ def judge_groups(
 
 
 def pooled(parts: Sequence[dict[int, GroupScores]]) -> dict[int, GroupScores]:
-    """The folds' groups as one."""
+    """Concatenates the groups of several folds.
+
+    Args:
+        parts: the scores of each fold, by the number of observations in the support.
+    """
     sizes = sorted({n for part in parts for n in part})
     return {
         n: GroupScores(*(np.concatenate(v) for v in zip(*(part[n] for part in parts if n in part), strict=True)))

@@ -1,10 +1,10 @@
-"""The classical mixed model of a grouped table: varying intercept and slopes, by NUTS and by restricted likelihood.
+"""The classical mixed model of a grouped table, with varying intercept and slopes, by NUTS or restricted likelihood.
 
     phi_j ~ N(mu, Sigma),   y_j ~ N(X_j phi_j, s^2 I),   X_j = [1, x_j]
 
-Coefficients that do not vary have variance 0 (Gelman & Hill 2007, ch. 12-13; Bates et al. 2015). Given (mu, Sigma, s) a
-new group is conjugate, so its predictive is exact: a mixture over the draws of NUTS, or one normal at the estimate of
-statsmodels. Both need the extra `truth`.
+Coefficients that do not vary have variance 0 (Gelman & Hill 2007, ch. 12-13; Bates et al. 2015). Given (mu, Sigma, s),
+the model of a new group is conjugate, so its predictive is exact: a mixture over the draws of NUTS, or one normal at
+the estimate of statsmodels. Both need the extra `truth`.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,13 @@ from metaprior.tasks.synthetic.linear_gaussian import Hierarchy
 
 
 class Rows(NamedTuple):
-    """A grouped table: features, one target and the group 0..J-1 of every row."""
+    """A grouped table.
+
+    Attributes:
+        x: features.
+        y: the target.
+        group: the group of each row, 0..J-1.
+    """
 
     x: Float[Array, "n d"]
     y: Float[Array, "n 1"]
@@ -32,18 +38,35 @@ class Rows(NamedTuple):
 
 
 def with_intercept(x: Float[Array, "n d"]) -> Float[Array, "n c"]:
-    """[1, x]."""
+    """Returns [1, x], the features after a column of ones.
+
+    Args:
+        x: features.
+    """
     return jnp.concatenate([jnp.ones((x.shape[0], 1), x.dtype), x], 1)
 
 
 def mixed_by_nuts(
     rows: Rows, key: PRNGKeyArray, *, varying: Sequence[int] | None = None, draws: int = 1000, warmup: int = 1000
 ) -> Hierarchy:
-    """Draws of (mu, Sigma, s), along the leading axis of each; the whole hierarchy in one chain, non-centred.
+    """Draws (mu, Sigma, s) from their posterior, by one chain of NUTS on the whole hierarchy, non-centred.
 
-    varying: the columns of [1, x] whose coefficients vary from group to group (None: all). Weak hyper-priors, for
-    standardised columns: mu ~ N(0, 5^2), sds and s ~ |N(0, 2^2)|, correlations LKJ(2). Raises MissingExtra without
-    numpyro, ValueError for columns that are not there.
+    The hyper-priors are weak for standardised columns: mu ~ N(0, 5^2), standard deviations and s ~ |N(0, 2^2)|,
+    correlations ~ LKJ(2).
+
+    Args:
+        rows: the table.
+        key: the random key.
+        varying: the columns of [1, x] whose coefficients vary between groups. None means all.
+        draws: the number of draws after the warm-up.
+        warmup: the number of warm-up steps.
+
+    Returns:
+        The draws, along the leading axis of each field.
+
+    Raises:
+        MissingExtra: numpyro is not installed.
+        ValueError: `varying` names no column, the same one twice, or one that does not exist.
     """
     with extra("truth", "mixed_by_nuts"):
         import numpyro
@@ -73,9 +96,18 @@ def mixed_by_nuts(
 
 
 def mixed_by_statsmodels(rows: Rows, *, varying: Sequence[int] | None = None) -> Hierarchy:
-    """The restricted-likelihood estimate of (mu, Sigma, s) as a single draw: statsmodels' MixedLM.
+    """Estimates (mu, Sigma, s) by restricted maximum likelihood, with statsmodels' MixedLM.
 
-    varying: as in `mixed_by_nuts`. Raises MissingExtra without statsmodels, ValueError for columns that are not there.
+    Args:
+        rows: the table.
+        varying: the columns of [1, x] whose coefficients vary between groups. None means all.
+
+    Returns:
+        The estimate, as a single draw.
+
+    Raises:
+        MissingExtra: statsmodels is not installed.
+        ValueError: `varying` names no column, the same one twice, or one that does not exist.
     """
     with extra("truth", "mixed_by_statsmodels"):
         from statsmodels.regression.mixed_linear_model import MixedLM
@@ -91,13 +123,24 @@ def mixed_by_statsmodels(rows: Rows, *, varying: Sequence[int] | None = None) ->
 def new_group(
     draws: Hierarchy, support: Batch, x: Float[Array, "m d"], key: PRNGKeyArray, components: int = 200
 ) -> Normals:
-    """p(y at x | the support of a new group, everything that the draws saw).
+    """Computes p(y at x | support of a new group, the data of the draws).
 
-    Draws are weighted by the marginal likelihood of the support, which brings news of (mu, Sigma, s) too, and
-    `components` of them make the mixture. Examples of weight 0 count for nothing; without any this is the prior's.
+    The draws are weighted by the marginal likelihood of the support, as it is evidence on (mu, Sigma, s) too. The
+    mixture consists of `components` draws, resampled by these weights. Examples of weight 0 are ignored; if all are,
+    the result is the prior predictive.
+
+    Args:
+        draws: draws of (mu, Sigma, s), along the leading axis of each field.
+        support: the group's observations, x [n, d] and y [n, 1].
+        x: the inputs of the queries, without the column of ones.
+        key: the random key of the resampling.
+        components: the number of components of the mixture. A single draw gives one component.
+
+    Returns:
+        A mixture of normals for each query.
     """
     w = jnp.ones(support.x.shape[0]) if support.weight is None else (support.weight > 0).astype(float)
-    # A row of zeros is a fair draw of the noise alone, whose density is taken off again.
+    # A padded row becomes a row of zeros, an observation of the noise alone; its log density is subtracted again.
     shown = Batch(with_intercept(support.x) * w[:, None], support.y * w[:, None])
 
     def one(theta: Hierarchy) -> tuple[Array, Array, Array]:
@@ -114,7 +157,16 @@ def new_group(
 
 
 def within_sd(rows: Rows) -> float:
-    """The sd of the noise, by least squares within each group, pooled by degrees of freedom: no prior needed."""
+    """Estimates the standard deviation of the noise, by least squares within each group.
+
+    The groups are pooled by their degrees of freedom. No prior is needed.
+
+    Args:
+        rows: the table.
+
+    Raises:
+        ValueError: no group has more rows than coefficients.
+    """
     x, y, group = np.asarray(with_intercept(rows.x), float), np.asarray(rows.y, float), np.asarray(rows.group)
     squares, freedom = 0.0, 0
     for j in np.unique(group):
@@ -123,7 +175,10 @@ def within_sd(rows: Rows) -> float:
         squares += float(((y[own] - x[own] @ solution) ** 2).sum())
         freedom += int(own.sum() - rank)
     if freedom < 1:
-        raise ValueError("rows: no group has more rows than coefficients, so its noise cannot be told; state a scale")
+        raise ValueError(
+            f"rows must have a group with more rows than coefficients ({x.shape[1]}), got none, so the noise cannot be "
+            "estimated. State its scale."
+        )
     return float(np.sqrt(squares / freedom))
 
 
@@ -131,5 +186,5 @@ def _columns(varying: Sequence[int] | None, rows: Rows) -> np.ndarray:
     width = rows.x.shape[1] + 1
     chosen = np.arange(width) if varying is None else np.asarray(varying, int)
     if not len(chosen) or chosen.min() < 0 or chosen.max() >= width or len(set(chosen.tolist())) < len(chosen):
-        raise ValueError(f"varying: came {varying}, needs different columns of [1, x], 0 to {width - 1}")
+        raise ValueError(f"varying must be different columns of [1, x], 0 to {width - 1}, got {varying}.")
     return chosen

@@ -1,11 +1,11 @@
-"""Reference posteriors by NUTS (NumPyro) where none is in closed form: hierarchies of logistic and Poisson regressions.
+"""Reference posteriors by NUTS (NumPyro), for hierarchies of logistic and Poisson regressions without closed forms.
 
-    mu ~ N(0, 5^2),  sigma ~ |N(0, 2^2)|   for each of d numbers: weak hyper-priors
+    mu ~ N(0, 5^2),  sigma ~ |N(0, 2^2)|   for each of d coefficients: weak hyper-priors
     phi_j ~ N(mu, diag(sigma^2)),   y_j ~ p(y | X_j phi_j)
 
-Needs the extra `truth` (numpyro). `against_nuts` gives each learner the true prior and asks for a new task's posterior:
-what is judged is its inference alone. `learned_against_nuts` lets it learn the prior from the tasks that NUTS sees for
-the whole hierarchy, and asks for the prior and for posteriors of new tasks.
+Needs the extra `truth` (numpyro). `against_nuts` gives each learner the true prior and compares its posteriors of new
+tasks, so it judges inference alone. `learned_against_nuts` has each learner learn the prior from the tasks that NUTS
+sees for the whole hierarchy, and compares the prior and the posteriors of new tasks.
 """
 
 from collections.abc import Callable
@@ -33,15 +33,17 @@ with extra("truth", "NUTS"):
     import numpyro.distributions as given
     from numpyro.infer import MCMC, NUTS
 
-NOISE = 0.5  # of Gaussian observations
+NOISE = 0.5  # standard deviation of Gaussian observations
 FAMILIES: dict[str, Likelihood] = {"gaussian": Gaussian(NOISE), "bernoulli": Bernoulli(), "poisson": Poisson()}
 
 
 class Agreement(NamedTuple):
-    """A posterior against that of NUTS; for NUTS itself 0, 1 and its own coverage.
+    """A comparison of posteriors with those of NUTS. For NUTS itself, `bias` is 0 and `sd_ratio` is 1.
 
-    bias: rms gap of the means, in NUTS sds. sd_ratio: sds over those of NUTS, geometric mean. coverage: share of the
-    true phi inside the central 90 % intervals.
+    Attributes:
+        bias: root mean square difference of the posterior means, in standard deviations of NUTS.
+        sd_ratio: standard deviations divided by those of NUTS, geometric mean.
+        coverage: share of the true phi inside the central 90 % intervals.
     """
 
     bias: float
@@ -50,11 +52,15 @@ class Agreement(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """A learned prior N(mean, sd^2) against the posterior that NUTS has of it.
+    """A comparison of a learned prior N(mean, sd^2) with the posterior of the prior by NUTS.
 
-    bias: rms gap of the means, in NUTS' prior sds. sd_ratio: its sds over NUTS' means of them, geometric mean; NaN
-    where the learner's prior is a point. coverage: share of its numbers (means, and sds where it has them) inside the
-    central 90 % intervals of NUTS.
+    Attributes:
+        bias: root mean square difference of the prior means, in NUTS' posterior means of the prior's standard
+            deviations.
+        sd_ratio: the learned standard deviations divided by NUTS' posterior means of them, geometric mean; NaN if the
+            learned prior is a point.
+        coverage: share of the learned means (and standard deviations, if any) inside the central 90 % intervals of
+            NUTS.
     """
 
     bias: float
@@ -63,7 +69,13 @@ class Learned(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Draws of a whole hierarchy, along the leading axis of each."""
+    """Draws of a whole hierarchy, along the leading axis of each field.
+
+    Attributes:
+        mean: the prior's means.
+        sd: the prior's standard deviations.
+        phi: the coefficients of each task.
+    """
 
     mean: Float[Array, "draws d"]
     sd: Float[Array, "draws d"]
@@ -73,13 +85,26 @@ class Draws(NamedTuple):
 def hierarchy_tasks(
     family: str, key: PRNGKeyArray, tasks: int, shot: int, features: int = 2, mean: Any = 0.0, sd: Any = 1.0
 ) -> tuple[Batch, Float[Array, "tasks d"]]:
-    """Tasks under the prior N(mean, sd^2), and the phi that made them."""
+    """Draws tasks from the prior N(mean, sd^2).
+
+    Args:
+        family: "gaussian", "bernoulli" or "poisson".
+        key: the random key.
+        tasks: the number of tasks.
+        shot: the number of observations of each task.
+        features: the number of coefficients, d.
+        mean: the prior's mean, a number or [d].
+        sd: the prior's standard deviation, a number or [d].
+
+    Returns:
+        The observations, with a leading axis of tasks, and the true phi.
+    """
     lookup("family", family, FAMILIES)
     check_count("tasks", tasks)
     check_count("shot", shot)
     key_phi, key_x, key_y = jax.random.split(key, 3)
     phi = jnp.asarray(mean) + jnp.asarray(sd) * jax.random.normal(key_phi, (tasks, features))
-    # Half as wide as usual, so that a Poisson rate rarely explodes.
+    # Inputs have standard deviation 0.5, so that Poisson rates are rarely huge.
     x = 0.5 * jax.random.normal(key_x, (tasks, shot, features))
     outputs = jnp.einsum("tnd,td->tn", x, phi)
     if family == "bernoulli":
@@ -90,7 +115,14 @@ def hierarchy_tasks(
 
 
 def nuts(family: str, batches: Batch, key: PRNGKeyArray, draws: int = 2000) -> Float[Array, "draws tasks d"]:
-    """Draws of every task's phi under the prior N(0, I), all tasks in one chain."""
+    """Draws every task's phi from its posterior under the prior N(0, I), in one chain for all tasks.
+
+    Args:
+        family: "gaussian", "bernoulli" or "poisson".
+        batches: the observations, with a leading axis of tasks.
+        key: the random key.
+        draws: the number of draws after a warm-up of 1000 steps.
+    """
     tasks, _, features = batches.x.shape
 
     def model() -> None:
@@ -101,7 +133,14 @@ def nuts(family: str, batches: Batch, key: PRNGKeyArray, draws: int = 2000) -> F
 
 
 def nuts_hierarchy(family: str, batches: Batch, key: PRNGKeyArray, draws: int = 2000) -> Draws:
-    """Draws of the prior's mean and sd and of every task's phi, non-centred."""
+    """Draws the prior's mean and standard deviation and every task's phi from their posterior, non-centred.
+
+    Args:
+        family: "gaussian", "bernoulli" or "poisson".
+        batches: the observations, with a leading axis of tasks.
+        key: the random key.
+        draws: the number of draws after a warm-up of 1000 steps.
+    """
     lookup("family", family, FAMILIES)
     tasks, _, features = batches.x.shape
 
@@ -134,10 +173,19 @@ def _chain(model: Callable[[], None], key: PRNGKeyArray, draws: int) -> dict[str
 def new_task(
     family: str, hierarchy: Draws, support: Batch, key: PRNGKeyArray, draws: int = 2000, each: int = 50
 ) -> Float[Array, "draws d"]:
-    """Draws of a new task's phi given its support and all that NUTS saw: the prior integrated out, no second chain.
+    """Draws a new task's phi given its support and the data of the hierarchy, without a second chain.
 
-    `each` values of phi are drawn from the prior of every draw of (mean, sd), weighted by the support's likelihood and
-    drawn again: consistent, as the new support's news of the prior is in the weights too.
+    For each draw of (mean, sd), `each` values of phi are drawn from the prior. All of them are weighted by the
+    support's likelihood and resampled. This is consistent, since the weights contain the support's evidence on the
+    prior too.
+
+    Args:
+        family: "gaussian", "bernoulli" or "poisson".
+        hierarchy: draws of the hierarchy.
+        support: the task's observations.
+        key: the random key.
+        draws: the number of draws.
+        each: the number of values of phi per draw of the prior.
     """
     key_phi, key_pick = jax.random.split(key)
     noise = jax.random.normal(key_phi, (each, *hierarchy.mean.shape))
@@ -151,7 +199,14 @@ def new_task(
 
 
 def given_prior(name: str, family: str, features: int, key: PRNGKeyArray) -> tuple[Learner, PyTree]:
-    """A learner and the parameters that say the prior N(0, I)."""
+    """Returns a learner and parameters with which its prior is N(0, I).
+
+    Args:
+        name: the learner's name.
+        family: "gaussian", "bernoulli" or "poisson".
+        features: the number of coefficients.
+        key: the random key of parameters that do not belong to the prior.
+    """
     options = lookup("learner", name, learners_before("nuts"))
     learner = make_learner(name, linear_model(features), FAMILIES[family], **options)
     standard = traits_of(name).standard
@@ -162,7 +217,15 @@ def given_prior(name: str, family: str, features: int, key: PRNGKeyArray) -> tup
 def posterior_draws(
     learner: Learner, params: PyTree, batch: Batch, key: PRNGKeyArray, draws: int = 2000
 ) -> Float[Array, "draws d"]:
-    """Draws of phi from a learner's posterior of one task; of its prior where the task shows nothing."""
+    """Draws phi from a learner's posterior of one task, which is its prior if the task has no observations.
+
+    Args:
+        learner: a learner whose posterior has `sample`.
+        params: its meta-learned parameters.
+        batch: the task's observations.
+        key: the random key.
+        draws: the number of draws.
+    """
     key_adapt, key_draw = jax.random.split(key)
     posterior = learner.adapt(params, batch, key_adapt)
     if isinstance(posterior, Adapted):
@@ -171,7 +234,13 @@ def posterior_draws(
 
 
 def agreement(found: np.ndarray, reference: np.ndarray, truth: np.ndarray) -> Agreement:
-    """Draws [draws, tasks, d] against the reference's, and against the true phi [tasks, d]."""
+    """Compares posterior draws with those of a reference and with the true phi.
+
+    Args:
+        found: the draws to judge [draws, tasks, d].
+        reference: draws of the reference [draws, tasks, d].
+        truth: the true phi [tasks, d].
+    """
     sd = reference.std(0)
     low, high = np.quantile(found, [0.05, 0.95], axis=0)
     return Agreement(
@@ -182,7 +251,13 @@ def agreement(found: np.ndarray, reference: np.ndarray, truth: np.ndarray) -> Ag
 
 
 def prior_agreement(mean: np.ndarray, sd: np.ndarray | None, hierarchy: Draws) -> Learned:
-    """A prior's mean and sds [d] (None: a point) against the draws of NUTS."""
+    """Compares a learned prior with the draws of NUTS.
+
+    Args:
+        mean: the prior's means [d].
+        sd: the prior's standard deviations [d], or None if it is a point.
+        hierarchy: the draws of NUTS.
+    """
     reference = np.asarray(hierarchy.sd).mean(0)
     numbers = [(mean, hierarchy.mean)] + ([] if sd is None else [(sd, hierarchy.sd)])
     inside = []
@@ -197,7 +272,17 @@ def prior_agreement(mean: np.ndarray, sd: np.ndarray | None, hierarchy: Draws) -
 
 
 def posteriors(learner: Learner, params: PyTree, batches: Batch, key: PRNGKeyArray) -> np.ndarray:
-    """Draws [draws, tasks, d] of a learner's posteriors of many tasks."""
+    """Draws phi from a learner's posteriors of many tasks.
+
+    Args:
+        learner: a learner whose posterior has `sample`.
+        params: its meta-learned parameters.
+        batches: the observations, with a leading axis of tasks.
+        key: the random key.
+
+    Returns:
+        The draws [draws, tasks, d].
+    """
     keys = jax.random.split(key, batches.x.shape[0])
 
     @jax.jit
@@ -210,7 +295,18 @@ def posteriors(learner: Learner, params: PyTree, batches: Batch, key: PRNGKeyArr
 def against_nuts(
     family: str, names: tuple[str, ...] | None = None, *, tasks: int = 50, shot: int = 10, seed: int = 0
 ) -> dict[str, Agreement]:
-    """Each learner's posteriors of `tasks` new tasks against NUTS, which comes first in the answer."""
+    """Compares learners' posteriors of new tasks, under the true prior, with those of NUTS.
+
+    Args:
+        family: "gaussian", "bernoulli" or "poisson".
+        names: the learners. The default is every learner with options for the referee "nuts" (`Traits.referees`).
+        tasks: the number of tasks.
+        shot: the number of observations of each task.
+        seed: the seed of everything random.
+
+    Returns:
+        The results by name. The first is "nuts", for NUTS itself.
+    """
     keys = jax.random.split(jax.random.key(seed), 4)
     batches, truth = hierarchy_tasks(family, keys[0], tasks, shot)
     reference, truth = np.asarray(nuts(family, batches, keys[1])), np.asarray(truth)
@@ -233,10 +329,27 @@ def learned_against_nuts(
     mean: Any = (0.5, -0.5),
     sd: Any = 0.8,
 ) -> dict[str, tuple[Learned, Agreement]]:
-    """Each learner's prior, learned from `seen` tasks of the prior N(mean, sd^2), and its posteriors of new tasks.
+    """Compares learned priors, and posteriors of new tasks under them, with NUTS on the whole hierarchy.
 
-    The reference is NUTS for the whole hierarchy on the same tasks. First comes "truth", the prior that made the tasks
-    and the posteriors of NUTS: what a perfect learner of `seen` tasks would show is not 0 but like it.
+    The learners and NUTS see the same tasks, drawn from the prior N(mean, sd^2).
+
+    Args:
+        family: "gaussian", "bernoulli" or "poisson".
+        names: the learners. The default is every learner with options for the referee "nuts prior" (`Traits.referees`).
+        steps: the meta-steps of each learner's training.
+        seen: the number of tasks to learn from.
+        tasks: the number of new tasks.
+        shot: the number of observations of each task, at least 2.
+        seed: the seed of everything random.
+        mean: the true prior's mean, a number or one per coefficient.
+        sd: the true prior's standard deviation, a number or one per coefficient.
+
+    Returns:
+        The results by name. The first is "truth": the true prior with the posteriors of NUTS. Its `bias` is not 0,
+        since the tasks are a sample; a perfect learner would have a similar one.
+
+    Raises:
+        ValueError: a learner has no options for this referee, or `shot` is below 2.
     """
     judged = learners_before("nuts prior")
     names = tuple(judged) if names is None else names
@@ -244,7 +357,7 @@ def learned_against_nuts(
         lookup("learner", name, judged)
     check_count("seen", seen)
     if shot < 2:
-        raise ValueError(f"shot: came {shot}, needs at least 2, so that a task can be shared out")
+        raise ValueError(f"shot must be at least 2, so that a task has a support and a query, got {shot}.")
     keys = jax.random.split(jax.random.key(seed), 5)
     prior_mean, prior_sd = np.broadcast_to(mean, 2).astype(float), np.broadcast_to(sd, 2).astype(float)
     batches, _ = hierarchy_tasks(family, keys[0], seen, shot, mean=prior_mean, sd=prior_sd)

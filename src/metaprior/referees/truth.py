@@ -1,7 +1,8 @@
-"""The referee: is a learner's posterior true? Every learner on the conjugate hierarchy, where all answers are exact.
+"""The referee "truth": compares learners with the exact answers on the conjugate linear-Gaussian hierarchy.
 
-A learner is asked only what any learner answers, its predictive: at unit inputs that is the posterior of phi, with no
-support it is the prior, and one observation after another it is the marginal likelihood (Dawid 1984).
+The comparison uses only a learner's predictive, so it applies to every learner. At unit inputs the predictive is the
+posterior of phi; without a support it is the prior; and the product of one-step-ahead predictives is the marginal
+likelihood (Dawid 1984).
 """
 
 from collections.abc import Callable
@@ -23,13 +24,19 @@ from metaprior.training.loop import Training, fit
 
 
 class Verdict(NamedTuple):
-    """How far a learner is from the exact answer; everything in it is 0 (sd_ratio: 1) for the truth.
+    """How far a learner is from the exact answers. For these, every number is 0, except that `sd_ratio` is 1.
 
-    prior_mean: its learned prior mean against the exact empirical-Bayes optimum, rms over weights. posterior_mean: rms
-    gap to the exact posterior mean, in exact posterior sds. sd_ratio: its posterior sds over the exact ones, geometric
-    mean. log_marginal: its log p(support) less the exact one, nats a task. nll: of the queries, over that of the exact
-    predictive, nats a point. ks: greatest gap of the queries' PIT distribution from uniform (simulation-based
-    calibration). pit: that distribution's histogram, mean 1.
+    Attributes:
+        prior_mean: difference of the learned prior mean from the exact empirical-Bayes optimum, root mean square over
+            weights.
+        posterior_mean: root mean square difference from the exact posterior mean, in exact posterior standard
+            deviations.
+        sd_ratio: posterior standard deviations divided by the exact ones, geometric mean.
+        log_marginal: log p(support) minus the exact one, in nats per task.
+        nll: of the queries, minus that of the exact predictive, in nats per query.
+        ks: largest difference of the distribution of the queries' PIT from the uniform one (simulation-based
+            calibration).
+        pit: the histogram of that distribution, with mean 1.
     """
 
     prior_mean: float
@@ -42,7 +49,11 @@ class Verdict(NamedTuple):
 
 
 def linear_model(features: int) -> Model:
-    """y = x phi, the hierarchy's own model."""
+    """Returns the hierarchy's model, y = x phi.
+
+    Args:
+        features: the number of features, d.
+    """
 
     def init(key: PRNGKeyArray, x: Array) -> PyTree:
         return {"head": 0.1 * jax.random.normal(key, (features, 1))}
@@ -53,7 +64,16 @@ def linear_model(features: int) -> Model:
 def judge(
     learner: Learner, params: PyTree, source: LinearGaussianTasks, seen: Batch, key: PRNGKeyArray, tasks: int
 ) -> Verdict:
-    """The learner with meta-learned `params` against the exact answers on new tasks; seen: what it was fitted to."""
+    """Compares a trained learner with the exact answers on new tasks.
+
+    Args:
+        learner: the learner.
+        params: its meta-learned parameters.
+        source: the tasks, of a known hierarchy.
+        seen: the tasks that the exact empirical-Bayes optimum is computed from, x [tasks, n, d] and y [tasks, n, 1].
+        key: the random key.
+        tasks: the number of new tasks.
+    """
     theta, units = source.theta, jnp.eye(source.theta.mean.shape[0])
     new = source.sample(key, tasks)
     keys = jax.random.split(key, tasks)
@@ -109,17 +129,28 @@ def referee(
     report: Callable[[str, Verdict], None] = lambda name, verdict: None,
     **hierarchy: Any,
 ) -> dict[str, Verdict]:
-    """Train each learner on tasks of one hierarchy and judge it; `hierarchy`: options of `linear_gaussian`.
+    """Trains learners on tasks of one hierarchy and compares them with the exact answers.
 
-    names: by default every learner that states options for it (`Traits.referees["truth"]`). report is told each verdict
-    as it falls. Raises ValueError for a learner that states none.
+    Args:
+        names: the learners. The default is every learner with options for this referee (`Traits.referees["truth"]`).
+        steps: the meta-steps of each learner's training.
+        tasks: the number of new tasks.
+        seed: the seed of everything random.
+        report: is called with a learner's name and verdict as soon as the verdict is known.
+        **hierarchy: options of `linear_gaussian`.
+
+    Returns:
+        The verdicts by name.
+
+    Raises:
+        ValueError: a learner has no options for this referee.
     """
     sizes: dict[str, Any] = {"features": 2, "shot": 5, "query": 5, "test_query": 20}
     splits = linear_gaussian(**(sizes | hierarchy))
     source: Any = splits.train
     theta: Hierarchy = source.theta
     model, likelihood = linear_model(theta.mean.shape[0]), Gaussian(float(theta.noise))
-    # The learners see fresh tasks without end; the exact optimum of very many stands for theirs.
+    # The learners see new tasks at every meta-step. The exact optimum of very many tasks stands in for their optimum.
     many = source.sample(jax.random.key(seed + 7), 20_000).support
     verdicts, judged = {}, learners_before("truth")
     for name in tuple(judged) if names is None else names:

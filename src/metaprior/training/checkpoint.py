@@ -1,4 +1,8 @@
-"""Checkpoints by orbax: atomic, the last two and the best two, refused where they do not fit."""
+"""Checkpoints, written by orbax.
+
+Each checkpoint is written atomically. A run keeps the last two and the best two. A checkpoint that does not fit the
+learner is refused.
+"""
 
 import errno
 import hashlib
@@ -31,15 +35,19 @@ class CheckpointError(ValueError):
 
 
 class NotSaved(CheckpointError):
-    """The state of a training cannot be written; what was saved before is whole."""
+    """The state of a run cannot be written. Earlier checkpoints are intact."""
 
 
 class CheckpointMismatch(ValueError):
-    """A checkpoint is of another learner, or of other shapes."""
+    """A checkpoint belongs to another learner, or its arrays have other shapes."""
 
 
 def fingerprint(tree: PyTree) -> dict[str, str]:
-    """Path of each leaf -> its type and shape, e.g. {"['head']['w']": "float32[40,1]"}."""
+    """Returns the type and shape of each leaf by its path, e.g. {"['head']['w']": "float32[40,1]"}.
+
+    Args:
+        tree: a pytree of arrays.
+    """
 
     def describe(leaf: Any) -> str:
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
@@ -48,7 +56,16 @@ def fingerprint(tree: PyTree) -> dict[str, str]:
 
 
 def check_fingerprint(saved: dict[str, str], needed: dict[str, str], where: Path) -> None:
-    """Raise CheckpointMismatch that says what differs, if anything does."""
+    """Checks that a checkpoint has the leaves, types and shapes that are needed.
+
+    Args:
+        saved: the checkpoint's fingerprint.
+        needed: the fingerprint of the tree to restore.
+        where: the folder, for the error message.
+
+    Raises:
+        CheckpointMismatch: they differ. The message lists up to 12 differences.
+    """
     lines = [f"  only saved:  {path} {saved[path]}" for path in saved if path not in needed]
     lines += [f"  only needed: {path} {needed[path]}" for path in needed if path not in saved]
     lines += [
@@ -59,13 +76,20 @@ def check_fingerprint(saved: dict[str, str], needed: dict[str, str], where: Path
     if lines:
         shown = lines[:12] + ([f"  ... and {len(lines) - 12} more"] if len(lines) > 12 else [])
         raise CheckpointMismatch(
-            f"{where}: this checkpoint was made by another learner, network or precision; what differs:\n"
+            f"{where}: this checkpoint was made by another learner, network or precision. The differences are:\n"
             + "\n".join(shown)
         )
 
 
 def digest_of(tree: PyTree) -> str:
-    """A hash of all leaves, with their paths, types and shapes."""
+    """Returns a hash of all leaves, including their paths, types and shapes.
+
+    Args:
+        tree: a pytree of arrays.
+
+    Returns:
+        32 hexadecimal digits of the SHA-256.
+    """
     found = hashlib.sha256(json.dumps(fingerprint(tree)).encode())
     for leaf in jax.tree.leaves(jax.device_get(tree)):
         found.update(np.asarray(leaf).tobytes())
@@ -73,11 +97,20 @@ def digest_of(tree: PyTree) -> str:
 
 
 class Checkpoints:
-    """A folder of checkpoints, one subfolder a step; orbax writes each beside and renames it into place.
+    """A folder of checkpoints, with one subfolder per saved meta-step.
 
-    Each keeps its step, a hash of its arrays, whose bits nothing else guards, and the id of its run; one that is not
-    what they say counts as damaged. Reading changes nothing in the folder, so it is safe beside a process that saves.
-    Only one process may save.
+    orbax writes each checkpoint under a temporary name and then renames it. Each one stores its meta-step, a hash of
+    its arrays (nothing else detects a changed bit) and the id of its run. A checkpoint that does not match these counts
+    as damaged. Reading never changes the folder, so it is safe while another process saves. Only one process may save.
+
+    Args:
+        folder: the folder of the checkpoints. It need not exist.
+        keep: how many of the newest checkpoints to keep.
+        run: returns the id of the run, or None if it has none.
+
+    Attributes:
+        folder: the folder of the checkpoints.
+        keep: how many of the newest checkpoints are kept.
     """
 
     def __init__(self, folder: Path, keep: int = 2, run: Callable[[], str | None] = lambda: None):
@@ -85,17 +118,25 @@ class Checkpoints:
         self._keeper: CheckpointManager | None = None
 
     def steps(self) -> list[int]:
-        """The steps that there are, in order."""
+        """Returns the saved meta-steps, in ascending order."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(int(path.name) for path in found if path.name.isdecimal())
 
     def restore(self, like: PyTree, most: int | None = None) -> "Restored":
-        """The newest checkpoint that can be read, of those up to step `most`."""
+        """Restores the newest readable checkpoint.
+
+        Args:
+            like: a pytree with the structure, types and shapes of the saved one.
+            most: the latest meta-step to consider. None considers all.
+
+        Returns:
+            The checkpoint, and why newer ones could not be read.
+        """
         found = self._newest(like, most)
         for _ in range(RETRIES):
             if not found.damaged:
                 break
-            # The process that saves deletes old checkpoints: one that vanishes under a reader is not damaged.
+            # The saving process deletes old checkpoints. One that disappears during a read is not damaged.
             time.sleep(0.1)
             before, found = found, self._newest(like, most)
             if found.damaged.keys() == before.damaged.keys():
@@ -116,28 +157,36 @@ class Checkpoints:
                     tree = reader.restore(path, shapes)
                 self._check(step, tree)
                 return Restored(step, tree, damaged)
-            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+            except Exception as error:  # orbax and tensorstore raise many types of error for a damaged file
                 damaged[step] = _first_line(error)
         return Restored(None, None, damaged)
 
     def _check(self, step: int, tree: PyTree) -> None:
-        """A CheckpointError where the arrays are not those that were saved at this step by this run."""
+        """Raises CheckpointError if these are not the arrays that this run saved at this meta-step."""
         noted = json.loads((self.folder / str(step) / "_CHECKPOINT_METADATA").read_text())["custom_metadata"] or {}
         if noted.get("step", step) != step:
             raise CheckpointError(f"it is a copy of meta-step {noted['step']}")
         if (own := self._run()) is not None and noted.get("run", own) != own:
             raise CheckpointError("it was saved by another run")
         if "sha256" in noted and noted["sha256"] != digest_of(tree):
-            raise CheckpointError("its arrays are not those that were saved")
+            raise CheckpointError("its arrays differ from those that were saved")
 
     def save(self, step: int, tree: PyTree) -> None:
-        """Write a checkpoint; earlier ones stay whole if this fails."""
+        """Writes a checkpoint. Earlier ones stay intact if this fails.
+
+        Args:
+            step: the meta-step of the state.
+            tree: the state, a pytree of arrays.
+
+        Raises:
+            NotSaved: it cannot be written, for example because the disk is full.
+        """
         with extra("cli", "A run's folder"):
             from orbax.checkpoint.args import StandardSave
         try:
             keeper = self._writer()
             if step in keeper.all_steps():
-                return  # a kill came after it: training is deterministic, so these are the same bits
+                return  # saved before the process was killed; training is deterministic, so the bits are the same
             needed = 2**16 + 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
             if shutil.disk_usage(self.folder).free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -146,7 +195,7 @@ class Checkpoints:
                 keeper.save(step, args=StandardSave(tree), force=True, custom_metadata=noted)
             sync(self.folder)
         except (OSError, ValueError, RuntimeError) as error:
-            for _ in range(RETRIES):  # what is still being written comes back once or twice
+            for _ in range(RETRIES):  # writes that are still in progress create their files again, once or twice
                 for partial in (partials := list(self.folder.glob("*tmp*"))):
                     shutil.rmtree(partial, ignore_errors=True)
                 if not partials:
@@ -154,12 +203,17 @@ class Checkpoints:
                 time.sleep(0.1)
             why = explained(error) if isinstance(error, OSError) else _cause(error)
             raise NotSaved(
-                f"{self.folder}: could not save meta-step {step} ({why.rstrip('.')}). Earlier checkpoints are whole: "
-                "free some disk space, or mend the folder, and go on with --resume."
+                f"{self.folder}: could not save meta-step {step} ({why.rstrip('.')}). Earlier checkpoints are intact. "
+                "Free some disk space or repair the folder, then continue with --resume."
             ) from error
 
     def drop(self, after: int, damaged: Iterable[int] = ()) -> None:
-        """Delete the checkpoints beyond a step and move damaged ones aside, so that these steps can be saved again."""
+        """Removes checkpoints after a meta-step and damaged ones, so that these meta-steps can be saved again.
+
+        Args:
+            after: checkpoints of later meta-steps are deleted.
+            damaged: meta-steps whose checkpoints are damaged. They are renamed, not deleted.
+        """
         for step in damaged:
             aside = self.folder.with_name(f"{self.folder.name}-damaged-{step}-{time.time_ns()}")
             (self.folder / str(step)).rename(aside)
@@ -182,7 +236,13 @@ class Checkpoints:
 
 
 class Restored(NamedTuple):
-    """A checkpoint's step and tree (None if none can be read), and by step why newer ones cannot be read."""
+    """A restored checkpoint.
+
+    Attributes:
+        step: its meta-step, or None if no checkpoint can be read.
+        tree: its pytree, or None if no checkpoint can be read.
+        damaged: for each meta-step that was tried and could not be read, the reason.
+    """
 
     step: int | None
     tree: PyTree
@@ -190,22 +250,27 @@ class Restored(NamedTuple):
 
 
 def unreadable(folder: Path, damaged: dict[int, str]) -> CheckpointError:
-    """The error of a folder of which no checkpoint can be read."""
+    """Returns the error for a folder in which no checkpoint can be read.
+
+    Args:
+        folder: the folder.
+        damaged: the reason for each meta-step.
+    """
     problems = "; ".join(f"meta-step {step}: {why}" for step, why in damaged.items())
     return CheckpointError(
-        f"{folder}: no checkpoint can be read ({problems}). The folder is damaged: delete the run and train again, or "
-        "put a backup in its place."
+        f"{folder}: no checkpoint can be read ({problems}). The folder is damaged. Restore it from a backup, or delete "
+        "the run and train again."
     )
 
 
 def _retrieved(record: logging.LogRecord) -> bool:
-    """Not about an error of a second write, when the first one's is ours to say."""
+    """Whether a log record is not about the error of a second write, since the first one's is reported by us."""
     return "exception was never retrieved" not in record.getMessage()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What goes wrong is said by our own error: orbax logs tracebacks of its threads besides."""
+    """Silences the tracebacks that orbax logs from its threads, since our own error reports the failure."""
     log = logging.getLogger("absl")
     before = log.level
     log.setLevel(logging.CRITICAL)
@@ -213,7 +278,7 @@ def _quiet() -> Iterator[None]:
         yield
     except BaseException:
         hook = sys.unraisablehook
-        # Its other writes end later, and find their event loop gone.
+        # Other writes end later, after their event loop has closed.
         sys.unraisablehook = lambda what: None if "Event loop is closed" in str(what.exc_value) else hook(what)
         logging.getLogger("asyncio").addFilter(_retrieved)
         raise
@@ -222,7 +287,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """What the system said, out of tensorstore's long messages, which end in '... No space left on device [...]'."""
+    """The system's own message, from tensorstore's long ones, which end in '... No space left on device [...]'."""
     text = " ".join(str(error).split())
     return text.rpartition(" [os_error")[0].rpartition(": ")[2] or _first_line(error)
 
