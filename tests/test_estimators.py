@@ -21,6 +21,7 @@ from metaprior.core.types import Batch, Task
 from metaprior.estimators.programs import Setting, size_of
 from metaprior.estimators.sklearn import MetaClassifier, MetaRegressor
 from metaprior.inference.posteriors import laplace
+from metaprior.learners.builders.knobs import turned
 from metaprior.learners.registry import traits_of
 from metaprior.tasks.tables.columns import Columns
 from metaprior.tasks.tables.preparation import Column
@@ -295,9 +296,9 @@ def test_many_groups_are_fitted_in_linear_time():
 def test_the_prior_mass_of_unseen_classes_is_not_tempered():
     setting = Setting("protonet", (4,), (), 3, True)
     support = Batch(jnp.ones((4, 2)), jnp.array([0, 0, 1, 1]))
-    params = setting.build({"softmax_temperature": 1.0}).init(jax.random.key(0), Task(support, support))
+    params = setting.made().init(jax.random.key(0), Task(support, support))
     for temperature in (0.3, 1.0, 3.0):
-        learner = setting.build({"softmax_temperature": temperature})
+        learner = turned(setting.made(), {"softmax_temperature": temperature})
         p = learner.predict(params, learner.adapt(params, support, None), jnp.ones((5, 2)), None).mean()
         # One class of three is not among four examples: 1 / (4 + 3).
         np.testing.assert_allclose(p[:, 2], 1 / 7, rtol=1e-5)
@@ -432,7 +433,7 @@ def test_classes_without_a_shown_row_share_their_mass_evenly():
     # Four classes, six rows of two of them: 1 / (6 + 4) for either other, whatever the shares in training.
     setting = Setting("protonet", (4,), (), 4, True)
     support = Batch(jnp.ones((6, 2)), jnp.array([0, 0, 0, 0, 0, 1]))
-    learner = setting.build({"softmax_temperature": 1.0})
+    learner = setting.made()
     params = learner.init(jax.random.key(0), Task(support, support))
     p = learner.predict(params, learner.adapt(params, support, None), jnp.ones((5, 2)), None).mean()
     np.testing.assert_allclose(p[:, 2:], 0.1, rtol=1e-5)

@@ -21,9 +21,10 @@ from metaprior.core.types import Batch, Learner, Task
 from metaprior.evaluation.calibration import (
     auroc,
     brier,
-    calibrate,
     calibrate_softmax,
+    calibration,
     expected_error,
+    fit_knobs,
     fit_temperature,
     maximum_error,
     reliability,
@@ -196,11 +197,11 @@ def test_calibration_recovers_the_noise_and_never_ends_worse():
 
         return exact._replace(predict=predict)
 
-    found = calibrate(build, None, source, jax.random.key(0), {"noise": 3.0}, tasks=100)
+    found = fit_knobs(build, None, source, jax.random.key(0), {"noise": 3.0}, tasks=100)
     assert found.knobs["noise"] == pytest.approx(0.5, rel=0.05)
     assert found.nll_after < found.nll_before
     with pytest.raises(ValueError, match="positive"):
-        calibrate(build, None, source, jax.random.key(0), {"noise": 0.0})
+        fit_knobs(build, None, source, jax.random.key(0), {"noise": 0.0})
 
 
 @jax.tree_util.register_static
@@ -242,12 +243,14 @@ def test_the_implicit_posterior_lowers_the_nll_of_a_trained_learner():
 
     trained = fit(learner(), splits, TINY.__class__(steps=1500, meta_batch=10, chunk=500, clip_norm=1.0))
     key = jax.random.key(3)
-    point = calibrate(
-        lambda k: maml(model, Gaussian(k["noise"]), steps=5), trained.params, splits.validation, key, {"noise": 0.7}
+    point = calibration(maml(model, Gaussian(), steps=5), trained.params, splits.validation, key)
+    around = calibration(learner(), trained.params, splits.validation, key)
+    assert point.knobs.keys() == {"noise"}
+    assert around.knobs.keys() == {"noise", "temperature"}
+    by_hand = fit_knobs(
+        lambda k: learner(**k), trained.params, splits.validation, key, {"temperature": 1.0, "noise": 0.5**0.5}
     )
-    around = calibrate(
-        lambda k: learner(**k), trained.params, splits.validation, key, {"noise": 0.7, "temperature": 1.0}
-    )
+    assert around == by_hand
     assert around.nll_after < point.nll_after - 0.02
 
 

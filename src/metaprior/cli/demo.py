@@ -53,14 +53,9 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
     for column in ("points", "posterior", "MSE", "NLL", "90 % interval covers"):
         table.add_column(column, justify="left" if column == "posterior" else "right")
     for shot, source in splits.items():
-        rules = {"point": (point, {"noise": 0.5}), "implicit": (implicit, {"noise": 0.5, "temperature": 1.0})}
-        for name, (rule, knobs) in rules.items():
+        for name, rule in {"point": point(noise=0.5), "implicit": implicit(noise=0.5)}.items():
             # The noise sd (and the covariance's temperature) are fitted on validation tasks, as a user would.
-            def with_knobs(knobs, rule=rule):
-                return learner(rule(**knobs))
-
-            result = calibrate(with_knobs, params, source.validation, key, knobs, tasks=100)
-            told = with_knobs(result.knobs)
+            told = calibrate(learner(rule), params, source.validation, key, tasks=100)
             report = evaluate(told, params, source.test, key, course=told._replace(path=None))
             figures = (report.figures[k] for k in ("mse", "nll", "coverage_90"))
             table.add_row(str(shot), name, *map(str, figures))

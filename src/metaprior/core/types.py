@@ -4,7 +4,7 @@ Tasks j = 1..J have parameters phi_j drawn from a shared prior p(phi | theta). A
 judged on a *query* set. A learner is how (theta, support) becomes a posterior over phi and how theta is scored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -127,6 +127,9 @@ class Learner(NamedTuple):
              calls it, where that is not the model under params
     settle:  (params, source, key)       -> the learner to use after training, where that goes by statistics of
              training tasks; None where training changes nothing but params
+    knobs:   (name, value) of each positive scalar of its predictions that validation tasks can fit: the noise of a
+             Gaussian likelihood, the temperature or precision of a posterior, the temperature of a softmax
+    turn:    (knobs) -> the learner with these values, a mapping by name; values may be traced
     """
 
     init: Callable[[PRNGKeyArray, Task], PyTree]
@@ -136,13 +139,28 @@ class Learner(NamedTuple):
     path: Callable[[PyTree, Batch, PRNGKeyArray], PyTree] | None = None
     network: Callable[[PyTree, Batch, PRNGKeyArray], Callable[..., Array]] | None = None
     settle: Callable[[PyTree, "TaskSource", PRNGKeyArray], "Learner"] | None = None
+    knobs: tuple[tuple[str, float], ...] = ()
+    turn: Callable[[Mapping[str, Any]], "Learner"] | None = None
 
     def changed(self, change: Callable[["Learner"], "Learner"], **functions: Any) -> "Learner":
-        """This learner with other functions; `change` makes the same change of the learner that it settles to."""
-        settle = self.settle
+        """Returns this learner with other functions.
+
+        Args:
+            change: Makes the same change to the learner that this one settles or is turned to.
+            functions: The functions that are replaced.
+        """
+        settle, turn = self.settle, self.turn
         if settle is not None:
             functions["settle"] = lambda params, source, key: change(settle(params, source, key))
+        if turn is not None:
+            functions.setdefault("turn", lambda knobs: change(turn(knobs)))
         return self._replace(**functions)
+
+
+def as_knobs(scalars: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Scalars as the knobs of a learner: numbers as floats, traced ones as they are; arrays of several are left out."""
+    single = {name: value for name, value in scalars.items() if value is not None and jnp.ndim(value) == 0}
+    return tuple((name, v if isinstance(v, Tracer) else float(v)) for name, v in single.items())
 
 
 def settled(learner: Learner, params: PyTree, source: "TaskSource", key: PRNGKeyArray) -> Learner:

@@ -9,14 +9,14 @@ import jax
 from metaprior.core.likelihoods import Categorical, Gaussian
 from metaprior.core.named import construct, lookup, option_names
 from metaprior.core.types import Batch, Learner
-from metaprior.evaluation.calibration import temperature_scaled
 from metaprior.inference.posteriors import POSTERIORS, PosteriorRule
+from metaprior.learners.builders.knobs import turned
 from metaprior.learners.builders.metric import with_unseen
 from metaprior.learners.registry import LEARNERS, make_learner, traits_of
 from metaprior.networks import mlp
 
 SIZES = (1, 4, 16, 64, 256, 1024)  # of supports and queries: few shapes, so that few programs are compiled
-SCALARS = {"implicit": {"temperature": 1.0}, "laplace": {"precision": 1.0}}  # of a posterior by name, fitted
+NOISE = 0.5  # sd of standardised targets, where its fit starts
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,26 @@ class Setting:
     outputs: int
     classes: bool
 
-    def knobs(self) -> dict[str, float]:
-        """The scalars that held-out groups fit first: the noise, and those of a posterior that is named."""
-        name = _named(self._rule())[0] if self._has_posterior() else None
-        return SCALARS.get(name or "", {}) | ({"softmax_temperature": 1.0} if self.classes else {"noise": 0.5})
+    def made(self) -> Learner:
+        """The learner, with the posterior that is asked for or else suits it, where it can have one."""
+        options, likelihood = dict(self.options), Categorical() if self.classes else Gaussian()
+        if self._has_posterior():
+            # The noise of predictions alone: in the likelihood it would change the inner steps.
+            options["posterior"] = self._posterior()
+        elif not self.classes:
+            likelihood = Gaussian(NOISE)
+        learner = make_learner(self.learner, mlp(self.outputs, self.hidden), likelihood, **options)
+        rules_out = self.classes and traits_of(self.learner).rules_out_unseen
+        return with_unseen(learner, self.outputs) if rules_out else learner
+
+    def held(self) -> set[str]:
+        """The names of scalars that the user's options state, which are not fitted."""
+        if not self._has_posterior():
+            return set()
+        rule = self._rule()
+        if isinstance(rule, PosteriorRule):
+            return {*dict(rule.knobs), *(["noise"] if _noise_of(rule) is not None else [])}
+        return set(_named(rule)[1])
 
     def _has_posterior(self) -> bool:
         return "posterior" in option_names(lookup("learner", self.learner, LEARNERS))
@@ -41,39 +57,24 @@ class Setting:
         """The posterior that is asked for; else the implicit one, or Laplace's where steps imply no prior."""
         return dict(self.options).get("posterior", "implicit" if traits_of(self.learner).descends else "laplace")
 
-    def _posterior(self, rule: Any, knobs: dict[str, Any]) -> PosteriorRule:
-        """The rule with the fitted scalars; one of the user's own gets the noise, if it says none itself."""
-        name, stated_options = _named(rule)
-        if name is not None:
-            return construct("posterior", name, POSTERIORS, **knobs | stated_options)
-        stated = isinstance(rule.predict, partial) and rule.predict.keywords.get("noise") is not None
-        if "noise" not in knobs or stated or "noise" not in option_names(rule.predict):
-            return rule
-        return rule._replace(predict=partial(rule.predict, noise=knobs["noise"]))
+    def _posterior(self) -> PosteriorRule:
+        rule = self._rule()
+        if not isinstance(rule, PosteriorRule):
+            name, stated = _named(rule)
+            rule = construct("posterior", name or "", POSTERIORS, **stated)
+        takes_noise = not self.classes and "noise" in option_names(rule.predict)
+        return rule.turned({"noise": NOISE}) if takes_noise and _noise_of(rule) is None else rule
 
-    def build(self, knobs: dict[str, Any]) -> Learner:
-        """The learner, with the posterior that is asked for or else suits it, where it can have one."""
-        options, likelihood = dict(self.options), Categorical() if self.classes else Gaussian()
-        inner = {name: value for name, value in knobs.items() if name != "softmax_temperature"}
-        if self._has_posterior():
-            # The noise of predictions alone: in the likelihood it would change the inner steps that theta was made for.
-            options["posterior"] = self._posterior(self._rule(), inner)
-        elif not self.classes:
-            likelihood = Gaussian(knobs["noise"])
-        learner = make_learner(self.learner, mlp(self.outputs, self.hidden), likelihood, **options)
-        if self.classes:
-            learner = temperature_scaled(learner, knobs["softmax_temperature"])
-        # After the temperature, which is the shown classes': it must not distort the prior mass of the others.
-        rules_out = self.classes and traits_of(self.learner).rules_out_unseen
-        return with_unseen(learner, self.outputs) if rules_out else learner
+
+def _noise_of(rule: PosteriorRule) -> Any:
+    """The noise that a rule states; None: the likelihood's."""
+    return rule.predict.keywords.get("noise") if isinstance(rule.predict, partial) else None
 
 
 def _named(rule: Any) -> tuple[str | None, dict[str, Any]]:
-    """The name and options of a posterior that is named, alone or in a table; (None, {}) of a rule."""
+    """The name and options of a posterior that is named, alone or in a table."""
     if isinstance(rule, str):
         return rule, {}
-    if isinstance(rule, PosteriorRule):
-        return None, {}
     table = dict(rule)
     return table.pop("name", None), table
 
@@ -87,7 +88,7 @@ def kept(setting: Setting) -> Setting:
 @lru_cache(maxsize=32)
 def untuned(setting: Setting) -> Learner:
     """The learner that is trained."""
-    return setting.build(setting.knobs())
+    return setting.made()
 
 
 @lru_cache(maxsize=64)
@@ -96,7 +97,7 @@ def compiled(setting: Setting, asked: tuple[str, ...], quantiles: tuple[float, .
 
     @jax.jit
     def answer(params: Any, knobs: dict[str, Any], supports: Batch, x: jax.Array) -> dict[str, jax.Array]:
-        learner, (key_adapt, key_predict) = setting.build(knobs), jax.random.split(jax.random.key(0))
+        learner, (key_adapt, key_predict) = turned(untuned(setting), knobs), jax.random.split(jax.random.key(0))
 
         def one(group: tuple[Batch, jax.Array]) -> dict[str, jax.Array]:
             predictive = learner.predict(params, learner.adapt(params, group[0], key_adapt), group[1], key_predict)
@@ -125,9 +126,3 @@ def frozen(name: str, value: Any) -> Any:
         needed = "hashable (a number, text, a tuple, a rule)"
         raise ValueError(f"options: {name} must be {needed}, got {value!r}.") from None
     return value
-
-
-@lru_cache(maxsize=32)
-def builder(setting: Setting) -> Any:
-    """knobs -> learner: one function for all fits of a setting."""
-    return partial(setting.build)

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from metaprior.core.extras import extra
 from metaprior.core.options import Count, Seed, accept, parameters_of
 from metaprior.core.types import Batch
-from metaprior.estimators.programs import SIZES, Setting, builder, compiled, frozen, kept, size_of, untuned
-from metaprior.evaluation.calibration import calibrate
+from metaprior.estimators.programs import SIZES, Setting, compiled, frozen, kept, size_of, untuned
+from metaprior.evaluation.calibration import calibration
 from metaprior.learners.registry import traits_of
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.tables.arrays import ArrayTasks, array_tasks
@@ -115,13 +115,13 @@ class _MetaEstimator(BaseEstimator):
         self.setting_ = kept(Setting(self.learner, tuple(self.hidden), options, outputs, self._classes))
         training = self.training or Training(steps=3000, clip_norm=1.0, chunk=500, validate_every=500, seed=self.seed)
         # Prior and noise are learned from different groups, as a prior looks too good on those it was fitted to.
-        knobs = self.setting_.knobs()
         fitted = fit(untuned(self.setting_), splits, training, name=self.learner)
         if fitted.interrupted:
             raise KeyboardInterrupt(f"training stopped at meta-step {int(fitted.state.step)} of {training.steps}")
         self.params_ = fitted.best
         key = jax.random.key(self.seed)
-        self.knobs_ = calibrate(builder(self.setting_), self.params_, splits.test, key, knobs).knobs
+        learner, held = untuned(self.setting_), self.setting_.held()
+        self.knobs_ = calibration(learner, self.params_, splits.test, key, held=held).knobs
         order = np.argsort(ids, kind="stable")
         ends = np.cumsum(np.bincount(ids)).tolist()
         self.rows_ = X[order], targets[order]

@@ -1,6 +1,7 @@
 """How honest probabilities are: pure functions of predictions and outcomes, and the fit of a posterior's scalars."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import lru_cache, partial
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from metaprior.core.types import (
     group_order,
     weights,
 )
+from metaprior.learners.builders.knobs import SOFTMAX, temperature_scaled, turned
 
 BINS = 20
 LOST = 1e10  # stands for an nll that is not finite
@@ -103,6 +105,102 @@ class Calibration(NamedTuple):
 
 @checked
 def calibrate(
+    learner: Learner,
+    params: PyTree,
+    source: TaskSource,
+    key: PRNGKeyArray,
+    *,
+    tasks: Count = 200,
+    evaluations: Count = 40,
+    chunk: Count = 25,
+    prior_sd: Spread = PRIOR_SD,
+) -> Learner:
+    """Returns the learner with its knobs fitted to the query nll of validation tasks.
+
+    These are the scalars of its posterior and the noise of a Gaussian likelihood, by `fit_knobs`; then, of a
+    classifier, the temperature of its softmax, by `calibrate_softmax`. `learner.knobs` has their values.
+
+    Args:
+        learner: A trained learner; one with norm="running" has to be `settled` first.
+        params: Its meta-learned parameters.
+        source: Validation tasks; tasks that trained it would make it too sure.
+        key: Random key that draws the tasks.
+        tasks: Number of tasks. A source of groups shows each group before any comes again.
+        evaluations: Number of evaluations of the nll, at most.
+        chunk: Number of tasks in memory at once.
+        prior_sd: Standard deviation of the prior of each knob's logarithm around its present value; `inf` gives the
+            plain maximum of the likelihood.
+
+    Returns:
+        The learner, to adapt and predict with.
+
+    Raises:
+        ValueError: The learner has no knob to fit; its nll is not finite at any value.
+    """
+    options = {"tasks": tasks, "evaluations": evaluations, "chunk": chunk, "prior_sd": prior_sd}
+    return turned(learner, calibration(learner, params, source, key, **options).knobs)
+
+
+def calibration(
+    learner: Learner,
+    params: PyTree,
+    source: TaskSource,
+    key: PRNGKeyArray,
+    *,
+    tasks: int = 200,
+    evaluations: int = 40,
+    chunk: int = 25,
+    prior_sd: float = PRIOR_SD,
+    held: Collection[str] = (),
+) -> Calibration:
+    """Returns the values that `calibrate` fits, and the mean nll before and after.
+
+    Args:
+        learner, params, source, key, tasks, evaluations, chunk, prior_sd: As in `calibrate`.
+        held: Names of knobs that keep their values.
+    """
+    check_settled(learner)
+    check_source(source)
+    common: dict[str, Any] = {"tasks": tasks, "chunk": chunk, "prior_sd": prior_sd}
+    knobs, found = {name: value for name, value in learner.knobs if name not in held}, []
+    softmax = {SOFTMAX: knobs.pop(SOFTMAX)} if SOFTMAX in knobs else {}
+    if knobs:
+        found.append(fit_knobs(_turning(learner), params, source, key, knobs, evaluations=evaluations, **common))
+    before = found[0].knobs if found else {}
+    if softmax:
+        build = _turning(turned(learner, before))
+        found.append(fit_knobs(build, params, source, key, softmax, evaluations=evaluations, **common))
+    elif SOFTMAX not in held and _classifies(learner, params, source, key):
+        found.append(_softmax(learner, before, params, source, key, **common))
+    if not found:
+        raise ValueError(
+            "learner must have a knob to fit, got none: this likelihood has no noise, and the posterior no scalar. "
+            "Use posterior=implicit() or laplace(), where the learner takes one."
+        )
+    return Calibration({n: v for f in found for n, v in f.knobs.items()}, found[0].nll_before, found[-1].nll_after)
+
+
+@lru_cache(maxsize=32)
+def _turning(learner: Learner) -> Callable[[dict[str, Array]], Learner]:
+    """knobs -> learner: one function for each learner, as compiled programs are found by it."""
+    return partial(turned, learner)
+
+
+def _classifies(learner: Learner, params: PyTree, source: TaskSource, key: PRNGKeyArray) -> bool:
+    """Whether the learner predicts classes on these tasks."""
+    kinds = []
+
+    def traced(params: PyTree, source: TaskSource, key: PRNGKeyArray) -> Array:
+        support, query = draw_task(source, key, jnp.zeros((), int))
+        kinds.append(type(learner.predict(params, learner.adapt(params, support, key), query.x, key)))
+        return jnp.zeros(())
+
+    jax.eval_shape(traced, params, source, key)
+    return issubclass(kinds[0], Categories)
+
+
+@checked
+def fit_knobs(
     build: Callable[[dict[str, Array]], Learner],
     params: PyTree,
     source: TaskSource,
@@ -114,7 +212,9 @@ def calibrate(
     chunk: Count = 25,
     prior_sd: Spread = PRIOR_SD,
 ) -> Calibration:
-    """Fit positive scalars, e.g. {"temperature": 1.0, "noise": 0.5}, to the query nll of `tasks` tasks.
+    """Fits positive scalars of your own, e.g. {"temperature": 1.0, "noise": 0.5}, to the query nll of `tasks` tasks.
+
+    `calibrate` does it for the knobs that a learner has.
 
     The fit is a posterior mode: each knob has a log-normal prior around its starting value k0, so that few tasks
     cannot drive it to 0 or infinity,
@@ -184,17 +284,17 @@ def _mean_nll(build: Callable[[dict[str, Array]], Learner], chunk: int) -> Calla
 
 
 @shared()
-def _log_probs(learner: Learner, chunk: int) -> Callable[..., tuple[Array, Array, Array]]:
-    """Compiled (params, source, key, place) -> log probabilities, labels and weights of the queries."""
+def _log_probs(build: Callable[[dict[str, Array]], Learner], chunk: int) -> Callable[..., tuple[Array, Array, Array]]:
+    """Compiled (knobs, params, source, key, place) -> log probabilities, labels and weights of the queries."""
 
     def kept(predicted: Categories, y: Array, weight: Float[Array, " n"]) -> tuple[Array, Array, Array]:
         return predicted.tempered(1.0).log_probs[0], y, weight
 
     @jax.jit
     def asked(
-        params: PyTree, source: TaskSource, key: PRNGKeyArray, place: Int[Array, " tasks"]
+        knobs: dict[str, Array], params: PyTree, source: TaskSource, key: PRNGKeyArray, place: Int[Array, " tasks"]
     ) -> tuple[Array, Array, Array]:
-        return _asked(kept, learner, params, source, key, place, chunk)[0]
+        return _asked(kept, build(knobs), params, source, key, place, chunk)[0]
 
     return asked
 
@@ -215,9 +315,25 @@ def calibrate_softmax(
     Each task is adapted to and predicted once. The temperature is sought between 1/50 and 50, with the prior of
     `calibrate` around 1: where every query was classified right, the likelihood alone is best at 0.
     """
+    return _softmax(learner, {}, params, source, key, tasks=tasks, chunk=chunk, prior_sd=prior_sd)
+
+
+def _softmax(
+    learner: Learner,
+    knobs: dict[str, float],
+    params: PyTree,
+    source: TaskSource,
+    key: PRNGKeyArray,
+    *,
+    tasks: int,
+    chunk: int,
+    prior_sd: float,
+) -> Calibration:
+    """The softmax temperature of the learner at these knobs; they are traced, so that one program serves all values."""
     check_source(source)
     place = group_order(source, jax.random.fold_in(key, 1), tasks)
-    found = _log_probs(learner, chunk)(params, source, key, place)
+    given = {name: jnp.asarray(value, float) for name, value in knobs.items()}
+    found = _log_probs(_turning(learner), chunk)(given, params, source, key, place)
     logs, y, weight = (np.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in found)
     return fit_temperature(logs, y, weight, _evidence(source, tasks), prior_sd)
 
@@ -253,15 +369,6 @@ def fit_temperature(
     return Calibration({"softmax_temperature": float(np.exp(found.x))}, nll(0.0), nll(found.x))
 
 
-def temperature_scaled(learner: Learner, temperature: float | Scalar) -> Learner:
-    """The classifier with its predicted probabilities `tempered`; the classes it names stay the same."""
-
-    def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Categories:
-        return learner.predict(params, posterior, x, key).tempered(temperature)
-
-    return learner.changed(lambda other: temperature_scaled(other, temperature), predict=predict)
-
-
 def _asked(
     of: Callable[..., PyTree], learner: Learner, params: PyTree, source: TaskSource, key: PRNGKeyArray,
     place: Int[Array, " tasks"], chunk: int,
@@ -283,3 +390,9 @@ def _asked(
 def _evidence(source: TaskSource, tasks: int) -> int:
     """How many independent pieces of evidence so many tasks are."""
     return min(tasks, group_count(source) or tasks)
+
+
+__all__ = [
+    "BINS", "Calibration", "Reliability", "auroc", "brier", "calibrate", "calibrate_softmax", "calibration",
+    "expected_error", "fit_knobs", "fit_temperature", "maximum_error", "reliability", "temperature_scaled",
+]  # fmt: skip

@@ -11,16 +11,15 @@ from typing import Any
 import jax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from metaprior.core.likelihoods import Bernoulli, Categorical, Gaussian
+from metaprior.core.likelihoods import Bernoulli, Categorical
 from metaprior.core.runtime import configure
 from metaprior.core.types import Learner, Splits
-from metaprior.evaluation.calibration import Calibration, calibrate, calibrate_softmax, temperature_scaled
+from metaprior.evaluation.calibration import Calibration, calibration
 from metaprior.experiments.recipe import (
     Experiment,
     Recipe,
     build,
     evaluation_of,
-    keeps_unseen,
     most_ways,
     own_table,
     parse_overrides,
@@ -31,6 +30,7 @@ from metaprior.experiments.recipe import (
 )
 from metaprior.experiments.reports import Kept, calibrated_report, check_same
 from metaprior.experiments.runs import Run
+from metaprior.learners.builders.knobs import SOFTMAX, turned
 from metaprior.learners.builders.normalised import gathered
 from metaprior.networks import statistics
 from metaprior.tasks import Preparation
@@ -80,56 +80,31 @@ class Opened:
         own |= {"way": most_ways(self.recipe, self.experiment.preparation)} | options
         return recipe_learner(self.recipe, self.experiment.model, own.pop("likelihood"), **own)
 
-    def scalars(self) -> dict[str, float]:
-        """The positive scalars of the posterior and the noise that validation tasks can fit, at their pure values."""
-        likelihood = self.experiment.likelihood
-        found = {"implicit": {"temperature": 1.0}, "laplace": {"precision": 1.0}}.get(self.posterior or "point", {})
-        if isinstance(likelihood, Gaussian) and likelihood.scale is not None:
-            found = found | {"noise": float(likelihood.scale)}
-        return found
-
     def knobs(self) -> set[str]:
-        """The names of all scalars that `calibrate` fits."""
-        of_classes = keeps_unseen(self.recipe) or isinstance(self.experiment.likelihood, Categorical | Bernoulli)
-        return {*self.scalars(), *(["softmax_temperature"] if of_classes else [])}
-
-    def turned(self, knobs: dict[str, Any]) -> Learner:
-        """The learner with these scalars in its posterior and in what predicts from it."""
-        learner, inner = self.experiment.learner, {n: v for n, v in knobs.items() if n != "softmax_temperature"}
-        if self.posterior is None and inner:
-            # The learner's own posterior stays as it is; only what predicts from it sees another noise.
-            learner = learner._replace(predict=self.made(likelihood=Gaussian(inner["noise"])).predict)
-        elif inner:
-            learner = self.made(**self.options | inner)
-        scale = knobs.get("softmax_temperature")
-        if scale is not None and keeps_unseen(self.recipe):
-            return self.made(softmax_temperature=scale)
-        return learner if scale is None else temperature_scaled(learner, scale)
+        """The names of the scalars that `calibrate` fits."""
+        of_classes = isinstance(self.experiment.likelihood, Categorical | Bernoulli)
+        return {*dict(self.experiment.learner.knobs), *([SOFTMAX] if of_classes else [])}
 
     def calibrate(self, tasks: int, key: PRNGKeyArray) -> Calibration:
-        """Fit the scalars to `tasks` validation tasks; `turned` makes a learner of them.
+        """Fits the learner's knobs to `tasks` validation tasks.
 
-        The posterior's scalars first; then, of classes, the softmax's temperature around it, which leaves it alone.
+        Raises:
+            ValueError: There is no scalar to fit.
         """
-        likelihood, source = self.experiment.likelihood, self.splits.validation
-        chunk, found = self.experiment.training.at_once or 10, []
-        if knobs := self.scalars():
-            # Drawn networks are dear.
-            most = 25 if self.options.get("draws") else 40
-            fit = partial(calibrate, self.turned, self.params, source, key, tasks=tasks, chunk=chunk)
-            found.append(fit(knobs, evaluations=most))
-        if keeps_unseen(self.recipe):
-            start = {"softmax_temperature": 1.0}
-            found.append(calibrate(self.turned, self.params, source, key, start, tasks=tasks, chunk=chunk))
-        elif isinstance(likelihood, (Categorical, Bernoulli)):
-            learner = self.turned(found[0].knobs if found else {})
-            found.append(calibrate_softmax(learner, self.params, source, key, tasks=tasks, chunk=chunk))
-        if not found:
+        if not self.knobs():
             raise ValueError(
                 f"--calibrated: {self.recipe.learner} with this likelihood has no scalar to fit; leave it out, or give "
                 "--posterior implicit or laplace"
             )
-        return Calibration({n: v for f in found for n, v in f.knobs.items()}, found[0].nll_before, found[-1].nll_after)
+        return calibration(
+            self.experiment.learner, self.params, self.splits.validation, key,
+            tasks=tasks, evaluations=25 if self.options.get("draws") else 40,  # drawn networks are dear
+            chunk=self.experiment.training.at_once or 10,
+        )  # fmt: skip
+
+    def turned(self, knobs: dict[str, Any]) -> Learner:
+        """The learner with these values of its knobs."""
+        return turned(self.experiment.learner, knobs)
 
     def with_fitted(self, kept: Kept) -> "Opened":
         """The run with the scalars of a calibrated report, if they were fitted for what now predicts."""

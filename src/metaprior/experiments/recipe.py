@@ -18,7 +18,6 @@ from metaprior.core.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.core.named import construct, lookup, nearest, option_names
 from metaprior.core.options import Count, OptionError, Seed, Whole, accept, accept_options, check_fields, parameters_of
 from metaprior.core.types import Learner, Model, Splits
-from metaprior.evaluation.calibration import temperature_scaled
 from metaprior.inference.posteriors import POSTERIORS
 from metaprior.learners.builders.metric import with_unseen
 from metaprior.learners.registry import LEARNERS, learners_having, make_learner, traits_of
@@ -319,7 +318,6 @@ def recipe_learner(
     posterior: str | None = None,
     steps: int | None = None,
     way: int | None = None,
-    softmax_temperature: Any = None,
     **posterior_options: Any,
 ) -> Learner:
     """The recipe's learner over a given model and likelihood.
@@ -343,8 +341,6 @@ def recipe_learner(
     elif "posterior" in options:
         options["posterior"] = posterior_rule(options["posterior"])
     learner = make_learner(recipe.learner, model, likelihood, **options)
-    if softmax_temperature is not None:
-        learner = temperature_scaled(learner, softmax_temperature)
     return with_unseen(learner, way) if way is not None and keeps_unseen(recipe) else learner
 
 

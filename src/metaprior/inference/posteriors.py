@@ -5,9 +5,10 @@ A `PosteriorRule` is a pair of pure functions over one task's phi, any pytree (t
     predict(outputs, likelihood, posterior, x, key)        -> Predictive
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,8 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Categorical, Gaussian, Likelihood
-from metaprior.core.options import Scale, Whole, checked
-from metaprior.core.types import Batch
+from metaprior.core.options import Scale, Whole, checked, option_names
+from metaprior.core.types import Batch, as_knobs
 from metaprior.inference.curvature import (
     CURVATURES,
     Curvature,
@@ -70,6 +71,31 @@ class PosteriorRule(NamedTuple):
 
     infer: Callable[[Callable[..., Array], Likelihood, PyTree, Batch, Implied], Any]
     predict: Callable[[Callable[..., Array], Likelihood, Any, PyTree, PRNGKeyArray], Any]
+    knobs: tuple[tuple[str, Any], ...] = ()
+    turn: Callable[[Mapping[str, Any]], "PosteriorRule"] | None = None
+
+    def scalars(self, likelihood: Likelihood) -> tuple[tuple[str, Any], ...]:
+        """Its knobs, and the noise where the likelihood has one: (name, value) of each.
+
+        The noise is that of predictions alone: inner steps keep the likelihood that they were trained with.
+        """
+        own = dict(self.knobs)
+        if isinstance(likelihood, Gaussian) and likelihood.scale is not None and self._takes_noise():
+            stated = self.predict.keywords.get("noise") if isinstance(self.predict, partial) else None
+            own["noise"] = likelihood.scale if stated is None else stated
+        return as_knobs(own)
+
+    def turned(self, knobs: Mapping[str, Any]) -> "PosteriorRule":
+        """The rule with these values; those of other knobs stay."""
+        own = {name: value for name, value in knobs.items() if name != "noise"}
+        rule = self.turn(own) if own and self.turn is not None else self
+        if "noise" not in knobs:
+            return rule
+        predict: Callable[..., Any] = rule.predict
+        return rule._replace(predict=partial(predict, noise=knobs["noise"]))
+
+    def _takes_noise(self) -> bool:
+        return "noise" in option_names(self.predict)
 
 
 class Point(NamedTuple):
@@ -172,8 +198,15 @@ def _apart(centred: Float[Array, "s n c"]) -> Float[Array, "s n c"]:
     return jnp.maximum((centred - total / c**2) / (1 - 2 / c), 0)
 
 
-def _rule(infer: Callable[..., Any], draws: int, linear: bool, noise: float | Array | None) -> PosteriorRule:
-    return PosteriorRule(infer, partial(predict, draws=draws, linear=linear, noise=noise))
+def _rule(
+    infer: Callable[..., Any],
+    draws: int,
+    linear: bool,
+    noise: float | Array | None,
+    knobs: Mapping[str, Any] = MappingProxyType({}),
+    turn: Callable[[Mapping[str, Any]], PosteriorRule] | None = None,
+) -> PosteriorRule:
+    return PosteriorRule(infer, partial(predict, draws=draws, linear=linear, noise=noise), as_knobs(knobs), turn)
 
 
 @checked
@@ -223,7 +256,15 @@ def laplace(
         fitted = fit(outputs, likelihood, phi, support, jnp.asarray(tau) ** -0.5)
         return CurvatureGaussian(phi, fitted, temperature)
 
-    return _rule(infer, draws, linear, noise)
+    own: dict[str, Any] = {} if precision is None else {"precision": precision}
+    given: dict[str, Any] = {
+        "temperature": temperature,
+        "noise": noise,
+        "draws": draws,
+        "linear": linear,
+        "curvature": curvature,
+    }
+    return _rule(infer, draws, linear, noise, own, lambda knobs: laplace(**given | own | dict(knobs)))
 
 
 @checked
@@ -289,7 +330,9 @@ def implicit(
         around = fit(white, likelihood, origin, support, 1.0).gaussian(origin, spectrum, temperature)
         return RootedGaussian(phi, scale, around)
 
-    return _rule(infer, draws, linear, noise)
+    own: dict[str, Any] = {"temperature": temperature}
+    given: dict[str, Any] = {"noise": noise, "draws": draws, "linear": linear, "curvature": curvature}
+    return _rule(infer, draws, linear, noise, own, lambda knobs: implicit(**given | own | dict(knobs)))
 
 
 POSTERIORS = {"point": point, "laplace": laplace, "implicit": implicit}

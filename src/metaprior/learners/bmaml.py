@@ -22,6 +22,7 @@ from metaprior.inference.descent import count, descend, half_square, mean_nll, t
 from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.particles import Particles, predict_with, stein
 from metaprior.learners.builders.gradient import fit_metrics
+from metaprior.learners.builders.knobs import with_noise
 from metaprior.learners.builders.normalised import predicts_alone
 from metaprior.learners.traits import traits
 
@@ -88,9 +89,6 @@ def bmaml(
         energy, optimizer = fit(support)
         return Particles(trajectory(energy, params, optimizer, loop.on_new_task).phi)
 
-    def predictive(model: Model) -> Callable[..., Any]:
-        return lambda params, posterior, x, key: predict_with(model.apply, likelihood, posterior, x)
-
     def meta_loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         energy, optimizer = fit(task.support)
         chaser = loop.descend(energy, params, optimizer).phi
@@ -103,5 +101,11 @@ def bmaml(
         leader = descend(energy, jax.lax.stop_gradient(chaser), optimizer, leader_steps, first_order=True).phi
         return 2 * half_square(chaser, jax.lax.stop_gradient(leader)), metrics
 
-    learner = Learner(init, adapt, predictive(model), meta_loss, path)
-    return learner if loop.transductive else predicts_alone(learner, predictive, model)
+    def predicting(shown: Likelihood) -> Learner:
+        def predictive(model: Model) -> Callable[..., Any]:
+            return lambda params, posterior, x, key: predict_with(model.apply, shown, posterior, x)
+
+        learner = Learner(init, adapt, predictive(model), meta_loss, path)
+        return learner if loop.transductive else predicts_alone(learner, predictive, model)
+
+    return with_noise(predicting, likelihood)

@@ -6,6 +6,7 @@ an output for each training class. With Gaussian targets it is the joint trainin
 compare with.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -113,4 +114,9 @@ def fine_tune(
             adapted, x = adapted._replace(context=None), embed_query(embed, params, x, adapted.context)
         return tuned.predict(params, adapted, x, key)
 
-    return Learner(init, adapt, predict, loss, path)
+    def turned(knobs: Mapping[str, Any]) -> Learner:
+        rule = posterior.turned(knobs)
+        return fine_tune(model, likelihood, way=way, frozen=frozen, l2=l2, posterior=rule, **inner)
+
+    knobs = posterior.scalars(likelihood)
+    return Learner(init, adapt, predict, loss, path, knobs=knobs, turn=turned if knobs else None)

@@ -19,6 +19,7 @@ from metaprior.core.types import Batch, Learner, Model, Task, counted, examples,
 from metaprior.inference.descent import mean_nll
 from metaprior.learners.builders.amortised import as_inputs, by_instance, embedding, output_width
 from metaprior.learners.builders.gradient import fit_metrics
+from metaprior.learners.builders.knobs import with_noise
 from metaprior.learners.traits import traits
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import gated, lstm_init
@@ -136,8 +137,8 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
     def adapt(params: Mann, support: Batch, key: PRNGKeyArray) -> State:
         return run(params, sequence(params, support))[0]
 
-    def predict(params: Mann, state: State, x: PyTree, key: PRNGKeyArray) -> Any:
-        return likelihood.predictive(jax.vmap(lambda drive: step(params, state, drive)[1])(project(params, x))[None])
+    def read(params: Mann, state: State, x: PyTree) -> Float[Array, "n c"]:
+        return jax.vmap(lambda drive: step(params, state, drive)[1])(project(params, x))
 
     def loss(params: Mann, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         times = jnp.arange(examples(task.support) + examples(task.query))
@@ -150,4 +151,10 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
             metrics |= by_instance(outputs, episode.y, weights(episode))
         return mean_nll(likelihood, outputs, episode), metrics
 
-    return Learner(init, adapt, predict, loss)
+    def predicting(shown: Likelihood) -> Learner:
+        def predict(params: Mann, state: State, x: PyTree, key: PRNGKeyArray) -> Any:
+            return shown.predictive(read(params, state, x)[None])
+
+        return Learner(init, adapt, predict, loss)
+
+    return with_noise(predicting, likelihood)

@@ -20,6 +20,7 @@ from metaprior.inference.descent import count
 from metaprior.inference.gaussian import DiagonalGaussian, around
 from metaprior.inference.variational import Variational, free_energy, infer
 from metaprior.learners.builders.gradient import fit_metrics
+from metaprior.learners.builders.knobs import with_noise
 from metaprior.learners.builders.normalised import predicts_alone
 from metaprior.learners.builders.variational import SILENT
 from metaprior.learners.gem_bml import ascends, gem_gradient, natural
@@ -75,12 +76,9 @@ def gem_mixture(
     def adapt(params: Mixture, support: Batch, key: PRNGKeyArray) -> Mixture:
         return posterior(params, support, key, how.on_new_task)
 
-    def predictive(model: Model) -> Callable[..., Any]:
-        def predict(params: Mixture, adapted: Mixture, x: PyTree, key: PRNGKeyArray) -> Any:
-            outputs = jax.vmap(lambda k: model.apply(adapted.sample(k), x))(jax.random.split(key, draws))
-            return likelihood.predictive(outputs)
-
-        return predict
+    def drawn(model: Model, adapted: Mixture, x: PyTree, key: PRNGKeyArray) -> Array:
+        """Outputs of `draws` networks [draws, n, c]."""
+        return jax.vmap(lambda k: model.apply(adapted.sample(k), x))(jax.random.split(key, draws))
 
     def loss(params: Mixture, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         key_support, key_query, key_show = jax.random.split(key, 3)
@@ -95,12 +93,19 @@ def gem_mixture(
 
         pull = jax.vmap(component)(params.components, found.components, share).sum()
         weights = -(share * jax.nn.log_softmax(params.logits)).sum()
-        shown = predictive(model)(theta, after_support, task.query.x, key_show).log_prob(counted(task.query).y)
+        mixed = likelihood.predictive(drawn(model, after_support, task.query.x, key_show))
+        shown = mixed.log_prob(counted(task.query).y)
         best = jax.tree.map(lambda leaf: leaf[share.argmax()], after_support.components.mean)
         metrics = fit_metrics(likelihood, model.apply(best, task.query.x), task.query)
         nll = -weighted_mean(shown, task.query)
         held = jax.lax.stop_gradient(nll - weights)
         return pull + weights + held, jax.lax.stop_gradient(metrics | {"nll": nll, "largest_share": share.max()})
 
-    learner = Learner(init, adapt, predictive(model), loss)
-    return learner if how.transductive else predicts_alone(learner, predictive, model)
+    def predicting(shown: Likelihood) -> Learner:
+        def predictive(model: Model) -> Callable[..., Any]:
+            return lambda params, adapted, x, key: shown.predictive(drawn(model, adapted, x, key))
+
+        learner = Learner(init, adapt, predictive(model), loss)
+        return learner if how.transductive else predicts_alone(learner, predictive, model)
+
+    return with_noise(predicting, likelihood)

@@ -21,6 +21,7 @@ from metaprior.inference.gaussian import DiagonalGaussian, around, kl
 from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.particles import Particles, predict_with
 from metaprior.learners.builders.gradient import Adaptation, Loss, adapt_all, query_loss, support_loss
+from metaprior.learners.builders.knobs import with_noise
 from metaprior.learners.builders.normalised import predicts_alone
 from metaprior.learners.traits import traits
 
@@ -148,8 +149,11 @@ def _drawing(
     def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Particles:
         return Particles(run(descend, params, support, key))
 
-    def predictive(model: Model) -> Callable[..., Any]:
-        return lambda params, posterior, x, key: predict_with(model.apply, likelihood, posterior, x)
+    def predicting(shown: Likelihood) -> Learner:
+        def predictive(model: Model) -> Callable[..., Any]:
+            return lambda params, posterior, x, key: predict_with(model.apply, shown, posterior, x)
 
-    learner = Learner(init, adapt, predictive(model), loss, path)
-    return learner if loop.transductive else predicts_alone(learner, predictive, model)
+        learner = Learner(init, adapt, predictive(model), loss, path)
+        return learner if loop.transductive else predicts_alone(learner, predictive, model)
+
+    return with_noise(predicting, likelihood)

@@ -15,6 +15,7 @@ from metaprior.core.likelihoods import Categorical, Likelihood, one_hot
 from metaprior.core.types import Batch, Learner, Model, Task
 from metaprior.inference.descent import mean_nll
 from metaprior.learners.builders.gradient import fit_metrics
+from metaprior.learners.builders.knobs import with_noise
 
 INSTANCES = range(1, 11)  # whose accuracy is shown, as in the paper's figure 2 and table 1
 
@@ -55,14 +56,17 @@ def amortised_learner(
 ) -> Learner:
     """A learner from `adapt` and outputs(params, posterior, x); its loss is the mean nll of the query after `adapt`."""
 
-    def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Any:
-        return likelihood.predictive(outputs(params, posterior, x)[None])
-
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         predicted = outputs(params, adapt(params, task.support, key), task.query.x)
         return mean_nll(likelihood, predicted, task.query), fit_metrics(likelihood, predicted, task.query)
 
-    return Learner(init, adapt, predict, loss)
+    def predicting(shown: Likelihood) -> Learner:
+        def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Any:
+            return shown.predictive(outputs(params, posterior, x)[None])
+
+        return Learner(init, adapt, predict, loss)
+
+    return with_noise(predicting, likelihood)
 
 
 def by_instance(outputs: Float[Array, "n way"], y: Array, weight: Float[Array, " n"]) -> dict[str, Scalar]:

@@ -3,7 +3,7 @@
 An `Adaptation` says what a task's parameters are, how they make outputs, and which optimiser fits them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -181,8 +181,14 @@ def gradient_learner(
         params = begun(params, support, key)
         return partial(adaptation.outputs, params, adaptation.start(params))
 
-    whole = loss if adaptation.local is None else begun_loss
-    return Learner(adaptation.init, adapt, predict, whole, path, network)
+    def turned(knobs: Mapping[str, Any]) -> Learner:
+        rule = posterior.turned(knobs)
+        return gradient_learner(
+            adaptation, likelihood, loss, loop, posterior=rule, implied_precision=implied_precision, descends=descends
+        )
+
+    whole, knobs = loss if adaptation.local is None else begun_loss, posterior.scalars(likelihood)
+    return Learner(adaptation.init, adapt, predict, whole, path, network, knobs=knobs, turn=turned if knobs else None)
 
 
 def query_learner(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from metaprior.core.likelihoods import Categorical, Categories, Likelihood, check_labels, one_hot
 from metaprior.core.types import Batch, Learner, Model, Task, counted, known_labels, weighted_mean, weights
 from metaprior.learners.builders.gradient import fit_metrics
+from metaprior.learners.builders.knobs import SOFTMAX, temperature_scaled, turned
 
 ABSENT = -1e9  # the logit of a class that is not there: its probability is 0 to the bit, and gradients stay finite
 
@@ -157,4 +158,7 @@ def with_unseen(learner: Learner, way: int, concentration: float = 1.0) -> Learn
     def again(other: Learner) -> Learner:
         return with_unseen(other, way, concentration)
 
-    return learner.changed(again, adapt=adapt, predict=predict, loss=loss)
+    # A softmax's temperature comes first: it must not distort the prior mass of classes that are not shown.
+    scaled = learner if SOFTMAX in dict(learner.knobs) else temperature_scaled(learner, 1.0)
+    return learner.changed(again, adapt=adapt, predict=predict, loss=loss, knobs=scaled.knobs,
+                           turn=lambda knobs: again(turned(scaled, knobs)))  # fmt: skip

@@ -1,9 +1,9 @@
 """Learners whose batch norm uses statistics of the support (`of_support`), of training tasks (`of_training`), or of the
 support and one query at a time (`predicts_alone`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,25 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
         steps = course(params, support, key)
         return _every_step(steps, support)
 
-    return Learner(init, adapt, predict, loss, None if make(model).path is None else path)
+    plain = make(model)
+
+    def turned(knobs: Mapping[str, Any]) -> Learner:
+        return of_support(lambda network: _turned(make(network), knobs), model)
+
+    return Learner(
+        init,
+        adapt,
+        predict,
+        loss,
+        None if plain.path is None else path,
+        knobs=plain.knobs,
+        turn=None if plain.turn is None else turned,
+    )
+
+
+def _turned(learner: Learner, knobs: Mapping[str, Any]) -> Learner:
+    assert learner.turn is not None
+    return learner.turn(knobs)
 
 
 def _every_step(steps: PyTree, support: Batch) -> Supported:
@@ -90,7 +108,10 @@ def of_training(make: Callable[[Model], Learner], model: Model) -> Learner:
     def settle(params: PyTree, source: TaskSource, key: PRNGKeyArray) -> Learner:
         return make(given(model, jax.jit(partial(gathered, learner, model))(params, source, key)))
 
-    return learner._replace(settle=settle)
+    def turned(knobs: Mapping[str, Any]) -> Learner:
+        return of_training(lambda network: _turned(make(network), knobs), model)
+
+    return learner._replace(settle=settle, turn=None if learner.turn is None else turned)
 
 
 def gathered(

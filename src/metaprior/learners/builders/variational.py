@@ -13,6 +13,7 @@ from metaprior.inference.descent import Descent, trajectory
 from metaprior.inference.gaussian import DiagonalGaussian, around
 from metaprior.inference.posteriors import predict
 from metaprior.inference.variational import Variational, free_energy, infer
+from metaprior.learners.builders.knobs import with_noise
 from metaprior.learners.builders.normalised import predicts_alone
 
 # What these learners say of themselves (`learners/traits.py`): options under which nothing is drawn (nor blown up by
@@ -60,11 +61,14 @@ def variational_learner(
         course: Descent = trajectory(energy, params, inner, how.on_new_task, data=keys)
         return course.phi
 
-    def predictive(model: Model) -> Callable[..., Any]:
-        def predict_by(params: DiagonalGaussian, posterior: DiagonalGaussian, x: PyTree, key: PRNGKeyArray) -> Any:
-            return predict(model.apply, likelihood, posterior, x, key, draws=draws)
+    def predicting(shown: Likelihood) -> Learner:
+        def predictive(model: Model) -> Callable[..., Any]:
+            def predict_by(params: DiagonalGaussian, posterior: DiagonalGaussian, x: PyTree, key: PRNGKeyArray) -> Any:
+                return predict(model.apply, shown, posterior, x, key, draws=draws)
 
-        return predict_by
+            return predict_by
 
-    learner = Learner(init, adapt, predictive(model), objective, path)
-    return learner if how.transductive else predicts_alone(learner, predictive, model)
+        learner = Learner(init, adapt, predictive(model), objective, path)
+        return learner if how.transductive else predicts_alone(learner, predictive, model)
+
+    return with_noise(predicting, likelihood)
