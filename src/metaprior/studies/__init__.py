@@ -1,6 +1,7 @@
-"""Studies of a trained learner's posterior: does it cover what is possible, is it of use, does it see what is strange?
+"""Studies of a trained learner's posterior: does it cover what is possible, is it useful, does it detect novel inputs?
 
-Pure functions of (learner, params, source, key), one file a study; `metaprior study` runs them on the command line.
+Each study is a pure function of (learner, params, source, key) in its own file. The command `metaprior study` runs
+them.
 """
 
 from metaprior.studies.active import Acquisition, active

@@ -1,8 +1,12 @@
-"""Does a posterior know where to look? Choosing the next observation by predictive variance, against at random.
+"""Does a posterior show where to observe next? Choosing the next observation by predictive variance or at random.
 
-After the active learning of Finn, Xu & Levine 2018 and Yoon et al. 2018 (sec. 5.3, one more label at a time). All
-candidates lie in the support from the start with weight 0; to observe one is to set its weight to 1, so every step has
-the same shapes and one compilation serves all.
+All candidates are in the support from the start, with weight 0. Observing a candidate sets its weight to 1, so every
+step has the same shapes and is compiled once.
+
+References:
+    Finn, Xu & Levine 2018, active learning.
+
+    Yoon et al. 2018, sec. 5.3, one more label at a time.
 """
 
 from functools import partial
@@ -19,12 +23,16 @@ from metaprior.evaluation.protocol import Units
 
 
 class Acquisition(NamedTuple):
-    """Over tasks, after 0, 1, ..., k acquisitions: the mean squared error of either policy and of the pair.
+    """The mean squared error of both policies after 0, 1, ..., k acquisitions, averaged over tasks.
 
-    Errors of a table are in the units of its target.
+    The errors of a table are in the units of its target.
 
-    difference: by variance less at random, task by task, on the same start, candidates and test points.
-    seen: the number of support examples at each.
+    Attributes:
+        seen: The number of support examples at each step.
+        by_variance: The error when the candidate of largest predictive variance is chosen.
+        at_random: The error when a random candidate is chosen.
+        difference: The error by variance minus the error at random, task by task, with the same start, candidates and
+            test points.
     """
 
     seen: list[int]
@@ -34,7 +42,13 @@ class Acquisition(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """One task: the start and the candidates as one support, its weights at the start, and the test points."""
+    """One task as a study sees it.
+
+    Attributes:
+        support: The initial examples and all candidates.
+        weight: The initial weights of the support: 1 for the examples, 0 for the candidates.
+        test: The test points.
+    """
 
     support: Batch
     weight: Float[Array, " n"]
@@ -42,7 +56,13 @@ class Setting(NamedTuple):
 
 
 def lay_out(task: Task, start: int, pool: int) -> Setting:
-    """The first `start` support examples, the first `pool` queries as candidates, all other queries to test on."""
+    """Divides a task into initial examples, candidates and test points.
+
+    Args:
+        task: A task.
+        start: The first `start` support examples are the initial examples.
+        pool: The first `pool` query examples are the candidates; all others are test points.
+    """
 
     def cut(batch: Batch, low: int, high: int | None) -> Batch:
         return jax.tree.map(lambda leaf: leaf[low:high], Batch(batch.x, batch.y))
@@ -54,9 +74,21 @@ def lay_out(task: Task, start: int, pool: int) -> Setting:
 def acquire(
     learner: Learner, params: PyTree, setting: Setting, key: PRNGKeyArray, points: int, *, informed: bool
 ) -> Float[Array, " k"]:
-    """Mean squared error on the test points after 0, ..., `points` acquisitions.
+    """Computes the mean squared error on the test points after 0, ..., `points` acquisitions.
 
-    informed: the candidate of greatest predictive variance, summed over targets; else any. Each step adapts anew.
+    The learner adapts again from the start at each step.
+
+    Args:
+        learner: A regression learner.
+        params: Its parameters.
+        setting: The task.
+        key: Random key.
+        points: The number of acquisitions.
+        informed: Whether to choose the candidate of largest predictive variance, summed over targets, instead of a
+            random one.
+
+    Returns:
+        The errors, [points + 1].
     """
     key_adapt, key_choice = jax.random.split(key)
 
@@ -93,24 +125,36 @@ def active(
     points: int = 8,
     chunk: int = 20,
 ) -> Acquisition:
-    """Both policies on `tasks` regression tasks of the source.
+    """Compares acquisition by predictive variance with acquisition at random, on regression tasks.
 
-    start: labelled examples to begin with. pool: candidates, taken from the query; the rest of the query tests.
-    points: acquisitions. chunk: tasks in memory at once. A learner whose variance is the same everywhere chooses the
-    first candidate, which is as good as any.
+    A learner whose variance is the same everywhere chooses the first candidate, which is as good as any other.
+
+    Args:
+        learner: A regression learner.
+        params: Its parameters.
+        source: The source of the tasks.
+        key: Random key.
+        tasks: The number of tasks.
+        start: The number of labelled examples at the start.
+        pool: The number of candidates, which come from the query. The rest of the query is the test set.
+        points: The number of acquisitions.
+        chunk: The number of tasks in memory at once.
+
+    Returns:
+        The errors of both policies.
 
     Raises:
-        ValueError: more of anything than a task has, or tasks of classes.
+        ValueError: A number above what a task has, tasks of classes, or several targets of different units.
     """
     like = jax.eval_shape(lambda: source.sample(key, 1))
     if jnp.issubdtype(like.query.y.dtype, jnp.integer):
-        raise ValueError("source: came tasks of classes, needs regression, whose predictives have a variance")
+        raise ValueError("source must be of regression tasks, whose predictives have a variance, got tasks of classes.")
     shot, queries = like.support.y.shape[1], like.query.y.shape[1]
     most = {"tasks": (1, 10**9), "start": (0, shot), "pool": (1, queries - 1), "points": (1, pool)}
     for name, value in {"tasks": tasks, "start": start, "pool": pool, "points": points}.items():
         least, top = most[name]
         if not least <= value <= top:
-            raise ValueError(f"{name}: came {value}, needs {least} to {top}")
+            raise ValueError(f"{name} must be {least} to {top}, got {value}.")
 
     place = group_order(source, jax.random.fold_in(key, 1), tasks)
     members = None if group_count(source) is None else np.asarray(place)
@@ -128,10 +172,12 @@ def active(
 
     scale = np.asarray(Units.of(source).scale or (1.0,))
     if (scale != scale[0]).any():
-        raise ValueError("source: came several targets of different units, whose squared errors have no common mean")
+        raise ValueError(
+            "source must have targets of the same units, because squared errors of others have no common mean."
+        )
     found = run(params, source, (jax.random.split(key, tasks), place))
     informed, random = (np.asarray(a, float) * scale[0] ** 2 for a in found)  # in the units of a table's target
-    with np.errstate(invalid="ignore"):  # inf - inf, where both diverged on a task
+    with np.errstate(invalid="ignore"):  # inf - inf, if both diverged on a task
         gained = informed - random
     over = [[figure_of(column, members) for column in errors.T] for errors in (informed, random, gained)]
     return Acquisition([start + k for k in range(points + 1)], *over)

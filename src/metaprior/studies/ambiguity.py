@@ -1,7 +1,10 @@
-"""Where the support fits two explanations, does the posterior hold both?
+"""If the support fits two explanations, does the posterior cover both?
 
-After Finn, Xu & Levine 2018 (sec. 5, figs. 2 and 3, and the coverage of table 1), on tasks whose explanations are known
-exactly. The truth itself is judged beside the learners: half of its mass on each explanation.
+The tasks have explanations that are known exactly. The exact predictive, with mass 1/2 on each explanation, is judged
+beside the learners.
+
+References:
+    Finn, Xu & Levine 2018, sec. 5, figs. 2 and 3, and the coverage of table 1.
 """
 
 from typing import Any, NamedTuple
@@ -21,11 +24,15 @@ NEAR = 1 / 3
 
 
 class Coverage(NamedTuple):
-    """Over tasks: the share of explanations covered, the share of draws that explain, and the queries' nll.
+    """How well the draws of a posterior cover the explanations, over tasks.
 
-    covered: explanations that at least one draw lies close to. explaining: draws that lie close to an explanation.
-    nll: of each query point alone, mean. joint_nll: of a task's query points together, per point: draws that mix the
-    explanations from point to point, or lie between them, lose by it. draws: components of the predictive.
+    Attributes:
+        covered: The fraction of explanations that at least one draw is close to.
+        explaining: The fraction of draws that are close to an explanation.
+        nll: The mean negative log likelihood of each query point alone.
+        joint_nll: The negative log likelihood of all query points of a task together, per point. It is larger for draws
+            that lie between the explanations, or switch between them from point to point.
+        draws: The number of components of the predictive.
     """
 
     covered: Figure
@@ -36,23 +43,36 @@ class Coverage(NamedTuple):
 
 
 def curves(predictive: Any) -> Float[Array, "s n d"] | Int[Array, "s n"]:
-    """What each draw says at n inputs: its mean, or its likeliest class.
+    """Returns the prediction of each draw at n inputs: its mean, or its most likely class.
 
-    Raises ValueError for a predictive whose draws say neither.
+    Args:
+        predictive: A mixture of draws.
+
+    Raises:
+        ValueError: A predictive that is neither `Normals` nor `Categories`.
     """
     if isinstance(predictive, Normals):
         return predictive.means
     if isinstance(predictive, Categories):
         return predictive.log_probs.argmax(-1)
-    raise ValueError(f"predictive: came {type(predictive).__name__}, needs Normals or Categories, a mixture of draws")
+    raise ValueError(f"predictive must be a mixture of draws, Normals or Categories, got {type(predictive).__name__}.")
 
 
 def closeness(draws: Array, explanations: Array, near: float) -> Float[Array, "s e"]:
-    """1 where a draw lies close to an explanation: within `near` of its distance to the nearest other explanation.
+    """Returns which draws are close to which explanations.
 
-    draws [s, n, d] and explanations [e, n, d], whose distance is the root mean square over the inputs; or labels [s, n]
-    and [e, n], whose distance is the share that differs. Both obey the triangle inequality, so below 1/2 no draw is
-    close to two explanations. Explanations that are the same everywhere are never close.
+    A draw is close to an explanation if their distance is at most `near` times the distance from that explanation to
+    the nearest other one. The distance of curves is the root mean square over the inputs, that of labels is the
+    fraction that differs. Both satisfy the triangle inequality, so for `near` below 1/2 no draw is close to two
+    explanations. Explanations that are equal everywhere are never close.
+
+    Args:
+        draws: Curves [s, n, d] or labels [s, n].
+        explanations: Curves [e, n, d] or labels [e, n].
+        near: The largest distance as a fraction.
+
+    Returns:
+        1 or 0, [s, e].
     """
 
     def distance(a: Array, b: Array) -> Array:
@@ -66,13 +86,13 @@ def closeness(draws: Array, explanations: Array, near: float) -> Float[Array, "s
 
 
 def joint_log_prob(predictive: Any, y: Array) -> Array:
-    """log p(y_1, ..., y_n): the log of the mean over draws of the product over points."""
+    """Computes log p(y_1, ..., y_n), the log of the mean over draws of the product over points."""
     singly = jax.vmap(lambda one: one.log_prob(y))(jax.tree.map(lambda leaf: leaf[:, None], predictive))
     return logsumexp(singly.sum(-1)) - jnp.log(singly.shape[0])
 
 
 def judge(predictive: Any, y: Array, explanations: Array, near: float) -> tuple[Array, Array, Array, Array]:
-    """One task's figures, in the order of `Coverage`."""
+    """Computes the metrics of one task, in the order of `Coverage`."""
     close = closeness(curves(predictive), explanations, near)
     nll, joint = -predictive.log_prob(y).mean(), -joint_log_prob(predictive, y) / y.shape[0]
     return close.max(0).mean(), close.max(1).mean(), nll, joint
@@ -88,9 +108,22 @@ def ambiguity(
     near: float = NEAR,
     chunk: int = 20,
 ) -> Coverage:
-    """How well the posterior's draws cover the explanations of `tasks` new supports.
+    """Measures how well the draws of a learner's posterior cover the explanations of new supports.
 
-    near: see `closeness`, inside (0, 1/2). chunk: tasks in memory at once.
+    Args:
+        learner: The learner.
+        params: Its parameters.
+        source: The source of the tasks.
+        key: Random key.
+        tasks: The number of tasks.
+        near: See `closeness`, inside (0, 1/2).
+        chunk: The number of tasks in memory at once.
+
+    Returns:
+        The coverage.
+
+    Raises:
+        ValueError: A source whose explanations are unknown, or numbers out of range.
     """
 
     def one(params: PyTree, explained: Explained, key: PRNGKeyArray) -> Any:
@@ -103,7 +136,20 @@ def ambiguity(
 
 
 def referee(source: ExplainedTasks, key: PRNGKeyArray, *, tasks: int = 600, near: float = NEAR) -> Coverage:
-    """The exact predictive, judged on the tasks that `ambiguity` draws from the same key."""
+    """Measures the exact predictive on the tasks that `ambiguity` draws from the same key.
+
+    Args:
+        source: The source of the tasks.
+        key: Random key.
+        tasks: The number of tasks.
+        near: See `closeness`, inside (0, 1/2).
+
+    Returns:
+        The coverage.
+
+    Raises:
+        ValueError: As in `ambiguity`.
+    """
 
     def one(params: PyTree, explained: Explained, key: PRNGKeyArray) -> Any:
         return exact(explained.targets, source.noise)
@@ -112,7 +158,12 @@ def referee(source: ExplainedTasks, key: PRNGKeyArray, *, tasks: int = 600, near
 
 
 def exact(targets: Float[Array, "e m 1"] | Int[Array, "e m"], noise: float) -> Normals | Categories:
-    """The predictive with equal mass on each explanation."""
+    """Returns the predictive with equal mass on each explanation.
+
+    Args:
+        targets: The targets under each explanation.
+        noise: The standard deviation of the observations, for curves.
+    """
     if jnp.issubdtype(targets.dtype, jnp.integer):
         return Categories(jnp.log(jax.nn.one_hot(targets, 2)))
     return Normals(targets, jnp.full_like(targets, noise**2))
@@ -123,13 +174,13 @@ def _over_tasks(
 ) -> Coverage:
     if not isinstance(source, ExplainedTasks):
         raise ValueError(
-            f"source: came {type(source).__name__}, whose explanations are not known; needs tasks such as "
-            "'wave_or_line' or 'two_circles' (recipes ambiguous, ambiguous-2d)"
+            "source must be of tasks whose explanations are known, such as 'wave_or_line' or 'two_circles' (recipes "
+            f"ambiguous, ambiguous-2d), got {type(source).__name__}."
         )
     if tasks < 1:
-        raise ValueError(f"tasks: came {tasks}, needs at least 1")
+        raise ValueError(f"tasks must be at least 1, got {tasks}.")
     if not 0 < near < 0.5:
-        raise ValueError(f"near: came {near}, needs a share inside (0, 1/2)")
+        raise ValueError(f"near must be inside (0, 1/2), got {near}.")
     key_tasks, key_draws = jax.random.split(key)
 
     @jax.jit

@@ -1,8 +1,12 @@
-"""Does a classifier know what it has never seen? Uncertainty on queries of the task's classes against strange images.
+"""Is a classifier less certain about novel images than about queries of the task's classes?
 
-Three kinds of strangers: images of classes that the task does not have, the task's own queries turned by a quarter, and
-noise. Uncertainty is the entropy of the predictive and, where it is a mixture of several draws, the mutual information
-of the class and the draw (Smith & Gal 2018): entropy of the mean less mean of the entropies.
+There are three kinds of novel images: images of classes that are not in the task, the task's own queries rotated by a
+quarter turn, and noise. The uncertainty is the entropy of the predictive. If the predictive is a mixture of several
+draws, a second score is the mutual information of the class and the draw: the entropy of the mean minus the mean of the
+entropies.
+
+References:
+    Smith & Gal 2018, for the mutual information.
 """
 
 from dataclasses import replace
@@ -23,9 +27,13 @@ KINDS = ("other classes", "rotated", "noise")
 
 
 class Novelty(NamedTuple):
-    """Over tasks: accuracy on the known, and the AUROC of each score against each kind of stranger.
+    """How well uncertainty detects novel images, over tasks.
 
-    `auroc` by score and kind: 1/2 tells nothing, 1 tells all apart. `means` of each score by kind, "known" among them.
+    Attributes:
+        accuracy: The accuracy on the task's own queries.
+        auroc: The AUROC by score and kind of novel image: 1/2 if the score distinguishes nothing, 1 if it distinguishes
+            all.
+        means: The mean of each score by kind; "known" stands for the task's own queries.
     """
 
     accuracy: Figure
@@ -34,12 +42,19 @@ class Novelty(NamedTuple):
 
 
 def entropy(p: Float[Array, "... c"]) -> Float[Array, "..."]:
-    """-sum p log p in nats, 0 log 0 = 0."""
+    """Computes the entropy -sum p log p over the last axis in nats, with 0 log 0 = 0."""
     return jax.scipy.special.entr(p).sum(-1)
 
 
 def uncertainty(predictive: Categories) -> dict[str, Float[Array, " n"]]:
-    """Each example's scores: its entropy, and its mutual information where there are two draws or more."""
+    """Computes the uncertainty scores of each example.
+
+    Args:
+        predictive: The predictive of n examples.
+
+    Returns:
+        The entropy and, if there are at least two draws, the mutual information, each [n].
+    """
     scores = {"entropy": entropy(predictive.mean())}
     if predictive.log_probs.shape[0] > 1:
         scores["mutual information"] = scores["entropy"] - entropy(jnp.exp(predictive.log_probs)).mean(0)
@@ -47,10 +62,17 @@ def uncertainty(predictive: Categories) -> dict[str, Float[Array, " n"]]:
 
 
 def strangers(source: ClassPool, key: PRNGKeyArray) -> tuple[Task, dict[str, Float[Array, "n h w c"]]]:
-    """A task of the source, and as many images of each kind as it has queries.
+    """Draws a task, and as many novel images of each kind as it has queries.
 
-    Other classes: as many again as the task has, drawn with it and so different from its own. Noise: every pixel
-    uniform between the least and the greatest of the task's own.
+    The images of other classes come from as many other classes as the task has. The pixels of noise are uniform between
+    the smallest and the largest value of the task's own queries.
+
+    Args:
+        source: A pool with at least twice as many classes as a task.
+        key: Random key.
+
+    Returns:
+        The task, and the novel images by kind.
     """
     key_task, key_noise = jax.random.split(key)
     double = replace(source, way=2 * source.way)
@@ -62,7 +84,7 @@ def strangers(source: ClassPool, key: PRNGKeyArray) -> tuple[Task, dict[str, Flo
 
 
 def _half(task: Task, part: int) -> Task:
-    """Tasks lie class by class: the first or the second half of the classes."""
+    """Returns the first or the second half of the classes of a task, which is sorted by class."""
 
     def half(leaf: Array) -> Array:
         return jnp.split(leaf, 2)[part]
@@ -79,42 +101,54 @@ def novelty(
     tasks: int = 200,
     chunk: int = 4,
 ) -> Novelty:
-    """AUROC of known queries against each kind of stranger, task by task.
+    """Computes the AUROC of the task's own queries against each kind of novel image, task by task.
 
-    Each kind is predicted as a batch of its own. A learner that normalises over that batch sees strangers beside
-    strangers only: use one that judges each query alone (transductive=False), as one image would come.
+    Each kind is predicted as a separate batch. A learner that normalises over that batch would see novel images only
+    beside other novel images. Use one that predicts each query alone (transductive=False), as a single image would
+    come.
+
+    Args:
+        learner: A classification learner.
+        params: Its parameters.
+        source: A pool of square images with at least twice as many classes as a task.
+        key: Random key.
+        tasks: The number of tasks.
+        chunk: The number of tasks in memory at once.
+
+    Returns:
+        Accuracy, AUROC and mean scores.
 
     Raises:
-        ValueError: a source that is no pool of square images, with fewer classes than two tasks have, or no tasks.
+        ValueError: Another source, or no tasks.
     """
     if not isinstance(source, ClassPool):
-        raise ValueError(f"source: came {type(source).__name__}, needs a pool of images by class, as omniglot")
+        raise ValueError(f"source must be a pool of images by class, such as omniglot, got {type(source).__name__}.")
     if tasks < 1:
-        raise ValueError(f"tasks: came {tasks}, needs at least 1")
+        raise ValueError(f"tasks must be at least 1, got {tasks}.")
     if source.images.shape[1] != source.images.shape[2]:
-        raise ValueError(f"source: came images of {source.images.shape[1:3]}, needs square ones, to turn them")
+        raise ValueError(f"source must have square images, because they are rotated, got {source.images.shape[1:3]}.")
     classes = source.starts.shape[0] * source.rotations
     if classes < 2 * source.way:
-        raise ValueError(f"source: has {classes} classes, needs twice the tasks' {source.way}, to have others")
+        raise ValueError(f"source must have at least twice the {source.way} classes of a task, got {classes}.")
 
     @jax.jit
     def run(params: PyTree, source: ClassPool, keys: PRNGKeyArray) -> Any:
         def one(key: PRNGKeyArray) -> tuple[Array, dict[str, Float[Array, "kinds n"]]]:
             key_task, key_adapt, key_predict = jax.random.split(key, 3)
-            task, odd = strangers(source, key_task)
+            task, novel = strangers(source, key_task)
             posterior = learner.adapt(params, task.support, key_adapt)
-            predictives = [learner.predict(params, posterior, x, key_predict) for x in (task.query.x, *odd.values())]
+            predictives = [learner.predict(params, posterior, x, key_predict) for x in (task.query.x, *novel.values())]
             hit = (predictives[0].mean().argmax(-1) == task.query.y).mean()
-            # All kinds in one array: the same arithmetic for all, so that what is tied stays tied.
+            # All kinds are in one array, so that the same arithmetic keeps equal scores equal.
             return hit, jax.vmap(uncertainty)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *predictives))
 
         return jax.lax.map(one, keys, batch_size=min(chunk, tasks))
 
     hit, scores = run(params, source, jax.random.split(key, tasks))
     against = jax.jit(jax.vmap(lambda values: jax.vmap(auroc, (0, None))(values[1:], values[0])))
-    told = {name: _by_kind(KINDS, against(values)) for name, values in scores.items()}
+    found = {name: _by_kind(KINDS, against(values)) for name, values in scores.items()}
     means = {name: _by_kind(("known", *KINDS), values.mean(-1)) for name, values in scores.items()}
-    return Novelty(figure_of(np.asarray(hit)), told, means)
+    return Novelty(figure_of(np.asarray(hit)), found, means)
 
 
 def _by_kind(kinds: tuple[str, ...], values: Float[Array, "tasks kinds"]) -> dict[str, Figure]:

@@ -1,4 +1,4 @@
-"""Pictures of studies: draws over explanations, error over acquisitions, and AUROC against strangers."""
+"""Plots of studies: draws over explanations, error over acquisitions, and AUROC for novel images."""
 
 from __future__ import annotations
 
@@ -23,9 +23,19 @@ if TYPE_CHECKING:
 def explanations(
     source: ExplainedTasks, learners: dict[str, tuple[Learner, PyTree]], key: PRNGKeyArray, show: int = 3
 ) -> Figure:
-    """Draws of each learner's posterior (columns) on `show` tasks (rows) that have two explanations, both drawn dashed.
+    """Plots draws of each learner's posterior (columns) on tasks (rows) that have two explanations, which are dashed.
 
-    Inputs [n, 1]: a curve a draw. Inputs [n, 2]: the border between the classes that a draw sees, a line a draw.
+    For inputs [n, 1] each draw is a curve. For inputs [n, 2] each draw is a line, the border between the classes that
+    it predicts.
+
+    Args:
+        source: The source of the tasks.
+        learners: Learners with their parameters, by name.
+        key: Random key.
+        show: The number of tasks.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
     """
     tasks = source.sample(key, show)
     flat = tasks.support.x.shape[-1] == 2
@@ -76,7 +86,14 @@ def _borders(ax: Axes, x: jax.Array, levels: np.ndarray, colours: list[str], **s
 
 
 def acquisitions(found: dict[str, Acquisition]) -> Figure:
-    """Error over the number of points seen, chosen by variance and at random, one panel a learner."""
+    """Plots the error over the number of observed points, chosen by variance and at random, with one panel per learner.
+
+    Args:
+        found: The results of `active`, by name of the learner.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
     figure, axes = panels(4.2 * len(found), 3.2, len(found), sharey=True)
     for ax, (name, result) in zip(axes, found.items(), strict=True):
         for label, curve, colour in (("at random", result.at_random, GREY), ("by variance", result.by_variance, BLUE)):
@@ -90,7 +107,14 @@ def acquisitions(found: dict[str, Acquisition]) -> Figure:
 
 
 def novelty_bars(found: dict[str, Novelty]) -> Figure:
-    """AUROC of each learner's uncertainty against each kind of stranger, with 95 % intervals."""
+    """Plots the AUROC of each learner's uncertainty for each kind of novel image, with 95 % intervals.
+
+    Args:
+        found: The results of `novelty`, by name of the learner.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
     rows = {
         f"{name}, {score}": kinds for name, result in found.items() for score, kinds in result.auroc.items()
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where tasks come from. Every source is a factory that returns three disjoint `Splits`."""
+"""Task sources. Every source is a factory that returns three disjoint `Splits`."""
 
 from metaprior.core.named import Registry
 from metaprior.core.options import Fraction, checked
@@ -57,18 +57,37 @@ SOURCES = Registry(
     },
 )
 
-# The sources whose support has class attributes in place of examples.
+# Sources whose support holds class attributes instead of examples.
 DESCRIBED_SOURCES = ("omniglot_strokes",)
 
 
 @checked
 def around(splits: Splits, *, labelled: Fraction = 1.0, unlabelled: str = "shown") -> Splits:
-    """What any source of classes may be wrapped in: see `hide_labels`."""
+    """Wraps the splits of a source of classes so that some support labels are hidden.
+
+    Args:
+        splits: The splits of any source of classes.
+        labelled: The fraction of support labels per class that stay known; see `hide_labels`.
+        unlabelled: How the other examples appear; see `hide_labels`.
+
+    Returns:
+        The splits of `hide_labels`; with the defaults, `splits` themselves.
+
+    Raises:
+        ValueError: A value that `hide_labels` refuses.
+    """
     return splits if (labelled, unlabelled) == (1, "shown") else hide_labels(splits, labelled, unlabelled)
 
 
 def preparation_of(source: object) -> Preparation | None:
-    """The preparation of a table's tasks, whatever they are wrapped in; None for tasks that are no tables."""
+    """Returns the preparation of a table's tasks.
+
+    Args:
+        source: A task source. Sources that wrap another one are unwrapped first.
+
+    Returns:
+        The `Preparation`; None if the tasks do not come from a table.
+    """
     while (inner := getattr(source, "source", None)) is not None:
         source = inner
     return getattr(source, "preparation", None)

@@ -1,4 +1,4 @@
-"""Drawing episodes: distinct places, rows of classes, and the task that they make."""
+"""Drawing episodes: distinct indices, rows of classes, and the task made of them."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,20 @@ from metaprior.core.types import Batch, Task
 
 
 def distinct(key: PRNGKeyArray, population: Int[Array, ""] | int, k: int) -> Int[Array, " k"]:
-    """k different numbers below `population` in random order; the population may be traced, k is static.
+    """Draws k different integers from 0 to population - 1, in random order.
 
-    Where the population is smaller than k, all of it comes first and -1 fills the rest. Cost O(k^2) whatever the
-    population: Floyd's method (Bentley & Floyd 1987), then a shuffle of the k.
+    The method is Floyd's, followed by a shuffle of the k integers. Its cost is O(k^2) for any population.
+
+    Args:
+        key: Random key.
+        population: The number of integers to draw from. It may be traced.
+        k: How many integers to draw. It must be static.
+
+    Returns:
+        The integers [k]. If the population is smaller than k, all of it comes first and -1 fills the rest.
+
+    References:
+        Bentley & Floyd 1987, "A sample of brilliance".
     """
     key_draw, key_order = jax.random.split(key)
     tops = population - k + jnp.arange(k)
@@ -21,7 +31,7 @@ def distinct(key: PRNGKeyArray, population: Int[Array, ""] | int, k: int) -> Int
         taken = (chosen == draws[i]).any()
         return chosen.at[i].set(jnp.where(taken | (tops[i] < 0), tops[i], draws[i]))
 
-    # Numbers below 0 stand for what is not there; they never meet a draw.
+    # Negative numbers stand for missing items. They never equal a draw.
     chosen = jnp.maximum(jax.lax.fori_loop(0, k, take, jnp.full(k, -1, draws.dtype)), -1)
     order = jnp.where(chosen < 0, 2.0, jax.random.uniform(key_order, (k,)))
     return chosen[jnp.argsort(order)]
@@ -35,9 +45,19 @@ def draw_rows(
     size: int,
     turns: int = 1,
 ) -> tuple[Int[Array, "way size"], Int[Array, " way"]]:
-    """`size` different rows of each of `way` different classes, and which classes, below turns * classes.
+    """Draws `way` different classes, and `size` different rows of each.
 
-    Class i's rows are starts[i] .. starts[i] + counts[i]; i + classes, i + 2 classes, ... are the same rows.
+    Args:
+        key: Random key.
+        starts: The first row of each class, [classes].
+        counts: The number of rows of each class, [classes]. The rows of class i are starts[i] .. starts[i] + counts[i]
+            - 1.
+        way: The number of classes to draw.
+        size: The number of rows to draw per class.
+        turns: How many classes each set of rows stands for: i, i + classes, i + 2 classes, ... have the same rows.
+
+    Returns:
+        The rows [way, size], and the drawn classes [way], which are below turns * classes.
     """
     key_class, key_row = jax.random.split(key)
     chosen = distinct(key_class, starts.shape[0] * turns, way)
@@ -47,7 +67,16 @@ def draw_rows(
 
 
 def as_task(x: Shaped[Array, "way m ..."], labels: Int[Array, " way"], shot: int) -> Task:
-    """A task, class by class: the first `shot` examples of each class are the support, the others the query."""
+    """Makes a task from examples that are sorted by class.
+
+    Args:
+        x: Examples, [way, m, ...].
+        labels: The label of each class, [way].
+        shot: The first `shot` examples of each class are the support, the others the query.
+
+    Returns:
+        The task; support and query are sorted by class.
+    """
 
     def batch(x: Array) -> Batch:
         return Batch(x.reshape(-1, *x.shape[2:]), jnp.repeat(labels, x.shape[1]))

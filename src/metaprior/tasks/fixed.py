@@ -1,4 +1,4 @@
-"""A source of given tasks: a published benchmark's episodes, or tasks made elsewhere."""
+"""A source of given tasks, such as the episodes of a published benchmark or tasks made elsewhere."""
 
 from dataclasses import dataclass
 
@@ -13,32 +13,40 @@ from metaprior.tasks.drawing import distinct
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FixedTasks:
-    """Stacked tasks as they are; `sample` of all of them keeps their order, of fewer draws different ones."""
+    """A source of given tasks.
+
+    Attributes:
+        tasks: The tasks, stacked along a leading axis.
+    """
 
     tasks: Task
 
     @property
     def total(self) -> int:
-        """How many tasks there are."""
+        """The number of tasks."""
         return jax.tree.leaves(self.tasks)[0].shape[0]
 
     @property
     def group_count(self) -> int:
-        """Each task is a group of its own: shown twice, it is no new evidence."""
+        """The number of groups. Each task is its own group, because a repeated task is no new evidence."""
         return self.total
 
     def of_group(self, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
-        """The task with this number."""
+        """Returns the task with this number."""
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[group], self.tasks)
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """n different tasks.
+        """Draws n different tasks; with n equal to `total`, returns all of them in their order.
+
+        Args:
+            key: Random key.
+            n: The number of tasks.
 
         Raises:
-            ValueError: n above `total`: a repeated task would count as new evidence.
+            ValueError: n above `total`, because a repeated task would count as new evidence.
         """
         if n > self.total:
-            raise ValueError(f"n: came {n}, but there are {self.total} fixed tasks; ask for at most {self.total}")
+            raise ValueError(f"n must be at most {self.total}, the number of fixed tasks, got {n}.")
         if n == self.total:
             return self.tasks
         rows = distinct(key, self.total, n)

@@ -1,4 +1,4 @@
-"""Few-shot classification from a pool of images by class: an episode is a gather inside the compiled step."""
+"""Few-shot classification from a pool of images sorted by class. An episode is a gather inside the compiled step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,15 @@ from metaprior.tasks.drawing import as_task, draw_rows
 
 
 def rotate(images: UInt8[Array, "w m h h c"], turns: Int[Array, " w"]) -> UInt8[Array, "w m h h c"]:
-    """Class i's images turned counterclockwise by turns[i] quarter turns."""
+    """Rotates the images of each class counterclockwise.
+
+    Args:
+        images: m square images of each of w classes, [w, m, h, h, c].
+        turns: The number of quarter turns of each class, 0 to 3, [w].
+
+    Returns:
+        The rotated images, of the same shape.
+    """
     turns = turns[:, None, None, None, None]
     images = jnp.where(turns % 2 == 1, jnp.swapaxes(images, 2, 3), images)
     images = jnp.where((turns == 1) | (turns == 2), images[:, :, ::-1], images)
@@ -33,28 +41,54 @@ def check_enough(
     kind: str,
     turns: int = 1,
 ) -> None:
-    """A DataError where a split has fewer classes than `way`, or one of them fewer examples than shot + query."""
+    """Checks that a split has enough classes, and each class enough examples.
+
+    Args:
+        classes: The classes of the split.
+        counts: The number of examples of each class.
+        names: The name of each class, for the error; None to name it by its number.
+        way: The number of classes per task.
+        shot: Support examples per class.
+        query: Query examples per class.
+        kind: What an example is, in the plural, for the error.
+        turns: How many classes each class counts as, by rotation.
+
+    Raises:
+        DataError: Fewer classes than `way`, or a class of fewer examples than shot + query.
+    """
     if len(classes) * turns < way:
         raise DataError(
-            f"way: came {way}, but this split has {len(classes) * turns} classes; lower way or give it more classes"
+            f"way must be at most {len(classes) * turns}, the number of classes of this split, got {way}. Lower way or "
+            "give the split more classes."
         )
     small = classes[counts[classes] < shot + query]
     if len(small):
         name = names[small[0]] if names is not None else f"number {small[0]}"
         raise DataError(
-            f"shot + query: came {shot} + {query}, but class {name} has {counts[small[0]]} {kind} and so have "
-            f"{len(small)} classes too few; lower shot or query, or leave those classes out"
+            f"shot + query must be at most {counts[small[0]]}, the number of {kind} of class {name}, got {shot} + "
+            f"{query}. {len(small)} classes have too few; lower shot or query, or leave those classes out."
         )
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ClassPool:
-    """Episodes of `way` classes with `shot` support and `query` query examples a class.
+    """Episodes of `way` classes with `shot` support and `query` query examples per class.
 
-    Class i's examples are images[starts[i] : starts[i] + counts[i]]; classes may differ in size, and splits share one
-    array of images. With rotations = 4 each class turned by 90, 180 and 270 degrees is a class of its own (only square
-    images). An image becomes (bytes / 255 - mean) / deviation, per channel.
+    An image is scaled to (bytes / 255 - mean) / deviation, per channel.
+
+    Attributes:
+        images: All images, sorted by class; the splits share this array.
+        classes: The numbers of the classes that this source draws from.
+        starts: The first image of each class. The images of class i are images[starts[i] : starts[i] + counts[i]].
+        counts: The number of images of each class.
+        mean: What is subtracted, per channel.
+        deviation: What is divided by, per channel.
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class.
+        rotations: 1, or 4 if each class rotated by 90, 180 and 270 degrees is a class of its own (square images only).
+        own_labels: Whether a label is the number of the class in this source instead of its place in the task.
     """
 
     images: UInt8[Array, "total h w c"]
@@ -70,11 +104,14 @@ class ClassPool:
     own_labels: bool = field(default=False, metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """n tasks; support x float32 [n, way * shot, h, w, c] and y int32 [n, way * shot], class by class.
+        """Draws n tasks.
 
-        A class's place in the task (its label) is random; the query follows the same order. With own_labels a label
-        is the class's own number in 0..size * rotations - 1, the same in every task (turned classes come after all
-        unturned ones): for plain classification, which baselines are pretrained by.
+        Returns:
+            Support x float32 [n, way * shot, h, w, c] and y int32 [n, way * shot], sorted by class; the query likewise,
+                in the same order of classes. A label is the place of the class in the task, which is random. With
+                `own_labels` it is the number of the class, 0 to classes * rotations - 1, the same in every task;
+                rotated classes come after all unrotated ones. Baselines are pretrained with these labels, by plain
+                classification.
         """
         return jax.vmap(self._gather)(*jax.vmap(self._draw)(jax.random.split(key, n)))
 
@@ -90,16 +127,16 @@ class ClassPool:
         return as_task(self.normalised(images.astype(jnp.float32) / 255), labels, self.shot)
 
     def normalised(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        """Images in 0..1 as the tasks show them."""
+        """Scales images in 0..1 to what tasks hold: (image - mean) / deviation."""
         return (x - self.mean) / self.deviation
 
     def restored(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        """Images of tasks in 0..1 again."""
+        """Scales images of tasks back to 0..1."""
         return x * self.deviation + self.mean
 
 
 def innermost(source: Any) -> Any:
-    """The source within sources around it (augmented, of hidden labels)."""
+    """Returns the innermost source of sources that wrap another one, such as `Augmented` and `HiddenLabels`."""
     while hasattr(source, "source"):
         source = source.source
     return source
@@ -120,33 +157,45 @@ def class_pool(
     mean: float | Sequence[float] = 0.0,
     deviation: float | Sequence[float] = 1.0,
 ) -> ClassPool:
-    """Episodes from images that lie class by class.
+    """Makes episodes from images that are sorted by class.
 
     Args:
-        images: uint8 [total, h, w, c], all of the first class, then all of the second, and so on.
-        counts: how many images each class has; their sum is `total`.
-        classes: the classes this source draws from (positions in `counts`); all by default.
-        names: of all classes, for errors.
-        own_labels: a label is the class's own number, not its place in the task.
-        mean, deviation: subtracted from and divided into the images scaled to 0..1, one number or one a channel.
+        images: uint8 [total, h, w, c]: all images of the first class, then all of the second, and so on.
+        counts: The number of images of each class; the sum is `total`.
+        classes: The classes that this source draws from, as positions in `counts`. By default all.
+        names: The name of each class, for errors.
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class.
+        rotations: Whether each class rotated by 90, 180 and 270 degrees is a class of its own (square images only).
+        own_labels: Whether a label is the number of the class instead of its place in the task.
+        mean: Subtracted from the images scaled to 0..1; one number or one per channel.
+        deviation: Divides the images after that; one number or one per channel, above 0.
+
+    Returns:
+        The source.
 
     Raises:
-        DataError: fewer classes than `way`, fewer images in a class than shot + query, or arrays that do not fit.
+        DataError: Fewer classes than `way`, a class of fewer images than shot + query, or arrays that do not fit.
+        ValueError: A deviation that is not above 0.
     """
     way, shot, query = check_count("way", way, 2), check_count("shot", shot), check_count("query", query)
     counts = np.asarray(counts, np.int32)
     classes = np.arange(len(counts), dtype=np.int32) if classes is None else np.asarray(classes, np.int32)
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != counts.sum():
         raise DataError(
-            f"images: came {images.dtype} {images.shape}, needs uint8 [{counts.sum()}, h, w, c], one a count"
+            f"images must be uint8 [{counts.sum()}, h, w, c], one per count, got {images.dtype} {images.shape}."
         )
     turns = 4 if rotations else 1
     if rotations and images.shape[1] != images.shape[2]:
-        raise DataError(f"rotations: came images of {images.shape[1]} x {images.shape[2]}, needs square ones")
+        raise DataError(
+            f"rotations must be False for images that are not square, got True for {images.shape[1]} x "
+            f"{images.shape[2]} pixels."
+        )
     check_enough(classes, counts, names, way, shot, query, "images", turns)
     scale = [np.broadcast_to(np.asarray(v, np.float32), images.shape[-1]) for v in (mean, deviation)]
     if not (scale[1] > 0).all():
-        raise ValueError(f"deviation: came {deviation!r}, needs numbers above 0")
+        raise ValueError(f"deviation must be above 0, got {deviation!r}.")
     starts = np.cumsum(counts) - counts
     return ClassPool(
         jnp.asarray(images), jnp.asarray(classes), jnp.asarray(starts[classes], jnp.int32),
@@ -172,16 +221,38 @@ def pool_splits(
     mean: float | Sequence[float] = 0.0,
     deviation: float | Sequence[float] = 1.0,
 ) -> Splits:
-    """Training, validation and test pools over one shared array; `split` lists each one's classes. As `class_pool`.
+    """Makes training, validation and test pools that share one array of images.
 
-    train_way: classes a task in training (default: way). train_labels: "task", or "class" (`own_labels` in training).
+    Args:
+        images: uint8 [total, h, w, c], sorted by class.
+        counts: The number of images of each class.
+        split: The classes of training, validation and test: three disjoint lists of positions in `counts`.
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class in training.
+        test_query: Query examples per class in validation and test.
+        rotations: Whether rotated classes are classes of their own in training; see `class_pool`.
+        test_rotations: The same in validation and test.
+        train_way: Classes per task in training. By default `way`.
+        train_labels: The labels of training tasks: "task" for the place of the class in the task, "class" for the
+            number of the class (`own_labels` of `class_pool`).
+        names: The name of each class, for errors.
+        mean: As in `class_pool`.
+        deviation: As in `class_pool`.
+
+    Returns:
+        The three pools.
+
+    Raises:
+        DataError: Lists that share a class, or whatever `class_pool` refuses.
+        ValueError: Another word for `train_labels`, or a deviation that is not above 0.
     """
     if train_labels not in ("task", "class"):
-        raise ValueError(f"train_labels: came {train_labels!r}, needs 'task' or 'class'")
+        raise ValueError(f"train_labels must be 'task' or 'class', got {train_labels!r}.")
     seen: set[int] = set()
     for part in split:
         if seen & set(np.asarray(part).tolist()):
-            raise DataError("split: came lists with classes in common, needs disjoint ones")
+            raise DataError("split must be disjoint lists of classes, got lists with a class in common.")
         seen |= set(np.asarray(part).tolist())
     images = jnp.asarray(images)
     shared: dict[str, Any] = {"names": names, "shot": shot, "mean": mean, "deviation": deviation}

@@ -1,4 +1,4 @@
-"""Where data live: the user's data folder, downloads from the official source, and the cache of decoded arrays."""
+"""Where data are stored: the user's data folder, downloads from the official source, and a cache of decoded arrays."""
 
 import glob
 import hashlib
@@ -28,7 +28,14 @@ DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, zip
 
 
 def data_folder(name: str) -> Path | None:
-    """The folder of a data set inside the one METAPRIOR_DATA names, where it exists."""
+    """Returns the folder of a data set.
+
+    Args:
+        name: The name of a folder inside the folder that the environment variable METAPRIOR_DATA names.
+
+    Returns:
+        The folder; None if it does not exist.
+    """
     root = os.environ.get("METAPRIOR_DATA")
     folder = Path(root, name) if root else None
     return folder if folder is not None and folder.is_dir() else None
@@ -36,38 +43,61 @@ def data_folder(name: str) -> Path | None:
 
 @contextmanager
 def reading(path: str | Path, fix: str = "delete it and download or copy it again") -> Iterator[None]:
-    """Turns what a damaged file raises into a DataError that names the file and the fix."""
+    """Turns the errors that a damaged file raises into a DataError that names the file and the fix.
+
+    Args:
+        path: The file that is read inside the `with` block.
+        fix: What the user can do, as the end of the message.
+
+    Raises:
+        DataError: A file that is absent, not regular, or damaged.
+    """
     if not Path(path).exists():
-        raise DataError(f"{path}: no such file; correct the path, or download or copy the file there")
+        raise DataError(f"{path}: no such file. Correct the path, or download or copy the file there.")
     check_regular(path)
     try:
         yield
     except DataError:
         raise
     except DAMAGE as error:
-        raise DataError(f"{path}: corrupt or truncated ({type(error).__name__}: {error}); {fix}") from error
+        raise DataError(f"{path} is corrupt or truncated ({type(error).__name__}: {error}): {fix}.") from error
 
 
 def read_npz(path: str | Path, names: tuple[str, ...]) -> list[np.ndarray]:
-    """The named arrays of an NPZ file.
+    """Reads arrays of an NPZ file.
+
+    Args:
+        path: The file.
+        names: The names of the arrays.
+
+    Returns:
+        The arrays, in the order of `names`.
 
     Raises:
-        DataError: the file is absent, damaged, or lacks one of the arrays.
+        DataError: A file that is absent, damaged, or lacks one of the arrays.
     """
     with reading(path), open_arrays(path) as file:
         missing = [name for name in names if name not in file.files]
         if missing:
-            raise DataError(f"{path}: came arrays {', '.join(file.files)}, needs {', '.join(names)}")
+            raise DataError(f"{path} must hold the arrays {', '.join(names)}, got {', '.join(file.files)}.")
         return [file[name] for name in names]
 
 
 def download(url: str, sha256: str | None, dataset: str) -> Path:
-    """A file of the official source, fetched once into the cache and checked.
+    """Downloads a file of the official source into the cache, once, and checks it.
 
-    A broken transfer leaves nothing behind and starts cleanly again; progress is shown.
+    A broken transfer leaves nothing behind, so that the next call starts from the beginning. A progress bar is shown.
+
+    Args:
+        url: The address of the file.
+        sha256: Its checksum; None if it is not known.
+        dataset: The name of the data set.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        DataError: no network, or a file that is not the official one.
+        DataError: No network, or a file that is not the official one.
         MissingExtra: pooch, requests or tqdm is not installed.
     """
     with extra("data", f"Downloading {dataset}"):
@@ -76,36 +106,46 @@ def download(url: str, sha256: str | None, dataset: str) -> Path:
         import tqdm  # noqa: F401  pooch's progress bar
     folder = cache_folder() / "downloads" / dataset
     advice = (
-        f"check the network and run again, or fetch {url} on another machine, put it into a folder {dataset}/ and let "
-        "the environment variable METAPRIOR_DATA name the folder above"
+        f"Check the network and run again. Or fetch {url} on another machine, put it into a folder {dataset}/ and set "
+        "the environment variable METAPRIOR_DATA to the folder above it."
     )
     known = f"sha256:{sha256}" if sha256 else None
     try:
         fetched = pooch.retrieve(url, known, fname=url.rsplit("/", 1)[-1], path=folder, progressbar=True)
     except requests.exceptions.RequestException as error:
-        raise DataError(f"{dataset}: cannot download {url} ({type(error).__name__}); {advice}") from error
+        raise DataError(f"{dataset}: cannot download {url} ({type(error).__name__}). {advice}") from error
     except ValueError as error:
-        raise DataError(f"{dataset}: what came from {url} is not the official file ({error}); {advice}") from error
+        raise DataError(f"{dataset}: the file from {url} is not the official one ({error}). {advice}") from error
     except OSError as error:
-        raise DataError(f"{dataset}: cannot store {url} in {folder} ({error}); free space there") from error
+        raise DataError(f"{dataset}: cannot store {url} in {folder} ({error}). Free space there.") from error
     return Path(fetched)
 
 
 def stamp(*paths: str | Path) -> list[list[Any]]:
-    """What identifies the present state of local files: path, size, time of change."""
+    """Returns what identifies the current state of local files.
+
+    Args:
+        *paths: The files.
+
+    Returns:
+        Path, size in bytes and modification time in ns of each.
+    """
     stats = [(Path(path).resolve(), Path(path).stat()) for path in paths]
     return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 def cached(name: str, identity: Any, build: Callable[[], Arrays]) -> Mapping[str, np.ndarray]:
-    """The arrays that `build` makes, kept on disk and memory-mapped from then on.
+    """Returns the arrays that `build` makes; they are stored on disk and memory-mapped in later calls.
+
+    The folder appears complete or not at all. Its checksums are verified at each load, and a damaged folder is rebuilt.
 
     Args:
-        name: a readable start of the folder's name.
-        identity: what the arrays depend on (JSON); another identity is another folder.
+        name: A readable prefix of the folder's name.
+        identity: What the arrays depend on, as JSON. Another identity is another folder.
+        build: Makes the arrays.
 
-    The folder appears whole or not at all, and its checksums are verified at each load; a damaged one is rebuilt. Where
-    the disk is full or read-only the arrays are returned all the same, with a warning.
+    Returns:
+        The arrays by name. If the disk is full or read-only, they are not stored, and a warning says so.
     """
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{name}-{digest}"
@@ -113,14 +153,16 @@ def cached(name: str, identity: Any, build: Callable[[], Arrays]) -> Mapping[str
         try:
             return _load(folder)
         except DataError as error:
-            warnings.warn(f"{error}: the cached copy is made anew", stacklevel=2)
+            warnings.warn(f"{error} The cached copy is rebuilt.", stacklevel=2)
             shutil.rmtree(folder, ignore_errors=True)
     arrays = build()
     try:
         _save(folder, arrays)
         return _load(folder)
     except OSError as error:
-        warnings.warn(f"{folder}: cannot keep the decoded data ({error}); it is decoded at each start", stacklevel=2)
+        warnings.warn(
+            f"{folder}: cannot store the decoded data ({error}). Each start decodes them again.", stacklevel=2
+        )
         return arrays
 
 
@@ -130,12 +172,12 @@ def _digest(path: Path) -> str:
 
 
 def _share(partial: Path, folder: Path, digests: Mapping[str, str]) -> None:
-    """Links in place of arrays that stand beside it already: the same data, of files since moved or copied anew."""
+    """Replaces new arrays by links to equal arrays of other folders, as after the source file was moved or copied."""
     alike = glob.escape(folder.name.rpartition("-")[0])
     for name, digest in digests.items():
         size = (partial / f"{name}.npy").stat().st_size
         for twin in folder.parent.glob(f"{alike}-*/{name}.npy"):
-            with suppress(OSError):  # a file system without links keeps both
+            with suppress(OSError):  # without links, the file system stores both
                 if twin.stat().st_size == size and _digest(twin) == digest:
                     os.link(twin, partial / "twin")
                     os.replace(partial / "twin", partial / f"{name}.npy")
@@ -155,7 +197,7 @@ def _save(folder: Path, arrays: Arrays) -> None:
         try:
             partial.rename(folder)
         except OSError:
-            # Another process may have put the same arrays there meanwhile; anything else is the caller's to tell.
+            # Another process may have written the same arrays meanwhile. Other errors go to the caller.
             if not folder.is_dir():
                 raise
     finally:
@@ -163,9 +205,9 @@ def _save(folder: Path, arrays: Arrays) -> None:
 
 
 def _load(folder: Path) -> Mapping[str, np.ndarray]:
-    with reading(folder, "it will be made anew"):
+    with reading(folder, "it cannot be used"):
         digests = json.loads((folder / "SHA256.json").read_text())
         for name, digest in digests.items():
             if _digest(folder / f"{name}.npy") != digest:
-                raise DataError(f"{folder / name}.npy: its checksum differs")
+                raise DataError(f"{folder / name}.npy has another checksum than when it was stored.")
         return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in digests}

@@ -30,7 +30,13 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class Picture(NamedTuple):
-    """One picture: its class ('' where it lies in no folder), where it lies, and how to read it."""
+    """One picture.
+
+    Attributes:
+        group: Its class; '' if it lies in no folder.
+        place: Where it is, for errors.
+        read: Reads it: encoded bytes, or an array of pixels.
+    """
 
     group: str
     place: str
@@ -38,14 +44,20 @@ class Picture(NamedTuple):
 
 
 def find_pictures(path: str | Path) -> list[Picture]:
-    """The pictures of a folder of class folders, a zip or tar archive of one, an NPZ file, or one picture file.
+    """Finds the pictures of a folder, an archive, an NPZ file, or a single picture file.
 
-    The class is the folder a picture lies in, relative to what all have in common. An NPZ file has `images` (uint8
-    [n, h, w] or [n, h, w, c]) or `jpeg` and `offsets` (encoded files end to end), with `labels` [n]. A folder may hold
-    `train.npz`, `val.npz` and `test.npz` in place of class folders.
+    The class of a picture is the path of its folder, without the part that all pictures share.
+
+    Args:
+        path: A folder of class folders, or a zip or tar archive of one. Or an NPZ file with `images` (uint8 [n, h, w]
+            or [n, h, w, c]) or with `jpeg` and `offsets` (encoded files end to end), and with `labels` [n]. Or a folder
+            of `train.npz`, `val.npz` and `test.npz`. Or one picture.
+
+    Returns:
+        The pictures, not yet read.
 
     Raises:
-        DataError: nothing there, no picture in it, or a damaged archive.
+        DataError: Nothing there, no pictures in it, or a damaged archive.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -63,12 +75,14 @@ def find_pictures(path: str | Path) -> list[Picture]:
             found = list(_from_archive(path))
         _check_names(path, [name for name, _, _ in found])
     if not found:
-        raise DataError(f"{path}: came no picture ({', '.join(sorted(SUFFIXES))}), needs folders of pictures by class")
+        raise DataError(
+            f"{path} must be a folder of pictures by class, got no pictures ({', '.join(sorted(SUFFIXES))})."
+        )
     return _grouped(found)
 
 
 def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
-    """All files below a folder; links to folders are followed, but not in circles."""
+    """Yields all files below a folder; links to folders are followed, but not in circles."""
     real = folder.resolve()
     if real not in above:
         for path in folder.iterdir():
@@ -79,13 +93,15 @@ def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
 
 
 def _check_names(path: Path, names: list[str]) -> None:
-    """Names in an archive must be of different files, inside the folder that it would be unpacked to."""
+    """Checks that the names in an archive differ and stay inside the folder that it would be unpacked to."""
     for name, times in Counter(names).items():
         parts = PurePosixPath(name)
         if times > 1:
-            raise DataError(f"{path}: holds {name} {times} times; unpack it and pack it again.")
+            raise DataError(f"{path} holds {name} {times} times. Unpack it and pack it again.")
         if parts.is_absolute() or ".." in parts.parts:
-            raise DataError(f"{path}: holds {name}, a path that leads out of the archive; pack it again without.")
+            raise DataError(
+                f"{path} holds {name}, a path that leads out of the archive. Pack it again without that file."
+            )
 
 
 def _read_file(path: Path) -> bytes:
@@ -102,7 +118,7 @@ def _grouped(found: Iterable[tuple[str, str, Callable[[], bytes]]]) -> list[Pict
     rows = [(PurePosixPath(name).parent.parts, place, read) for name, place, read in found]
     groups = {group for group, _, _ in rows}
     shared = len(PurePosixPath(os.path.commonpath(["/".join(group) for group in groups])).parts)
-    # One class alone keeps its own name.
+    # A single class keeps its name.
     cut = shared if len(groups) > 1 else max(shared - 1, 0)
     return [Picture("/".join(group[cut:]), place, read) for group, place, read in rows]
 
@@ -111,15 +127,15 @@ def _from_archive(path: Path) -> Iterable[tuple[str, str, Callable[[], bytes]]]:
     if zipfile.is_zipfile(path):
         with open_zip(path) as checked:
             members = [m for m in checked.infolist() if _is_picture(m.filename) and not m.is_dir()]
-        archive = zipfile.ZipFile(path)  # left open: its pictures are read later
+        archive = zipfile.ZipFile(path)  # stays open, because its pictures are read later
         for member in sorted(members, key=lambda member: member.filename):
             place = f"{path}: {member.filename}"
             if member.flag_bits & 1:
-                raise DataError(f"{place} is encrypted; unpack the archive with its password first.")
+                raise DataError(f"{place} is encrypted. Unpack the archive with its password first.")
             check_member(place, member.file_size)
             yield member.filename, place, partial(archive.read, member)
     elif tarfile.is_tarfile(path):
-        # A compressed tar can only be read in its own order, so the encoded files are taken into memory at once.
+        # A compressed tar can only be read from start to end, so all encoded files are read into memory.
         with tarfile.open(path) as archive:
             total = 0
             for member in archive:
@@ -130,8 +146,8 @@ def _from_archive(path: Path) -> Iterable[tuple[str, str, Callable[[], bytes]]]:
                     yield member.name, f"{path}: {member.name}", partial(bytes, data)
     else:
         raise DataError(
-            f"{path}: came neither a zip or tar archive, nor an NPZ file, nor a picture; if it is one, it is corrupt "
-            "or truncated: delete it and download it again"
+            f"{path} must be a folder, a zip or tar archive, an NPZ file or a picture. If it is one, it is corrupt or "
+            "truncated. Delete it and download it again."
         )
 
 
@@ -142,21 +158,25 @@ def _from_npz(path: Path, prefix: str) -> list[Picture]:
     if "jpeg" in arrays and "offsets" in arrays:
         data, edges = arrays["jpeg"], arrays["offsets"]
         if data.dtype != np.uint8 or data.ndim != 1 or not _are_edges(edges, len(data)):
-            raise DataError(f"{path}: offsets must be rising places in jpeg, which is uint8 [bytes]; it is damaged.")
+            raise DataError(
+                f"{path} is damaged: offsets must be increasing positions in jpeg, and jpeg must be uint8 [bytes]."
+            )
         reads = [partial(_slice, data, a, b) for a, b in pairwise(edges)]
     elif "images" in arrays:
         images = arrays["images"]
         whole = images.dtype == np.uint8 and images.ndim in (3, 4) and 0 not in images.shape[1:]
         if not whole or images.shape[3:] not in ((), (1,), (3,), (4,)):
             needed = "uint8 [n, h, w] or [n, h, w, c] with c = 1, 3 or 4"
-            raise DataError(f"{path}: images came {images.dtype} {images.shape}, needs {needed}")
+            raise DataError(f"{path}: images must be {needed}, got {images.dtype} {images.shape}.")
         reads = [partial(images.__getitem__, i) for i in range(len(images))]
     else:
-        raise DataError(f"{path}: came arrays {', '.join(arrays) or 'of other names'}, needs images (or jpeg, offsets)")
+        raise DataError(
+            f"{path} must hold the array images (or jpeg and offsets), got {', '.join(arrays) or 'other arrays'}."
+        )
     if not reads:
-        raise DataError(f"{path}: came no picture, needs one at least")
+        raise DataError(f"{path} must hold at least one picture, got none.")
     if labels is not None and labels.shape != (len(reads),):
-        raise DataError(f"{path}: labels came {labels.shape} for {len(reads)} pictures, needs one a picture")
+        raise DataError(f"{path}: labels must be one per picture, got shape {labels.shape} for {len(reads)} pictures.")
     names = [""] * len(reads) if labels is None else _class_names(path, labels, arrays.get("wnids"))
     rows = enumerate(zip(names, reads, strict=True))
     return [Picture(prefix + name, f"{path}[{i}]", read) for i, (name, read) in rows]
@@ -170,10 +190,13 @@ def _are_edges(edges: np.ndarray, size: int) -> bool:
 def _class_names(path: Path, labels: np.ndarray, wnids: np.ndarray | None) -> list[str]:
     lost = labels == "" if labels.dtype.kind in "US" else missing(labels)
     if lost.any():
-        raise DataError(f"{path}: labels has none at {int(np.flatnonzero(lost)[0])} ({lost.sum()} such pictures).")
+        raise DataError(
+            f"{path}: labels must not be missing, got none at {int(np.flatnonzero(lost)[0])} ({lost.sum()} such "
+            "pictures)."
+        )
     if wnids is not None:
         if labels.dtype.kind not in "iu" or wnids.ndim != 1 or labels.min() < 0 or labels.max() >= len(wnids):
-            raise DataError(f"{path}: labels must be places in wnids, which has {len(wnids)} names.")
+            raise DataError(f"{path}: labels must be positions in wnids, which has {len(wnids)} names.")
         return [str(name) for name in wnids[labels]]
     if labels.dtype.kind in "iu":
         width = len(str(int(labels.max())))
@@ -186,7 +209,21 @@ def _slice(data: np.ndarray, start: int, stop: int) -> bytes:
 
 
 def decode_picture(picture: Picture, size: tuple[int, int] | None, channels: int) -> UInt8[np.ndarray, "h w c"]:
-    """One picture as bytes; another size is reached by antialiased bicubic resizing (the aspect is not kept)."""
+    """Decodes one picture.
+
+    Args:
+        picture: The picture.
+        size: (height, width) in pixels; None keeps the size. Pictures of another size are resized by antialiased
+            bicubic interpolation, which does not preserve the aspect ratio.
+        channels: 1 (grey), 3 (colour) or 4 (with transparency).
+
+    Returns:
+        uint8 [h, w, channels].
+
+    Raises:
+        DataError: A picture that is damaged, too large, or of an unsupported mode.
+        MissingExtra: Pillow is not installed.
+    """
     with extra("data", "Reading pictures"):
         from PIL import Image, ImageOps
     try:
@@ -202,23 +239,25 @@ def decode_picture(picture: Picture, size: tuple[int, int] | None, channels: int
         raise
     except (*DAMAGE, Image.DecompressionBombError, SyntaxError) as error:
         raise DataError(
-            f"{picture.place}: cannot be decoded as a picture ({type(error).__name__}: {error}); it is corrupt or "
-            "truncated: delete it or download it again"
+            f"{picture.place} cannot be decoded as a picture ({type(error).__name__}: {error}). It is corrupt or "
+            "truncated. Delete it or download it again."
         ) from error
     return array.reshape(*array.shape[:2], channels)
 
 
 def _plain(image: "Image", channels: int, place: str) -> "Image":
-    """The picture with this many channels of 8 bits, as it looks on white paper."""
+    """Converts a picture to this many channels of 8 bits; transparent parts become white."""
     with extra("data", "Reading pictures"):
         from PIL.Image import alpha_composite, fromarray, new
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        wide = np.asarray(image).astype(np.uint32)  # convert() would cut 16 bits at 255
+        wide = np.asarray(image).astype(np.uint32)  # convert() would clip 16 bits at 255
         image = fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "La", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"):
-        raise DataError(f"{place} has pixels of mode {image.mode}, whose white is not known; save it as an 8-bit PNG.")
+        raise DataError(
+            f"{place} has pixels of mode {image.mode}, whose white value is unknown. Save it as an 8-bit PNG."
+        )
     if channels < 4 and ("A" in image.mode or "a" in image.mode or "transparency" in image.info):
-        seen = image.convert("RGBA")  # ink on nothing is often black on transparent black
+        seen = image.convert("RGBA")  # ink on a transparent background is often black on transparent black
         image = alpha_composite(new("RGBA", seen.size, "white"), seen)
     return image.convert(MODES[channels])
 
@@ -230,7 +269,20 @@ def _as_image(array: np.ndarray) -> "Image":
 
 
 def decode_pictures(pictures: Sequence[Picture], size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "n h w c"]:
-    """All pictures, in their order; decoded by as many threads as there are cores, with a progress bar."""
+    """Decodes pictures with up to 8 threads and a progress bar.
+
+    Args:
+        pictures: The pictures.
+        size: (height, width) in pixels.
+        channels: 1, 3 or 4.
+
+    Returns:
+        uint8 [n, h, w, channels], in the order of `pictures`.
+
+    Raises:
+        DataError: A picture that cannot be decoded.
+        MissingExtra: Pillow or tqdm is not installed.
+    """
     check_channels(channels)
     out = np.empty((len(pictures), *size, channels), np.uint8)
     step = 256
@@ -251,12 +303,24 @@ def decode_pictures(pictures: Sequence[Picture], size: tuple[int, int], channels
 
 
 def check_channels(channels: int) -> None:
+    """Checks a number of channels.
+
+    Raises:
+        ValueError: Anything but 1, 3 and 4.
+    """
     if channels not in MODES:
-        raise ValueError(f"channels: came {channels!r}, needs 1 (grey), 3 (colour) or 4 (with transparency)")
+        raise ValueError(f"channels must be 1 (grey), 3 (colour) or 4 (with transparency), got {channels!r}.")
 
 
 def fingerprint(path: str | Path) -> Any:
-    """What identifies the present state of a file or of all pictures of a folder."""
+    """Returns what identifies the current state of a file, or of all files in a folder.
+
+    Args:
+        path: The file or folder.
+
+    Returns:
+        The absolute path, the number of files, and a digest of their names, sizes and modification times.
+    """
     path = Path(path).expanduser()
     files = [path] if path.is_file() else sorted(file for file in _files(path) if file.is_file())
     digest = hashlib.sha256()

@@ -36,34 +36,46 @@ def images(
     test_rotations: bool = False,
     normalise: bool = False,
 ) -> Splits:
-    """Few-shot classification from pictures by class: x float32 [n, h, w, channels] in 0..1, y int32 [n].
+    """Makes few-shot classification tasks from pictures by class: x float32 [n, h, w, channels] in 0..1, y int32 [n].
 
-    Decoded once to bytes, then memory-mapped from the cache.
+    The pictures are decoded once to bytes. Later calls memory-map them from the cache.
 
     Args:
-        path: a folder of class folders, a zip or tar archive of one, an NPZ file (`images`, `labels`), or a folder of
+        path: A folder of class folders, a zip or tar archive of one, an NPZ file (`images`, `labels`), or a folder of
             `train.npz`, `val.npz` and `test.npz`.
-        way, shot, query, test_query: classes a task; examples a class of the support, of the query in training, and
-            in validation and test.
-        train_way: classes a task in training, if not `way` (Snell et al. 2017 train with more than they test with).
-        train_labels: 'task' (places in the task, random) or 'class' (the class's own number among the training
-            classes, for learners that are pretrained by plain classification).
-        size: side in pixels, or (height, width); pictures of another size are resized, antialiased.
-        split: how classes are shared out: three fractions, three lists of class names, or a table of 'train',
-            'validation' and 'test'. By default as the folders train, val and test say, else (0.64, 0.16, 0.2).
-        seed: of the random split.
-        drop_small: leave out classes of fewer than shot + query examples in place of an error.
-        rotations, test_rotations: turns by 90, 180 and 270 degrees are classes of their own.
-        normalise: shift and scale each channel by mean and deviation of the training classes (of 2,000 pictures).
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class in training.
+        test_query: Query examples per class in validation and test.
+        train_way: Classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
+            test with.
+        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random, or
+            'class' for the number of the class among the training classes, for learners that are pretrained by plain
+            classification.
+        size: The side in pixels, or (height, width). Pictures of another size are resized with antialiasing.
+        channels: 1 (grey), 3 (colour) or 4 (with transparency).
+        split: How classes are assigned: three fractions, three lists of class names, or a table of 'train',
+            'validation' and 'test'. By default by folders named train, val and test if they exist, else (0.64, 0.16,
+            0.2).
+        seed: The seed of the random assignment.
+        drop_small: Whether to leave out classes of fewer than shot + query examples instead of raising an error.
+        rotations: Whether each class rotated by 90, 180 and 270 degrees is a class of its own in training.
+        test_rotations: The same in validation and test.
+        normalise: Whether to scale each channel by the mean and standard deviation of the training classes, which are
+            computed from about 2,000 pictures.
+
+    Returns:
+        Tasks of the training, validation and test classes.
 
     Raises:
-        DataError: nothing to read, damaged files, unknown class names, too few classes or examples.
+        DataError: Nothing to read, damaged files, unknown class names, or too few classes or examples.
+        ValueError: Options out of range.
     """
     height, width = (size, size) if isinstance(size, int) else size
     shape = check_count("size", height), check_count("size", width)
     check_channels(channels)
     if not Path(path).expanduser().exists():
-        raise DataError(f"path: came {path}, which does not exist; needs a folder, an archive or an NPZ file")
+        raise DataError(f"path must be a folder, an archive or an NPZ file, got {path}, which does not exist.")
 
     def build() -> Arrays:
         pictures = sorted(find_pictures(path), key=lambda picture: picture.group)
@@ -75,8 +87,8 @@ def images(
     names, counts = [str(name) for name in arrays["names"]], np.asarray(arrays["counts"])
     if "" in names:
         raise DataError(
-            f"{path}: came {counts[names.index('')]} pictures without classes, needs each in a folder named by its "
-            "class (or labels in the NPZ)"
+            f"{path} must hold each picture in a folder named by its class (or labels in the NPZ), got "
+            f"{counts[names.index('')]} pictures without a class."
         )
     parts = _shared_out(names, split, seed)
     if drop_small:
@@ -103,18 +115,39 @@ def miniimagenet(
     size: Count = 84,
     normalise: bool = False,
 ) -> Splits:
-    """miniImageNet, 64 / 16 / 20 classes of 600 pictures: x float32 [n, 84, 84, 3] in 0..1. Options as `images`.
+    """Makes tasks of miniImageNet, 64 / 16 / 20 classes of 600 pictures: x float32 [n, 84, 84, 3] in 0..1, y int32 [n].
 
-    The pictures may not be passed on, so this reads what you have: `path`, or METAPRIOR_DATA/miniimagenet, with
-    train.npz, val.npz and test.npz or with folders train, val and test of class folders.
+    The pictures may not be redistributed, so this function reads files that you already have.
 
-    Source: Vinyals et al. 2016; classes of Ravi & Larochelle 2017.
+    Args:
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class in training.
+        test_query: Query examples per class in validation and test.
+        train_way: Classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
+            test with.
+        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random, or
+            'class' for the number of the class among the training classes, for learners that are pretrained by plain
+            classification.
+        path: A folder with train.npz, val.npz and test.npz, or with folders train, val and test of class folders. By
+            default METAPRIOR_DATA/miniimagenet.
+        size: The side in pixels.
+        normalise: As in `images`.
+
+    Returns:
+        Tasks of the training, validation and test classes.
+
+    Raises:
+        DataError: No such folder, or whatever `images` refuses.
+
+    References:
+        Vinyals et al. 2016; the classes are those of Ravi & Larochelle 2017.
     """
     folder = path or data_folder("miniimagenet")
     if folder is None:
         raise DataError(
-            "miniimagenet: METAPRIOR_DATA names no folder with miniimagenet/ in it, and the pictures may not be "
-            "downloaded from here; give path=, a folder with train, val and test of class folders"
+            "miniimagenet: METAPRIOR_DATA has no folder miniimagenet/, and the pictures may not be redistributed. Set "
+            "path= to a folder that contains train, val and test with class folders."
         )
     return images(
         path=folder, way=way, shot=shot, query=query, test_query=test_query, train_way=train_way,

@@ -1,7 +1,10 @@
-"""Omniglot: 1623 characters of 50 alphabets, 20 drawings each (Lake, Salakhutdinov & Tenenbaum 2015).
+"""Omniglot: 1623 characters of 50 alphabets, 20 drawings each.
 
-Read from METAPRIOR_DATA/omniglot (`images_*.npz`, or the official `images_*.zip`) or else downloaded. Drawings become
-uint8 with ink 255 on 0, reduced from 105 x 105 by exact area averaging.
+The data are read from METAPRIOR_DATA/omniglot (`images_*.npz`, or the official `images_*.zip`), or else downloaded.
+Drawings become uint8 with ink 255 on background 0, reduced from 105 x 105 pixels by exact area averaging.
+
+References:
+    Lake, Salakhutdinov & Tenenbaum 2015.
 """
 
 import io
@@ -23,7 +26,7 @@ from metaprior.tasks.store import Arrays, cached, data_folder, download, read_np
 REPOSITORY = "https://github.com/brendenlake/omniglot/raw"
 SOURCE = f"{REPOSITORY}/master/python/"
 
-# The official archives: characters that they hold, and their sha256 (as TensorFlow Datasets publishes them).
+# The official archives: number of characters and sha256 (as published by TensorFlow Datasets).
 ARCHIVES = {
     "images_background": (964, "ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640"),
     "images_evaluation": (659, "1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee"),
@@ -31,8 +34,8 @@ ARCHIVES = {
 DRAWERS = 20
 SIDE = 105
 
-# Vinyals' split by official character number (1-based, inclusive): validation holds whole background alphabets, the
-# test ones are the last 423 (Vinyals et al. 2016, as used by Snell et al. 2017).
+# The split of Vinyals et al. 2016, as used by Snell et al. 2017, by official character number (1-based, inclusive).
+# Validation holds whole alphabets of the background set. Test holds the last 423 characters.
 VINYALS_VALIDATION = ((27, 67), (132, 177), (251, 272), (466, 487), (729, 769))
 VINYALS_TEST = (1201, 1623)
 
@@ -52,25 +55,38 @@ def omniglot(
     size: Count = 28,
     seed: Seed = 0,
 ) -> Splits:
-    """Few-shot classification of characters: x float32 [n, size, size, 1] with ink 1 on 0, y int32 [n].
+    """Makes few-shot classification tasks of characters: x float32 [n, size, size, 1], y int32 [n].
+
+    Ink is 1 and the background 0.
 
     Args:
-        way, shot: classes a task and support examples a class.
-        query, test_query: query examples a class in training, and in validation and test.
-        train_way: classes a task in training, if not `way` (Snell et al. 2017 train with more than they test with).
-        train_labels: 'task' (places in the task, random) or 'class' (the class's own number among the training
-            classes, for learners that are pretrained by plain classification).
-        split: 'vinyals' (1028 / 172 / 423 characters), 'maml' (1100 / 100 / 423 at random by `seed`), or 'lake' (the
-            background set less Vinyals' validation alphabets, those, and the evaluation set: use it before
-            `one_shot_runs`, whose characters the other two train on).
-        rotations, test_rotations: characters turned by 90, 180 and 270 degrees are classes of their own, in training;
-            in validation and test (the published protocols turn there too).
-        size: side of the images in pixels, at most 105.
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class in training.
+        test_query: Query examples per class in validation and test.
+        train_way: Classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
+            test with.
+        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random, or
+            'class' for the number of the class among the training classes, for learners that are pretrained by plain
+            classification.
+        split: 'vinyals' (1028 / 172 / 423 characters); 'maml' (1100 / 100 / 423 at random by `seed`); or 'lake' (the
+            background set without the validation alphabets of Vinyals et al., those alphabets, and the evaluation set).
+            Use 'lake' before `one_shot_runs`, because the other two train on characters of its runs.
+        rotations: Whether characters rotated by 90, 180 and 270 degrees are classes of their own in training.
+        test_rotations: The same in validation and test, as in the published protocols.
+        size: The side of the images in pixels, at most 105.
+        seed: The seed of the split 'maml'.
+
+    Returns:
+        Tasks of the training, validation and test characters.
 
     Raises:
-        DataError: damaged or absent data, no network, or fewer examples than shot + query need.
+        DataError: Damaged or absent data, no network, or fewer examples than shot + query.
+        ValueError: Options out of range.
 
-    Source: Lake, Salakhutdinov & Tenenbaum 2015; splits of Vinyals et al. 2016 and Finn, Abbeel & Levine 2017.
+    References:
+        Lake, Salakhutdinov & Tenenbaum 2015; the splits are those of Vinyals et al. 2016 and Finn, Abbeel & Levine
+            2017.
     """
     parts = character_split(split, seed)
     images = load_omniglot(size)
@@ -83,13 +99,24 @@ def omniglot(
 
 
 def character_split(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Character indices (official number less 1) of training, validation and test."""
+    """Returns the characters of training, validation and test.
+
+    Args:
+        split: 'vinyals', 'maml' or 'lake'; see `omniglot`.
+        seed: The seed of 'maml'.
+
+    Returns:
+        Three arrays of indices: official numbers less 1.
+
+    Raises:
+        ValueError: Another split.
+    """
     total = sum(characters for characters, _ in ARCHIVES.values())
     if split == "maml":
         order = np.random.default_rng(seed).permutation(total)
         return order[:1100], order[1100:1200], order[1200:]
     if split not in ("vinyals", "lake"):
-        raise ValueError(f"split: came {split!r}, needs 'vinyals', 'maml' or 'lake'")
+        raise ValueError(f"split must be 'vinyals', 'maml' or 'lake', got {split!r}.")
     validation = np.concatenate([np.arange(first - 1, last) for first, last in VINYALS_VALIDATION])
     background = ARCHIVES["images_background"][0]
     first_test = background if split == "lake" else VINYALS_TEST[0] - 1
@@ -97,7 +124,18 @@ def character_split(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray, 
 
 
 def load_omniglot(size: int = 28) -> UInt8[np.ndarray, "32460 size size 1"]:
-    """All drawings in the order (character, drawer), ink 255 on 0; decoded once, then memory-mapped from the cache."""
+    """Returns all drawings; they are decoded once, and later calls memory-map them from the cache.
+
+    Args:
+        size: The side in pixels, 1 to 105.
+
+    Returns:
+        uint8 [32460, size, size, 1], ink 255 on background 0, in the order (character, drawer).
+
+    Raises:
+        DataError: Damaged data, or no data and no network.
+        ValueError: Another size.
+    """
     check_size(size)
     folder = data_folder("omniglot")
     local = {name: _local(folder, name) for name in ARCHIVES}
@@ -115,8 +153,13 @@ def load_omniglot(size: int = 28) -> UInt8[np.ndarray, "32460 size size 1"]:
 
 
 def check_size(size: int) -> None:
+    """Checks the side of the images.
+
+    Raises:
+        ValueError: Anything but 1 to 105.
+    """
     if not 1 <= size <= SIDE:
-        raise ValueError(f"size: came {size!r}, needs a number of pixels from 1 to {SIDE}")
+        raise ValueError(f"size must be 1 to {SIDE} pixels, got {size!r}.")
 
 
 def _local(folder: Path | None, name: str) -> Path | None:
@@ -125,32 +168,55 @@ def _local(folder: Path | None, name: str) -> Path | None:
 
 
 def read_drawings(path: Path, characters: int) -> Bool[np.ndarray, "characters 20 105 105"]:
-    """The drawings of one archive (.npz or the official .zip), True = paper, in the order of the official numbers."""
+    """Reads the drawings of one archive.
+
+    Args:
+        path: The .npz file or the official .zip file.
+        characters: The number of characters that it must hold.
+
+    Returns:
+        bool [characters, 20, 105, 105], True for paper, in the order of the official numbers.
+
+    Raises:
+        DataError: A damaged archive, or another one.
+    """
     paper = read_zip(path) if path.suffix == ".zip" else read_npz(path, ("images",))[0]
     if paper.shape != (characters, DRAWERS, SIDE, SIDE):
         raise DataError(
-            f"{path}: came drawings {paper.shape}, needs {(characters, DRAWERS, SIDE, SIDE)}; it is not the official "
-            "archive or is truncated: delete it and download it again"
+            f"{path} must hold drawings of shape {(characters, DRAWERS, SIDE, SIDE)}, got {paper.shape}. It is not the "
+            "official archive, or it is truncated. Delete it and download it again."
         )
     return paper.astype(bool)
 
 
 def read_zip(path: Path) -> Bool[np.ndarray, "characters drawers h w"]:
-    """Decode an archive of alphabet/character/NNNN_MM.png: NNNN the character's number, MM the drawer's."""
+    """Decodes an archive of files alphabet/character/NNNN_MM.png, with character number NNNN and drawer MM.
+
+    Args:
+        path: The .zip file.
+
+    Returns:
+        bool [characters, drawers, h, w], True for paper.
+
+    Raises:
+        DataError: A damaged archive, or one with missing drawings.
+    """
     pattern = re.compile(r"(?:^|/)(\d{4})_(\d{2})\.png$")
     with reading(path), open_zip(path) as archive:
         found = {match.groups(): name for name in archive.namelist() if (match := pattern.search(name))}
         numbers = sorted({number for number, _ in found})
         drawers = sorted({drawer for _, drawer in found})
         if not found or len(found) != len(numbers) * len(drawers):
-            raise DataError(f"{path}: came {len(found)} drawings of {len(numbers)} characters, needs {DRAWERS} of each")
+            raise DataError(
+                f"{path} must hold {DRAWERS} drawings of each character, got {len(found)} of {len(numbers)} characters."
+            )
         return np.stack([
             np.stack([read_png(archive.read(found[number, drawer])) for drawer in drawers]) for number in numbers
         ])  # fmt: skip
 
 
 def read_png(data: bytes) -> Bool[np.ndarray, "h w"]:
-    """One drawing, True = paper."""
+    """Decodes one drawing; True for paper."""
     with extra("data", "Reading drawings"):
         from PIL import Image
     with Image.open(io.BytesIO(data)) as image:
@@ -158,7 +224,15 @@ def read_png(data: bytes) -> Bool[np.ndarray, "h w"]:
 
 
 def ink_bytes(paper: Bool[np.ndarray, "n h h"], size: int) -> UInt8[np.ndarray, "n size size"]:
-    """The share of ink in each of size x size equal areas, as 0..255; exact averaging, partial pixels included."""
+    """Computes the fraction of ink in each of size x size equal areas, exactly, including parts of pixels.
+
+    Args:
+        paper: True for paper, [n, h, h].
+        size: The side of the result in pixels.
+
+    Returns:
+        uint8 [n, size, size], 0 (no ink) to 255.
+    """
     if size == paper.shape[1]:
         return np.where(paper, 0, 255).astype(np.uint8)
     edges = np.linspace(0, paper.shape[1], size + 1)

@@ -20,20 +20,30 @@ from metaprior.tasks.store import data_folder, download, reading
 
 ARCHIVE = f"{REPOSITORY}/32aee47094f15296299b761dcaa01400b90c60d5/python/one-shot-classification/all_runs.zip"
 SHA256 = "437c1eeab0af8484112e1b4cc0f3d541ec727f7c47b9b202da738af9dfd6c325"
-# sha256 of the decoded drawings and labels, so that it holds however the archive is packed.
+# sha256 of the decoded drawings and labels. It does not depend on how the archive is compressed.
 CONTENT = "6b10142f1dffc947516e48506057cf1bd70c62985d53877fe7f3fad57bf4b419"
 
 Drawings = Bool[np.ndarray, "runs way h w"]
 
 
 def one_shot_runs(*, size: int = 28) -> Task:
-    """The 20 runs, stacked: support and query x float32 [20, 20, size, size, 1] (ink 1 on 0), y int32 [20, 20].
+    """Returns the 20 runs as stacked tasks.
 
-    Lake's baselines: humans 95.5 %, nearest neighbour 21.7 %. Train on the split 'lake': the others train on some of
-    these characters. `FixedTasks(one_shot_runs())` is their source for `evaluate`.
+    Train on the split 'lake', because the other splits train on some of these characters. `FixedTasks(one_shot_runs())`
+    is the source for `evaluate`. The results of Lake et al. are 95.5 % for humans and 21.7 % for the nearest neighbour.
+
+    Args:
+        size: The side of the images in pixels, 1 to 105.
+
+    Returns:
+        Support and query x float32 [20, 20, size, size, 1], ink 1 on background 0, and y int32 [20, 20].
 
     Raises:
-        DataError: no network and no METAPRIOR_DATA/omniglot/all_runs.zip, or an archive that is not the official.
+        DataError: An archive that is not the official one, or no METAPRIOR_DATA/omniglot/all_runs.zip and no network.
+        ValueError: Another size.
+
+    References:
+        Lake, Salakhutdinov & Tenenbaum 2015.
     """
     check_size(size)
     path = _local() or download(ARCHIVE, SHA256, "omniglot")
@@ -42,14 +52,22 @@ def one_shot_runs(*, size: int = 28) -> Task:
     for array in (training, test, labels.astype("<i4")):
         digest.update(np.ascontiguousarray(array).tobytes())
     if digest.hexdigest() != CONTENT:
-        raise DataError(f"{path}: its drawings are not those of the official runs; delete it and download it again")
+        raise DataError(f"{path}: its drawings are not those of the official runs. Delete it and download it again.")
     ways = np.broadcast_to(np.arange(labels.shape[1], dtype=np.int32), labels.shape)
     return Task(Batch(_scaled(training, size), jnp.asarray(ways)), Batch(_scaled(test, size), jnp.asarray(labels)))
 
 
 @checked
 def one_shot_source(*, size: Count = 28) -> FixedTasks:
-    """The 20 runs as a task source; options and errors as for `one_shot_runs`."""
+    """Returns the 20 runs as a task source.
+
+    Args:
+        size: As in `one_shot_runs`.
+
+    Raises:
+        DataError: As in `one_shot_runs`.
+        ValueError: As in `one_shot_runs`.
+    """
     return FixedTasks(one_shot_runs(size=size))
 
 
@@ -66,15 +84,22 @@ def _scaled(paper: Drawings, size: int) -> jnp.ndarray:
 
 
 def read_runs(path: Path) -> tuple[Drawings, Drawings, Int[np.ndarray, "runs way"]]:
-    """Training drawings, test drawings (True = paper) and the test drawings' labels, run by run.
+    """Reads the drawings and labels of all runs.
 
-    The archive holds runNN/training/classMM.png, runNN/test/itemMM.png and runNN/class_labels.txt, whose lines pair a
-    test file with the training file of the same character.
+    Args:
+        path: An archive of runNN/training/classMM.png, runNN/test/itemMM.png and runNN/class_labels.txt. Each line of
+            the last pairs a test file with the training file of the same character.
+
+    Returns:
+        Training drawings and test drawings (True for paper), and the labels of the test drawings, run by run.
+
+    Raises:
+        DataError: A damaged archive, or another one.
     """
     with reading(path), open_zip(path) as archive:
         listings = sorted(name for name in archive.namelist() if re.search(r"run\d+/class_labels\.txt$", name))
         if not listings:
-            raise DataError(f"{path}: came no runNN/class_labels.txt, needs the official runs; download it again")
+            raise DataError(f"{path} must be the official runs, got no runNN/class_labels.txt. Download it again.")
         runs = [_read_run(archive, listing) for listing in listings]
         training, test, labels = (np.stack(part) for part in zip(*runs, strict=True))
         return training, test, labels

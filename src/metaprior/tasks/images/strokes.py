@@ -1,8 +1,8 @@
-"""Omniglot's characters told by attributes of their pen strokes, for zero-shot learning: a class without any example.
+"""Omniglot's characters described by attributes of their pen strokes, for zero-shot learning.
 
-The ten alphabets of the archives strokes_background_small1 and 2, of which two are in both: 242 characters. A class's
-attributes are the mean over the strokes of ten drawers, its pictures are those of the ten others: no picture is
-described by its own strokes.
+The characters are those of the archives strokes_background_small1 and 2: ten alphabets, two of which are in both, with
+242 characters. The attributes of a class are the mean over the strokes of ten drawers. Its images are those of the ten
+other drawers, so no image is described by its own strokes.
 """
 
 import re
@@ -30,20 +30,26 @@ ARCHIVES = {  # and their sha256
     "strokes_background_small2.zip": "345bf2141efbea062833dbb2828abbc23d9e07825e46f2afdd4daecddfed6e78",
 }
 DESCRIBING = DRAWERS // 2  # the drawers 1..10, whose strokes make the attributes
-STEP = 3 / SIDE  # how far apart points are along a stroke before angles are taken: pixels' corners are no curvature
+STEP = 3 / SIDE  # distance of points along a stroke before angles are computed: corners of pixels are not curvature
 ATTRIBUTES = (
     "log strokes", "log length", "curvature", "straightness", "longest stroke", "width", "height", "centre x",
     "centre y", "spread x", "spread y", "tilt", "start x", "start y", "horizontal", "rising", "vertical", "falling",
 )  # fmt: skip
 
-Stroke = Float[np.ndarray, "m 2"]  # points (x, y), y downwards, in shares of the picture's side
+Stroke = Float[np.ndarray, "m 2"]  # points (x, y), y downwards, in sides of the image
 
 
 def describe(strokes: list[Stroke]) -> Float[np.ndarray, " a"]:
-    """The attributes of one drawing, named in ATTRIBUTES; lengths in sides of the picture.
+    """Computes the attributes of one drawing; lengths are in sides of the image.
 
-    curvature: the sum of angles turned, in full turns. straightness: of all strokes' ends' distances in their length.
-    horizontal ... falling: the share of length drawn within 22.5 degrees of that direction, either way along it.
+    Args:
+        strokes: The strokes of the drawing.
+
+    Returns:
+        The attributes [18], named in ATTRIBUTES. 'curvature' is the sum of the angles turned, in full turns.
+            'straightness' is the sum of the distances between the ends of each stroke, divided by the total length.
+            'horizontal' to 'falling' are the fractions of the length drawn within 22.5 degrees of that direction, in
+            either sense.
     """
     curves = [_evenly(stroke) for stroke in strokes]
     steps = [np.diff(curve, axis=0) for curve in curves]
@@ -56,7 +62,7 @@ def describe(strokes: list[Stroke]) -> Float[np.ndarray, " a"]:
     (x, y), (sx, sy) = points.mean(0), points.std(0)
     width, height = np.ptp(points, axis=0)
     tilt = float(((points[:, 0] - x) * (points[:, 1] - y)).mean() / max(sx * sy, 1e-9))
-    # Upwards is -y: a direction of angle 45 degrees falls to the right.
+    # y points downwards, so a direction of angle 45 degrees falls to the right.
     sector = np.rint(np.concatenate(angles) / (np.pi / 4)).astype(int) % 4
     weight = np.concatenate([np.linalg.norm(step, axis=1) for step in steps])
     level, falling, upright, rising = np.bincount(sector, weight, 4)[:4] / total
@@ -67,21 +73,36 @@ def describe(strokes: list[Stroke]) -> Float[np.ndarray, " a"]:
 
 
 def _evenly(stroke: Stroke) -> Stroke:
-    """Points about STEP apart along the stroke; both ends stay."""
+    """Returns points about STEP apart along the stroke, including both ends."""
     walked = np.concatenate([[0.0], np.linalg.norm(np.diff(stroke, axis=0), axis=1).cumsum()])
     at = np.linspace(0, walked[-1], max(round(walked[-1] / STEP), 1) + 1)
     return np.stack([np.interp(at, walked, stroke[:, i]) for i in (0, 1)], axis=-1)
 
 
 def turned(strokes: list[Stroke], quarters: int) -> list[Stroke]:
-    """The drawing turned counterclockwise by quarter turns, as `pool.rotate` turns its picture."""
+    """Rotates a drawing counterclockwise by quarter turns, as `pool.rotate` rotates its image.
+
+    Args:
+        strokes: The strokes of the drawing.
+        quarters: The number of quarter turns.
+    """
     for _ in range(quarters):
         strokes = [np.stack([s[:, 1], 1 - s[:, 0]], axis=-1) for s in strokes]
     return strokes
 
 
 def read_strokes(path: Path) -> dict[int, dict[int, list[Stroke]]]:
-    """An archive's drawings: official character number -> drawer -> strokes."""
+    """Reads the drawings of an archive.
+
+    Args:
+        path: The .zip file.
+
+    Returns:
+        Strokes by official character number and drawer.
+
+    Raises:
+        DataError: A damaged archive, or not 20 drawings of each character.
+    """
     found: dict[int, dict[int, list[Stroke]]] = {}
     with reading(path), open_zip(path) as archive:
         for name in sorted(archive.namelist()):
@@ -92,14 +113,14 @@ def read_strokes(path: Path) -> dict[int, dict[int, list[Stroke]]]:
             found.setdefault(character, {})[drawer] = _parse(archive.read(name).decode())
     if not found or any(len(drawings) != DRAWERS for drawings in found.values()):
         raise DataError(
-            f"{path}: came strokes of {len(found)} characters, not {DRAWERS} drawings of each; delete it and download "
-            "it again"
+            f"{path} must hold {DRAWERS} drawings of each character, but its {len(found)} characters have others. "
+            "Delete it and download it again."
         )
     return found
 
 
 def _parse(text: str) -> list[Stroke]:
-    """Lines START, x,y,t and BREAK (after each stroke); y is upwards, from 0 at the top to -105."""
+    """Parses lines START, x,y,t and BREAK (after each stroke); y points upwards, from 0 at the top to -105."""
     parts = [part.split() for part in text.replace("START", "").split("BREAK")]
     rows = [[line.split(",")[:2] for line in part] for part in parts if part]
     return [np.array(row, float) * [1, -1] / SIDE for row in rows]
@@ -108,13 +129,23 @@ def _parse(text: str) -> list[Stroke]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DescribedTasks:
-    """Episodes of a pool of own labels, whose support has attributes in place of examples: row i is label i's."""
+    """Zero-shot episodes, whose support has one row of attributes per class instead of examples.
+
+    Attributes:
+        pool: Draws the queries, with `own_labels`.
+        attributes: The attributes of each class of the pool.
+    """
 
     pool: ClassPool
     attributes: Float[Array, "classes a"]
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """n tasks: support x Attributes [n, way, a] and y [n, way], query as the pool's, labels places in the task."""
+        """Draws n tasks.
+
+        Returns:
+            Support x `Attributes` [n, way, a] and y [n, way]; the query as the pool's, but a label is the place of the
+                class in the task.
+        """
         drawn = self.pool.sample(key, n)
         way, query = self.pool.way, self.pool.query
         classes = drawn.query.y[:, ::query]
@@ -135,23 +166,37 @@ def omniglot_strokes(
     size: Count = 28,
     seed: Seed = 0,
 ) -> Splits:
-    """Zero-shot classification of characters by attributes of their strokes: query x [n, size, size, 1], ink 1 on 0.
+    """Makes zero-shot classification tasks of characters, described by attributes of their strokes.
 
-    Support x is `Attributes` [way, 18], standardised by the training classes; there are no support pictures. query and
-    test_query: pictures a class, at most 9. split: how the 242 characters are shared out, fractions or lists of
-    official numbers. rotations: quarter turns are training classes of their own, with the attributes of turned strokes.
+    Support x is `Attributes` [way, 18], standardised over the training classes; there are no support images. Query x is
+    float32 [n, size, size, 1], ink 1 on background 0.
+
+    Args:
+        way: Classes per task.
+        query: Images per class in training, at most 9.
+        test_query: Images per class in validation and test, at most 9.
+        train_way: Classes per task in training. By default `way`.
+        split: How the 242 characters are assigned: three fractions, or three lists of official numbers.
+        rotations: Whether quarter turns are training classes of their own, with the attributes of the rotated strokes.
+        size: The side of the images in pixels, at most 105.
+        seed: The seed of the random assignment.
+
+    Returns:
+        Tasks of the training, validation and test characters.
 
     Raises:
-        DataError: no network and no METAPRIOR_DATA/omniglot/strokes_background_small1.zip (and 2), or damaged ones.
+        DataError: Damaged archives, or no METAPRIOR_DATA/omniglot/strokes_background_small1.zip (and 2) and no network.
+        ValueError: Options out of range.
 
-    Source: Lake, Salakhutdinov & Tenenbaum 2015; zero-shot tasks as in Snell, Swersky & Zemel 2017, sec. 2.7 and 3.3.
+    References:
+        Lake, Salakhutdinov & Tenenbaum 2015; zero-shot tasks as in Snell, Swersky & Zemel 2017, sec. 2.7 and 3.3.
     """
     described = load_attributes()
     characters, table = np.asarray(described["characters"]), np.asarray(described["attributes"])
     train, validation, test = split_groups(characters.tolist(), split, seed, "character")
-    pictures = load_omniglot(size).reshape(-1, DRAWERS, size, size, 1)[characters - 1, DESCRIBING:]
+    drawings = load_omniglot(size).reshape(-1, DRAWERS, size, size, 1)[characters - 1, DESCRIBING:]
     counts = np.full(len(characters), DRAWERS - DESCRIBING)
-    images = jnp.asarray(pictures.reshape(-1, size, size, 1))
+    images = jnp.asarray(drawings.reshape(-1, size, size, 1))
     described_train = np.concatenate(table[: 4 if rotations else 1, train])
     mean, deviation = described_train.mean(0), np.maximum(described_train.std(0), 1e-6)
 
@@ -170,7 +215,15 @@ def omniglot_strokes(
 
 
 def load_attributes() -> Arrays:
-    """`characters` [242] (official numbers) and their `attributes` [4, 242, 18], not turned and by quarter turns."""
+    """Returns the attributes of all characters; they are computed once and then cached.
+
+    Returns:
+        `characters` [242] (official numbers) and `attributes` [4, 242, 18], of the strokes rotated by 0 to 3 quarter
+            turns.
+
+    Raises:
+        DataError: Damaged archives, or no archives and no network.
+    """
     folder = data_folder("omniglot")
     local = {name: folder / name if folder and (folder / name).is_file() else None for name in ARCHIVES}
 

@@ -1,6 +1,10 @@
-"""Random affine warps of images: the distortions by which Koch, Zemel & Salakhutdinov (2015, sec. 3.3) multiply pairs.
+"""Random affine warps of images.
 
-A warp turns by an angle of +-10 degrees, shears and scales each axis and shifts it, each of these with probability 1/2.
+A warp rotates by an angle of at most 10 degrees, shears and scales each axis, and shifts the image. Each of the seven
+components is applied with probability 1/2.
+
+References:
+    Koch, Zemel & Salakhutdinov 2015, sec. 3.3, who use these distortions to augment pairs.
 """
 
 import jax
@@ -8,17 +12,33 @@ import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, PRNGKeyArray
 
-TURN, SHEAR, SCALE, SHIFT = 10.0, 0.3, 0.2, 2 / 105  # degrees, share, share, share of the image's side; each to +-
-CHANCE = 0.5  # of each of the seven components
+TURN, SHEAR, SCALE, SHIFT = (
+    10.0,
+    0.3,
+    0.2,
+    2 / 105,
+)  # degrees, fraction, fraction, fraction of the side; largest values of either sign
+CHANCE = 0.5  # probability of each of the seven components
 
 
 def warp(image: Float[Array, "h w c"], matrix: Float[Array, "2 2"], shift: Float[Array, " 2"]) -> Float[Array, "h w c"]:
-    """The image under p -> matrix (p - centre) + centre + shift, p = (row, column): bilinear, 0 from outside."""
+    """Warps an image by p -> matrix (p - centre) + centre + shift, with p = (row, column).
+
+    Values are interpolated bilinearly, and are 0 outside the image.
+
+    Args:
+        image: [h, w, c].
+        matrix: [2, 2], invertible.
+        shift: Rows and columns, in pixels.
+
+    Returns:
+        The warped image, of the same shape.
+    """
     h, w, _ = image.shape
     centre = jnp.array([(h - 1) / 2, (w - 1) / 2])
     rows, columns = jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij")
     target = jnp.stack([rows, columns]).reshape(2, -1) - (centre + shift)[:, None]
-    # 2 x 2 by hand: a batched solver is dear where one is drawn an image.
+    # The 2 x 2 inverse is written out, because a batched solver is slow with one matrix per image.
     (a, b), (c, d) = matrix
     inverse = jnp.array([[d, -b], [-c, a]]) / (a * d - b * c)
     source = inverse @ target + centre[:, None]
@@ -30,7 +50,14 @@ def warp(image: Float[Array, "h w c"], matrix: Float[Array, "2 2"], shift: Float
 
 
 def random_affine(key: PRNGKeyArray) -> tuple[Float[Array, "2 2"], Float[Array, " 2"]]:
-    """A matrix (turn, then shear, then scale) and a shift in shares of the side, drawn as in the paper."""
+    """Draws a warp as in the paper.
+
+    Args:
+        key: Random key.
+
+    Returns:
+        The matrix (rotation, then shear, then scaling), and the shift in sides of the image.
+    """
     key_size, key_there = jax.random.split(key)
     u = jax.random.uniform(key_size, (7,), minval=-1.0) * jax.random.bernoulli(key_there, CHANCE, (7,))
     angle = jnp.deg2rad(TURN * u[0])
@@ -40,6 +67,6 @@ def random_affine(key: PRNGKeyArray) -> tuple[Float[Array, "2 2"], Float[Array, 
 
 
 def affine(key: PRNGKeyArray, image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-    """The image under a random warp; what comes in from outside is 0."""
+    """Warps an image at random; values outside the image are 0."""
     matrix, shift = random_affine(key)
     return warp(image, matrix, shift * jnp.array(image.shape[:2], image.dtype))

@@ -1,4 +1,4 @@
-"""Regression on random functions of one variable: the frame that the sinusoid, line and mixed families share."""
+"""Regression on random functions of one variable: what the sinusoids, lines and mixed families share."""
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,18 +11,18 @@ from metaprior.tasks.checks import Interval
 
 
 class Family(Protocol):
-    """A distribution over functions of one variable; hashable, as it is a constant of compiled code."""
+    """A distribution over functions of one variable. It must be hashable, because it is a constant of compiled code."""
 
     def draw(self, key: PRNGKeyArray, n: int) -> Any:
-        """The parameters of n functions: a pytree with leaves [n, 1]."""
+        """Draws the parameters of n functions, a pytree with leaves [n, 1]."""
         ...
 
     def evaluate(self, parameters: Any, x: Float[Array, "n m"]) -> Float[Array, "n m"]:
-        """Each function at its own m points."""
+        """Evaluates each function at its own m points."""
         ...
 
     def noise(self, parameters: Any) -> Float[Array, "n 1"] | float:
-        """Standard deviation of the noise of each function's observations."""
+        """Returns the standard deviation of the noise of each function's observations."""
         ...
 
 
@@ -36,7 +36,14 @@ def uniform(key: PRNGKeyArray, shape: tuple[int, ...], interval: Interval) -> Ar
 class FunctionTasks:
     """Tasks y = f(x) + noise with f drawn from a family and x uniform on an interval; x and y are [n, 1].
 
-    `stream` keeps the splits apart: it is folded into every key.
+    Attributes:
+        family: The family of f.
+        shot: Points of the support.
+        query: Points of the query.
+        support_domain: The interval of the support's x.
+        domain: The interval of the query's x.
+        noisy_query: Whether the query is noisy. The support always is.
+        stream: A number that is folded into every key, so that the splits differ.
     """
 
     family: Family = field(metadata={"static": True})
@@ -48,7 +55,11 @@ class FunctionTasks:
     stream: int = field(metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """n tasks: support x, y [n, shot, 1] and query x, y [n, query, 1]."""
+        """Draws n tasks.
+
+        Returns:
+            Support x and y [n, shot, 1], query x and y [n, query, 1].
+        """
         key_family, key_support, key_query = jax.random.split(jax.random.fold_in(key, self.stream), 3)
         parameters = self.family.draw(key_family, n)
         scale = self.family.noise(parameters)
@@ -76,7 +87,17 @@ def function_splits(
     support_domain: Interval | None,
     test_noise: bool,
 ) -> Splits:
-    """The three splits of a family: the same distribution, disjoint streams of keys."""
+    """Makes the three splits of a family: the same distribution, with disjoint random keys.
+
+    Args:
+        family: The family of functions.
+        shot: Points of the support.
+        query: Points of the query in training.
+        test_query: Points of the query in validation and test.
+        domain: The interval of x.
+        support_domain: The interval of the support's x; None for `domain`.
+        test_noise: Whether the validation and test queries are noisy too.
+    """
     sizes = [query] + 2 * [test_query]
     support_domain = domain if support_domain is None else support_domain
     sources = [

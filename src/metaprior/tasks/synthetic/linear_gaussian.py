@@ -1,4 +1,4 @@
-"""Tasks of the conjugate linear-Gaussian hierarchy, of which `referees.conjugate` knows the exact answers.
+"""Tasks of the conjugate linear-Gaussian hierarchy, for which `referees.conjugate` computes exact answers.
 
 phi_j ~ N(mu, Sigma),   y_j = X_j phi_j + e_j,   e_j ~ N(0, s^2 I)
 """
@@ -17,7 +17,13 @@ from metaprior.tasks.checks import DataError
 
 
 class Hierarchy(NamedTuple):
-    """theta: the prior N(mean, covariance) of phi and the sd of the observations' noise."""
+    """The parameters theta of the hierarchy: the prior N(mean, covariance) of phi, and the noise.
+
+    Attributes:
+        mean: The mean of phi.
+        covariance: The covariance of phi.
+        noise: The standard deviation of the observations' noise.
+    """
 
     mean: Float[Array, " d"]
     covariance: Float[Array, "d d"]
@@ -27,7 +33,15 @@ class Hierarchy(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LinearGaussianTasks:
-    """Tasks of the hierarchy with standard normal inputs: x [n, d], y [n, 1]. `theta` is the truth."""
+    """Tasks of the hierarchy with standard normal inputs: x [n, d], y [n, 1].
+
+    Attributes:
+        theta: The true parameters.
+        shot: Observations of the support.
+        query: Observations of the query.
+        bias: Whether the first input is the constant 1.
+        stream: A number that is folded into every key, so that the splits differ.
+    """
 
     theta: Hierarchy
     shot: int = field(metadata={"static": True})
@@ -36,10 +50,14 @@ class LinearGaussianTasks:
     stream: int = field(metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """n tasks: support [n, shot, d], [n, shot, 1] and query [n, query, d], [n, query, 1]."""
+        """Draws n tasks.
+
+        Returns:
+            Support x [n, shot, d] and y [n, shot, 1], query x [n, query, d] and y [n, query, 1].
+        """
         key_phi, key_x, key_noise = jax.random.split(jax.random.fold_in(key, self.stream), 3)
         mean, covariance, noise = self.theta
-        # By the eigenvalues, so that a singular covariance (a shared slope, say) is as good as any other.
+        # The root by eigenvalues also works for a singular covariance, such as that of a shared slope.
         values, vectors = jnp.linalg.eigh(covariance)
         root = vectors * jnp.sqrt(jnp.maximum(values, 0))
         phi = mean + jax.random.normal(key_phi, (n, mean.shape[0]), mean.dtype) @ root.T
@@ -65,20 +83,28 @@ def linear_gaussian(
     noise: NonNegative = 0.5,
     bias: bool = False,
 ) -> Splits:
-    """Tasks of the conjugate linear-Gaussian hierarchy with standard normal inputs.
+    """Makes tasks of the conjugate linear-Gaussian hierarchy with standard normal inputs; x is [n, d], y is [n, 1].
 
     Args:
         features: d, the length of phi.
-        mean: of phi, a number or [d]. covariance: of phi, a number, variances [d], or a matrix [d, d].
-        noise: sd of the observations' noise, above 0.
-        bias: whether the first input is the constant 1.
+        shot: Observations of the support.
+        query: Observations of the query in training.
+        test_query: Observations of the query in validation and test.
+        mean: The mean of phi, a number or [d].
+        covariance: The covariance of phi: a number, variances [d], or a matrix [d, d].
+        noise: The standard deviation of the observations' noise, above 0.
+        bias: Whether the first input is the constant 1.
+
+    Returns:
+        Three sources of the same distribution, with disjoint random keys.
 
     Raises:
-        ValueError: shapes that do not fit, a covariance that is not positive semidefinite, a noise not above 0.
+        ValueError: Shapes that do not fit, a covariance that is not positive semidefinite, or a noise that is not above
+            0.
     """
     d = features
     if not (np.isfinite(noise) and noise > 0):
-        raise ValueError(f"noise: came {noise!r}, needs a finite number above 0")
+        raise ValueError(f"noise must be a finite number above 0, got {noise!r}.")
     theta = Hierarchy(
         jnp.asarray(_broadcast("mean", mean, (d,)), float), jnp.asarray(_matrix(covariance, d), float),
         jnp.asarray(noise, float),
@@ -90,7 +116,7 @@ def linear_gaussian(
 def _broadcast(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     array = np.asarray(value, float)
     if array.shape not in ((), shape) or not np.isfinite(array).all():
-        raise DataError(f"{name}: came shape {array.shape}, needs a finite number or an array of shape {shape}")
+        raise DataError(f"{name} must be a finite number or a finite array of shape {shape}, got shape {array.shape}.")
     return np.broadcast_to(array, shape)
 
 
@@ -100,12 +126,12 @@ def _matrix(covariance: Any, d: int) -> np.ndarray:
         return np.diag(_nonnegative(_broadcast("covariance", array, (d,))))
     array = _broadcast("covariance", array, (d, d))
     if not np.allclose(array, array.T):
-        raise DataError("covariance: came a matrix that is not symmetric, needs a covariance matrix")
+        raise DataError("covariance must be symmetric, got a matrix that is not.")
     _nonnegative(np.linalg.eigvalsh(array))
     return array
 
 
 def _nonnegative(variances: np.ndarray) -> np.ndarray:
     if variances.min() < -1e-10:
-        raise DataError(f"covariance: came a least eigenvalue of {variances.min():.3g}, needs none below 0")
+        raise DataError(f"covariance must have no negative eigenvalue, got {variances.min():.3g}.")
     return variances

@@ -1,4 +1,4 @@
-"""Sinusoids: the regression family of MAML (Finn, Abbeel & Levine 2017, sec. 5.1) and its harder relative."""
+"""Sinusoids: the regression family of MAML (Finn, Abbeel & Levine 2017, sec. 5.1), and a harder variant."""
 
 from dataclasses import dataclass
 from math import pi
@@ -24,9 +24,14 @@ class Wave(NamedTuple):
 
 @dataclass(frozen=True)
 class Sinusoids:
-    """y = amplitude sin(frequency x - phase), each parameter uniform on its interval.
+    """Sinusoids y = amplitude sin(frequency x - phase).
 
-    The noise of a function has sd noise + relative_noise * amplitude.
+    Attributes:
+        amplitude: The interval of the amplitude, which is uniform.
+        phase: The interval of the phase in radians, which is uniform.
+        frequency: The interval of the frequency, which is uniform.
+        noise_sd: The constant part of the noise's standard deviation, noise_sd + relative_noise * amplitude.
+        relative_noise: The part that is proportional to the amplitude.
     """
 
     amplitude: Interval
@@ -36,14 +41,17 @@ class Sinusoids:
     relative_noise: float
 
     def draw(self, key: PRNGKeyArray, n: int) -> Wave:
+        """Draws the parameters of n functions."""
         keys = jax.random.split(key, 3)
         intervals = (self.amplitude, self.phase, self.frequency)
         return Wave(*(uniform(k, (n, 1), interval) for k, interval in zip(keys, intervals, strict=True)))
 
     def evaluate(self, parameters: Wave, x: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        """Evaluates each function at its own m points."""
         return parameters.amplitude * jnp.sin(parameters.frequency * x - parameters.phase)
 
     def noise(self, parameters: Wave) -> Float[Array, "n 1"]:
+        """Returns the standard deviation of the noise of each function's observations."""
         return self.noise_sd + self.relative_noise * jnp.abs(parameters.amplitude)
 
 
@@ -62,19 +70,30 @@ def sinusoid(
     domain: Interval = (-5.0, 5.0),
     support_domain: Interval | None = None,
 ) -> Splits:
-    """Sinusoids y = A sin(w x - b) with x uniform on the domain; x and y are [n, 1].
+    """Makes tasks of sinusoids y = A sin(w x - b), with x uniform on the domain; x and y are [n, 1].
 
     Args:
-        shot, query, test_query: points of the support, of the query in training, and in validation and test.
-        amplitude, phase, frequency: intervals (low, high) of A, b (radians) and w.
-        noise, relative_noise: the observations' noise has sd noise + relative_noise * A.
-        test_noise: whether the validation and test queries are noisy too; the support always is.
-        support_domain: draw the support's x from here instead, to see what is believed where nothing was seen.
+        shot: Points of the support.
+        query: Points of the query in training.
+        test_query: Points of the query in validation and test.
+        amplitude: The interval (low, high) of A.
+        phase: The interval of b, in radians.
+        frequency: The interval of w.
+        noise: The constant part of the noise's standard deviation, noise + relative_noise * A.
+        relative_noise: The part that is proportional to A.
+        test_noise: Whether the validation and test queries are noisy too. The support always is.
+        domain: The interval of x.
+        support_domain: The interval of the support's x, if another one. It shows what is predicted where nothing was
+            observed.
+
+    Returns:
+        Three sources of the same distribution, with disjoint random keys.
 
     Raises:
-        ValueError: a size below 1, an interval that is not (low, high), or a negative noise.
+        ValueError: A size below 1, an interval that is not (low, high), or a negative noise.
 
-    Source: Finn, Abbeel & Levine 2017, sec. 5.1 (defaults: A in 0.1-5, b in 0-pi, x in -5..5, no noise).
+    References:
+        Finn, Abbeel & Levine 2017, sec. 5.1 (the defaults: A in 0.1 to 5, b in 0 to pi, x in -5 to 5, no noise).
     """
     family = Sinusoids(
         amplitude,
@@ -100,11 +119,30 @@ def sinusoid_hard(
     domain: Interval = (-5.0, 5.0),
     support_domain: Interval | None = None,
 ) -> Splits:
-    """Sinusoids of varying frequency with noise of sd 0.01 A; validation and test queries are noise-free.
+    """Makes tasks of sinusoids of varying frequency with noise of standard deviation 0.01 A; x and y are [n, 1].
 
-    Options and errors as for `sinusoid`.
+    By default, the validation and test queries are free of noise.
 
-    Source: the challenging setting of gradient-EM Bayesian meta-learning (Zou & Lu 2020).
+    Args:
+        shot: As in `sinusoid`.
+        query: As in `sinusoid`.
+        test_query: As in `sinusoid`.
+        amplitude: As in `sinusoid`.
+        phase: As in `sinusoid`.
+        frequency: As in `sinusoid`.
+        relative_noise: As in `sinusoid`.
+        test_noise: As in `sinusoid`.
+        domain: As in `sinusoid`.
+        support_domain: As in `sinusoid`.
+
+    Returns:
+        Three sources of the same distribution, with disjoint random keys.
+
+    Raises:
+        ValueError: As in `sinusoid`.
+
+    References:
+        Zou & Lu 2020, gradient-EM Bayesian meta-learning, the challenging setting.
     """
     return sinusoid(
         shot=shot, query=query, test_query=test_query, amplitude=amplitude, phase=phase, frequency=frequency,

@@ -1,4 +1,4 @@
-"""Tasks from arrays: features, targets and a group for every row; a group (subject, school, assay) is a task."""
+"""Tasks from arrays of features, targets and groups. A group (subject, school, assay) is a task."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,23 @@ RAGGED = ("pad", "resample", "exact")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ArrayTasks:
-    """Tasks that are groups of rows; group i's rows are starts[i] .. starts[i] + counts[i] of x and y.
+    """Tasks that are groups of rows.
 
-    A draw picks a group and shares its rows out anew. A group of fewer than shot + query rows ('pad', 'resample') gives
-    up to `shot` of them to the support, but one at least to the query; what lacks is padding of weight 0 ('pad') or the
-    same rows again ('resample'). Support and query never share a row.
+    A draw picks a group and divides its rows at random into support and query, which never share a row. A group of
+    fewer than shot + query rows ('pad', 'resample') gives up to `shot` rows to the support, but leaves at least one for
+    the query. Missing rows are padding of weight 0 ('pad') or repeated rows ('resample').
+
+    Attributes:
+        x: Features of all rows, sorted by group.
+        y: Targets [total, c] or labels [total].
+        groups: The numbers of the groups of this source.
+        starts: The first row of each group. The rows of group i are starts[i] .. starts[i] + counts[i] - 1.
+        counts: The number of rows of each group.
+        preparation: How the table was encoded; None for features that are not columns, such as images.
+        shot: Rows of the support.
+        query: Rows of the query.
+        ragged: What happens to small groups: 'pad', 'resample' or 'exact'; see `array_tasks`.
+        shots: 'fixed' or 'uniform'; see `array_tasks`.
     """
 
     x: Float[Array, "total ..."]
@@ -46,13 +58,17 @@ class ArrayTasks:
 
     @property
     def scaling(self) -> Scaling | None:
-        """How features and targets were standardised; None for features that are no columns, such as images."""
+        """How features and targets were standardised; None for features that are not columns, such as images."""
         return None if self.preparation is None else self.preparation.scaling
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """n tasks: x [n, shot, ...], y [n, shot, c] or labels [n, shot], weight [n, shot] where padded; query alike.
+        """Draws n tasks.
 
-        Groups are different ones while they last, so n = the number of groups visits each once.
+        The groups of the tasks differ until all were drawn, so n = the number of groups visits each group once.
+
+        Returns:
+            Support x [n, shot, ...], y [n, shot, c] or labels [n, shot], and weight [n, shot] if padded; the query
+                likewise.
         """
         key_group, key_rows = jax.random.split(key)
         total = self.starts.shape[0]
@@ -61,11 +77,11 @@ class ArrayTasks:
 
     @property
     def group_count(self) -> int:
-        """How many groups the tasks come from."""
+        """The number of groups."""
         return self.starts.shape[0]
 
     def of_group(self, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
-        """A task of the group with this number, its rows shared out anew."""
+        """Draws a task of the group with this number, with a new random division of its rows."""
         count = self.counts[group]
         rows = distinct(key, count, self.shot + self.query)
         most = jnp.minimum(self.shot, count - 1)
@@ -77,7 +93,7 @@ class ArrayTasks:
 
     def _batch(self, group: Array, rows: Array, first: Array | int, present: Array, size: int) -> Batch:
         place = jnp.arange(size)
-        # What lacks repeats rows that are there: padding must be finite numbers too.
+        # Missing rows repeat existing ones, because padding must be finite too.
         index = self.starts[group] + rows[first + place % jnp.maximum(present, 1)]
         weight = (place < present).astype(self.x.dtype) if self.ragged == "pad" else None
         return Batch(self.x[index], self.y[index], weight)
@@ -105,41 +121,51 @@ def array_tasks(
     names: tuple[str, str] = ("y", "group"),
     preparation: Preparation | None = None,
 ) -> Splits:
-    """Tasks from rows with a group column.
+    """Makes tasks from rows, each of which belongs to a group.
 
     Args:
-        x: features [N, d] (or [N], or any [N, ...] without standardising), or a mapping of columns by name, where text
-            is a category with a feature a level. y: targets [N] or [N, c], or labels [N].
-        groups: [N], any hashable values; the rows of a group need not be adjacent.
-        shot, query, test_query: rows of the support, of the query in training, and in validation and test (as `query`).
-        split: three fractions of the groups, or lists of groups; `seed` shares out at random.
-        ragged: groups of fewer than shot + query rows are padded with weight 0 ('pad'), filled with their own rows
-            again ('resample') or count as too small ('exact').
-        small: groups too small for a task (below 2 rows, or shot + query with 'exact') are an 'error' or 'drop'ped.
-        shots: a task shows `shot` rows ('fixed'), or any number from 0 to `shot`, equally likely ('uniform'), so that a
-            learner learns to predict from few rows too; needs ragged='pad'.
-        standardise: features and real targets to mean 0, deviation 1 over the training groups; see `.scaling`. Counts
-            are never standardised, but only `counts` says that numbers are some: without it, a Poisson likelihood would
-            be given standardised ones.
-        classification: whether y holds labels; by default if it is text or truth values. Whole numbers could be either,
-            so it must be said of them. Labels become 0..k-1, sorted.
-        counts: whether y holds counts, for a Poisson likelihood.
-        columns: names of the features. categories: columns by name that are categories although they hold numbers, as
-            pandas Categoricals are.
-        names: of the target and of the group, for errors and reports.
-        preparation: of an earlier run, in place of one fitted here: its levels, classes, scaling and groups' shares.
+        x: Features [N, d] or [N]; any [N, ...] if not standardised; or a mapping of columns by name. In a mapping, a
+            text column is a category, with one feature per level.
+        y: Targets [N] or [N, c], or labels [N].
+        groups: The group of each row, [N], any hashable values. The rows of a group need not be adjacent.
+        shot: Rows of the support.
+        query: Rows of the query in training.
+        test_query: Rows of the query in validation and test. By default `query`.
+        split: Three fractions of the groups, or three lists of groups.
+        seed: The seed of the random assignment of groups to splits.
+        ragged: What happens to groups of fewer than shot + query rows. They are padded with weight 0 ('pad'), filled
+            with their own rows again ('resample'), or count as too small ('exact').
+        small: What happens to groups that are too small for a task (fewer than 2 rows, or fewer than shot + query with
+            'exact'). They raise an error ('error') or are left out ('drop').
+        shots: A task shows `shot` rows ('fixed'), or any number from 0 to `shot` with equal probability ('uniform').
+            With 'uniform' a learner also learns to predict from few rows; it needs ragged='pad'.
+        standardise: Whether to scale features and real targets to mean 0 and standard deviation 1 over the training
+            groups; see `.scaling`. Counts are never standardised, but only the option `counts` marks them. Without it,
+            a Poisson likelihood would receive standardised numbers.
+        classification: Whether y holds labels. By default it does if it is text or truth values. Whole numbers need an
+            explicit value, because they could be either. Labels become 0..k-1, in sorted order.
+        counts: Whether y holds counts, for a Poisson likelihood.
+        columns: The names of the features.
+        categories: The names of columns that are categories although they hold numbers. pandas Categoricals always are.
+        names: The names of the target and of the group, for errors and reports.
+        preparation: The preparation of an earlier run, whose levels, classes, scaling and assignment of groups are
+            used. By default one is fitted here.
+
+    Returns:
+        Tasks of the training, validation and test groups.
 
     Raises:
-        DataError: lengths that differ, NaN (naming column and row), groups too small, a split that does not fit,
-            numbers that float32 cannot tell apart.
+        DataError: Different lengths, NaN (naming column and row), groups that are too small, a split that does not fit,
+            or numbers that float32 cannot distinguish.
+        ValueError: Options that contradict each other, or target and group of the same name.
     """
     for name, values in (("x", x), ("y", y), ("groups", groups)):
         if values is None:
-            raise DataError(f"{name} must be an array with one entry a row, got None.")
+            raise DataError(f"{name} must be an array with one entry per row, got None.")
     if shots == "uniform" and ragged != "pad":
         raise ValueError(f"shots must be 'fixed' where ragged is not 'pad', got {shots!r} with {ragged!r}.")
     if len(set(names)) < 2:
-        raise ValueError(f"names must be two different ones, of the target and of the group, got {names}.")
+        raise ValueError(f"names must be two different names, of the target and of the group, got {names}.")
     if preparation is not None:
         _check_same_table(preparation, names)
     test_query = query if test_query is None else test_query
@@ -148,7 +174,7 @@ def array_tasks(
     raw, images = (x, None) if isinstance(x, Columns) else _as_columns(x, columns)
     goal, ids = _one_dimensional(y, names[0], raw), _one_dimensional(groups, names[1], raw)
     if not raw.rows == len(goal) == len(ids):
-        raise DataError(f"x, y, groups: came {raw.rows}, {len(goal)}, {len(ids)} rows, needs as many of each")
+        raise DataError(f"x, y and groups must have equal lengths, got {raw.rows}, {len(goal)} and {len(ids)} rows.")
     for column in raw:
         refuse_missing(raw[column], column, raw, "features")
     integers = "number" if isinstance(x, Columns) else "error"
@@ -172,7 +198,7 @@ def array_tasks(
     elif preparation.groups is None:
         preparation = replace(preparation, groups=tuple(tuple(group_names[g] for g in part) for part in parts))
     if images is not None and standardise:
-        raise DataError(f"standardise: came features {images.shape}, needs [N, d]")
+        raise DataError(f"standardise must be False for features that are not [N, d], got features {images.shape}.")
     features = preparation.encode(raw, strict=False) if images is None else images
     targets = preparation.encode_target(goal, raw)
     order, starts = np.argsort(codes, kind="stable"), np.cumsum(counted) - counted
@@ -187,43 +213,54 @@ def array_tasks(
 
 def _check_same_table(preparation: Preparation, names: tuple[str, str]) -> None:
     if not isinstance(preparation, Preparation):
-        raise ValueError(f"preparation: came {preparation!r}, needs the Preparation of a run")
+        raise ValueError(f"preparation must be the Preparation of a run, got {preparation!r}.")
     if names[0] != preparation.target.name:
-        raise DataError(f"target: came {names[0]!r}, but the run learned to predict {preparation.target.name!r}")
+        raise DataError(
+            f"target must be {preparation.target.name!r}, which the run learned to predict, got {names[0]!r}."
+        )
 
 
 def _as_columns(x: Any, names: Sequence[str] | None) -> tuple[Columns, np.ndarray | None]:
-    """Features by name; those that are no columns, such as images, are returned as they are."""
+    """Returns features by name; features that are not columns, such as images, are returned beside them as an array."""
     if isinstance(x, Mapping) or hasattr(x, "columns"):  # a DataFrame
         names_of = [str(name) for name in getattr(x, "columns", x)]
         if len(set(names_of)) < len(names_of):
             twice = next(name for name in names_of if names_of.count(name) > 1)
-            raise DataError(f"x: {names_of.count(twice)} columns are named {twice!r}; give each its own name.")
+            raise DataError(f"x: {names_of.count(twice)} columns are named {twice!r}. Give each a different name.")
         return Columns(dict(x.items())), None
     values = np.asanyarray(x)
     values = values.astype(float) if values.dtype == bool else values
     if values.ndim == 0:
-        raise DataError("x: came a single number, needs [N, d]")
+        raise DataError("x must be an array [N, d], got a single number.")
     if is_text(values) or values.dtype.kind not in "fiubO":
-        raise DataError(f"x: came values that are not numbers ({values.dtype}); encode them first, e.g. one-hot")
+        raise DataError(f"x must hold numbers, got {values.dtype} values. Encode them first, e.g. one-hot.")
     if values.ndim > 2:
         return Columns({"x": np.zeros(len(values))}), cast_images(values)
     wide = values[:, None] if values.ndim == 1 else values
     if names is not None and len(set(names)) != wide.shape[1]:
-        raise DataError(f"columns: came {len(set(names))} different names for {wide.shape[1]} features, needs one each")
+        raise DataError(
+            f"columns must be one different name per feature, got {len(set(names))} for {wide.shape[1]} features."
+        )
     _refuse_gaps("x", wide, names)
     return Columns({"x": wide} if names is None else {name: wide[:, i] for i, name in enumerate(names)}), None
 
 
 def cast_images(values: np.ndarray) -> np.ndarray:
-    """Features that are no columns, checked and in the type that learners compute in."""
+    """Checks features that are not columns and converts them to the type that learners use.
+
+    Args:
+        values: Features [n, ...].
+
+    Raises:
+        DataError: NaN, infinity, or a value that is too large for that type.
+    """
     _refuse_gaps("x", values.reshape(len(values), -1), None)
     flat = values.reshape(len(values), -1).astype(float)
     return cast(flat, flat, "x", Columns({"x": flat}), "x").reshape(values.shape)
 
 
 def _one_dimensional(values: Any, name: str, raw: Columns) -> np.ndarray:
-    """Targets, labels or groups as an array; what numpy would change (tuples, 1 beside '1') stays as it is."""
+    """Returns targets, labels or groups as an array; what numpy would change (tuples, 1 beside '1') stays an object."""
     if hasattr(values, "columns") and len(values.columns) == 1:  # a DataFrame of one column
         values = values.iloc[:, 0]
     if isinstance(values, np.ndarray) or hasattr(values, "dtype"):
@@ -243,7 +280,7 @@ def _one_dimensional(values: Any, name: str, raw: Columns) -> np.ndarray:
 
 
 def _refuse_gaps(name: str, values: np.ndarray, columns: Sequence[str] | None) -> None:
-    """A DataError that names the column and row of the first NaN, infinity or missing value."""
+    """Raises a DataError that names the column and row of the first NaN, infinity or missing value."""
     if values.dtype.kind == "f" and not np.ma.isMaskedArray(values):
         bad = np.argwhere(~np.isfinite(values))
     else:
@@ -252,21 +289,21 @@ def _refuse_gaps(name: str, values: np.ndarray, columns: Sequence[str] | None) -
         row, at = bad[0][:2].tolist()
         column = at if columns is None else columns[at]
         raise DataError(
-            f"{name}: came {values[row, at]} in column {column!r}, row {row} ({len(bad)} such values), needs finite "
-            "numbers; fill them in or leave those rows out"
+            f"{name} must be finite numbers, got {values[row, at]} in column {column!r}, row {row} ({len(bad)} such "
+            "values). Fill them in or leave those rows out."
         )
 
 
 def _known(groups: Sequence[Sequence[Any]], names: Sequence[Any]) -> list[list[Any]]:
-    """A run's shares of the groups, which must all be there still; new ones belong to none."""
+    """Returns a run's assignment of groups. All of them must still exist; new groups belong to no split."""
     there, listed = set(names), {name for part in groups for name in part}
     if lost := [name for part in groups for name in part if name not in there]:
         raise DataError(
-            f"groups: the table no longer has group {lost[0]!r} ({len(lost)} such), which the run learned from or was "
-            "to be judged by; use the table of training, or say tasks.split anew"
+            f"groups: the table no longer has group {lost[0]!r} ({len(lost)} such), which is in a split of the run. "
+            "Use the table of training, or set tasks.split again."
         )
     if new := [name for name in names if name not in listed]:
-        warnings.warn(f"groups: {len(new)} are new since training ({new[0]!r}, ...) and are left out", stacklevel=3)
+        warnings.warn(f"groups: {len(new)} are new since training ({new[0]!r}, ...) and are left out.", stacklevel=3)
     return [list(part) for part in groups]
 
 
@@ -275,10 +312,10 @@ def _large_enough(part: np.ndarray, counts: np.ndarray, names: list, least: int,
     if len(lacking) and small == "error":
         listed = ", ".join(f"{names[g]!r} ({counts[g]})" for g in lacking[:5])
         raise DataError(
-            f"groups: {len(lacking)} have fewer rows than the {least} a task needs: {listed}"
-            f"{' ...' if len(lacking) > 5 else ''}; lower shot or query, use ragged='pad', or drop them (small='drop')"
+            f"groups: {len(lacking)} have fewer rows than the {least} that a task needs: {listed}"
+            f"{' ...' if len(lacking) > 5 else ''}. Lower shot or query, use ragged='pad', or drop them (small='drop')."
         )
     kept = part[counts[part] >= least]
     if not len(kept):
-        raise DataError(f"groups: none of a split has the {least} rows that a task needs; lower shot or query")
+        raise DataError(f"groups: none of a split has the {least} rows that a task needs. Lower shot or query.")
     return kept

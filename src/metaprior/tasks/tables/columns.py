@@ -1,7 +1,7 @@
-"""Columns of the user's tables as they stand in the file, and the strict reading of numbers, ids and categories.
+"""Columns of the user's tables as text, and strict conversion to numbers, ids and categories.
 
-A CSV file's columns are text until it is known what each is for: a number read as text can become a number, but an id
-read as a number (9007199254740993, 007, 1_0, 1e1) never becomes itself again.
+The columns of a CSV file stay text until it is known what each is for. Text can become a number later, but an id that
+was read as a number (9007199254740993, 007, 1_0, 1e1) cannot be recovered.
 """
 
 import csv
@@ -28,18 +28,18 @@ DIGITS = re.compile(r"[0-9eE+\-.\n]*", re.ASCII)
 COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}.*|\d{1,4}[/.]\d{1,2}[/.]\d{1,4}.*|\d{1,2}:\d{2}.*", re.ASCII)
 TRUTH = ("false", "true")
-EXACT = 2**53  # whole numbers of at most this size are float64 numbers
-LOST = 1e-2  # of a column's spread: rounding errors above it are an error
+EXACT = 2**53  # float64 represents whole numbers up to this size exactly
+LOST = 1e-2  # largest rounding error that is accepted, as a fraction of the column's range
 MOST_LEVELS = 100
 
 
 def is_categorical(values: Any) -> bool:
-    """Whether a column is a pandas Categorical."""
+    """Returns whether a column is a pandas Categorical."""
     return hasattr(getattr(values, "dtype", None), "categories")
 
 
 def as_array(values: Any) -> np.ndarray:
-    """A column as an array: the categories of a pandas Categorical are text, dates are text in ISO form."""
+    """Returns a column as an array; pandas Categoricals become text, and dates become text in ISO form."""
     if is_categorical(values):
         given = np.asarray(values, object)
         return np.array([None if v is None or v != v else str(v) for v in given.tolist()], object)
@@ -48,69 +48,104 @@ def as_array(values: Any) -> np.ndarray:
 
 
 def dates_as_text(values: np.ndarray) -> np.ndarray:
-    """Dates as text, 2024-03-01 or 2024-03-01T12:00:00, in whatever unit numpy has them; a missing one is None."""
+    """Returns dates of any numpy unit as text.
+
+    Args:
+        values: datetime64, of any shape.
+
+    Returns:
+        Text such as 2024-03-01 or 2024-03-01T12:00:00, of the same shape; None for a missing date.
+    """
     written = np.datetime_as_string(values.astype("M8[us]"))
     cut = [text.removesuffix(".000000").removesuffix("T00:00:00") for text in written.reshape(-1).tolist()]
     return np.array([None if text == "NaT" else text for text in cut], object).reshape(values.shape)
 
 
 class Columns(dict[str, np.ndarray]):
-    """Columns by name, and where each row stands in its file."""
+    """Columns by name, with the place of each row in its file.
+
+    Attributes:
+        path: The file; None for columns that come from Python.
+        lines: The line of each row in the file; None if unknown.
+    """
 
     def __init__(self, columns: Mapping[str, Any], path: Path | None = None, lines: Sequence[int] | None = None):
+        """Converts the columns to arrays.
+
+        Args:
+            columns: Columns by name; names are converted to text.
+            path: The file.
+            lines: The line of each row in the file.
+
+        Raises:
+            DataError: Two columns of the same name.
+        """
         super().__init__({str(name): as_array(values) for name, values in columns.items()})
         if len(self) < len(columns):
             names = [str(name) for name in columns]
             twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"columns: {twice!r} names {names.count(twice)} of them; give each its own name.")
+            raise DataError(f"columns: {names.count(twice)} columns are named {twice!r}. Give each a different name.")
         self.path, self.lines = path, lines
 
     @property
     def rows(self) -> int:
-        """The number of rows, which all columns must have.
+        """The number of rows, which is the same for all columns.
 
         Raises:
-            DataError: columns of different length, or no rows.
+            DataError: Columns of different lengths, or no rows.
         """
         sizes = {name: len(values) if values.ndim else None for name, values in self.items()}
         first = next(iter(sizes), "")
         for name, size in sizes.items():
             if not size or size != sizes[first]:
                 shown = {None: "a single value", 0: "no rows"}.get(size, f"{size} rows")
-                raise DataError(f"columns: {name!r} came with {shown}, {first!r} with {sizes[first]}; needs as many.")
+                raise DataError(
+                    f"columns must have equal lengths, got {shown} in {name!r} and {sizes[first]} in {first!r}."
+                )
         return sizes.get(first) or 0
 
     def place(self, row: int) -> str:
-        """Where a row stands, for errors."""
+        """Returns where a row is, for errors: its number, and its line in the file if known."""
         return f"row {row}" if self.lines is None else f"row {row} (line {self.lines[row]} of {self.path})"
 
     def find(self, name: str, argument: str) -> np.ndarray:
-        """One column; a wide one may be spread over columns name[0], name[1], ...
+        """Returns one column; a column of width k may also be stored as columns name[0], name[1], ...
+
+        Args:
+            name: The name of the column.
+            argument: The argument that names it, for errors.
 
         Raises:
-            DataError: no such column, listing those there are and the nearest; or one without rows.
+            DataError: No such column (listing those that exist, and the nearest name), or a column without rows.
         """
         if name not in self and f"{name}[0]" in self:
             wide = [f"{name}[{i}]" for i in range(len(self)) if f"{name}[{i}]" in self]
             return np.stack([self[part] for part in wide], 1)
         if name not in self:
             listed = ", ".join(self) if len(self) <= 20 else f"{', '.join(list(self)[:20])}, ..."
-            raise DataError(f"{argument}: came column {name!r}, needs one of {listed}{nearest(name, list(self))}")
+            near = nearest(name, list(self)) or "."
+            raise DataError(f"{argument} must be one of {listed}, got {name!r}{near}")
         if not self[name].ndim or not len(self[name]):
             came = "no rows" if self[name].ndim else "a single value"
-            raise DataError(f"{argument}: column {name!r} holds {came}; give a row an example, one at least.")
+            raise DataError(f"{argument}: column {name!r} must have one row per example and at least one, got {came}.")
         return self[name]
 
 
 def read_columns(path: str | Path) -> Columns:
-    """The columns of a CSV file as text, without white space around it, or the arrays of an NPZ file.
+    """Reads the columns of a CSV file as text, stripped of white space, or the arrays of an NPZ file.
+
+    Args:
+        path: A file that ends in .npz, or a CSV file with a header.
+
+    Returns:
+        The columns by name.
 
     Raises:
-        DataError: no such file, no header, a name twice, rows of another length, or a damaged file.
+        DataError: No such file, no header, a repeated name, rows of different lengths, or a damaged file.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        raise DataError(f"{path} is a folder; give a CSV or NPZ file.")
+        raise DataError(f"{path} must be a CSV or NPZ file, got a folder.")
     with reading(path, "correct it, or delete it and copy it again"):
         if path.suffix.lower() == ".npz":
             with open_arrays(path) as file:
@@ -123,48 +158,50 @@ def read_columns(path: str | Path) -> Columns:
                         rows.append([cell.strip() for cell in row])
                         lines.append(reader.line_num)
             except csv.Error as error:
-                raise DataError(f"{path}: line {reader.line_num} is not CSV ({error}); correct it.") from error
+                raise DataError(f"{path}: line {reader.line_num} is not CSV ({error}). Correct it.") from error
     if len(rows) < 2:
-        raise DataError(f"{path}: came {len(rows)} lines, needs a header and a row at least")
+        raise DataError(f"{path} must have a header and at least one row, got {len(rows)} lines.")
     header = _header(rows[0], path)
     for line, row in zip(lines[1:], rows[1:], strict=True):
         if len(row) != len(header):
-            raise DataError(f"{path}: line {line} came {len(row)} values, needs {len(header)}, one a column")
+            raise DataError(f"{path}: line {line} must have {len(header)} values, one per column, got {len(row)}.")
     columns = {name: _text_array(values) for name, *values in zip(header, *rows[1:], strict=True) if name}
     return Columns(columns, path, lines[1:])
 
 
 def _header(names: list[str], path: Path) -> list[str]:
     if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
-        raise DataError(f"{path}: columns are separated by {other!r}; save it with commas between columns.")
+        raise DataError(f"{path}: columns are separated by {other!r}. Save it with commas between columns.")
     if any(names) and all(NUMBER.fullmatch(name) for name in names if name):
-        raise DataError(f"{path}: the first line holds numbers ({', '.join(names[:3])}); add a line of column names.")
+        raise DataError(f"{path}: the first line holds numbers ({', '.join(names[:3])}). Add a line of column names.")
     twice = [name for name in names if name and names.count(name) > 1]
     if twice:
-        raise DataError(f"{path}: column {twice[0]!r} stands {names.count(twice[0])} times; give each its own name.")
+        raise DataError(
+            f"{path}: column {twice[0]!r} occurs {names.count(twice[0])} times. Give each a different name."
+        )
     return names
 
 
 def _text_array(values: list[str]) -> np.ndarray:
-    # Fixed-width text takes the widest cell's room in every row.
+    # Fixed-width text takes the space of the widest cell in every row.
     return np.asarray(values, str if max(map(len, values)) <= 256 else object)
 
 
 def is_text(values: np.ndarray) -> bool:
-    """Whether a column holds text, in whatever type."""
+    """Returns whether a column holds text, of any type."""
     if values.dtype == object:
         return any(isinstance(value, str | bytes) for value in values.flat)
     return values.dtype.kind in "US"
 
 
 def as_text(values: np.ndarray) -> list[str]:
-    """Each value as text, without white space around it."""
+    """Returns each value as text, stripped of white space."""
     flat = values.tolist()
     return [(v.decode() if isinstance(v, bytes) else str(v)).strip() for v in flat]
 
 
 def missing(values: np.ndarray) -> Bool[np.ndarray, " n"]:
-    """Which rows lack a value or hold NaN or infinity."""
+    """Returns which rows lack a value or hold NaN or infinity."""
     if np.ma.isMaskedArray(values):
         lost = np.ma.getmaskarray(values).reshape(len(values), -1).any(1)
         return lost | missing(np.asarray(values.filled(0) if values.dtype.kind in "fiub" else values))
@@ -188,25 +225,44 @@ def _lacks(value: Any) -> bool:
 
 
 def refuse_missing(values: np.ndarray, name: str, columns: Columns, argument: str) -> None:
-    """A DataError that names the column and row of the first missing value."""
+    """Checks that a column has no missing value.
+
+    Args:
+        values: The column, [n] or [n, k].
+        name: Its name.
+        columns: The table, for the place of a row.
+        argument: The argument that names the column, for errors.
+
+    Raises:
+        DataError: A missing value; the error names the column and the first such row.
+    """
     lost = missing(values)
     if lost.any():
         row = int(np.flatnonzero(lost)[0])
         also = " or NaN" if argument == "features" else ""
         raise DataError(
-            f"{argument}: came a missing value{also} in column {name!r}, {columns.place(row)} ({lost.sum()} such "
-            "rows); fill them in or leave those rows out"
+            f"{argument} must have no missing values{also}, got one in column {name!r}, {columns.place(row)} "
+            f"({lost.sum()} such rows). Fill them in or leave those rows out."
         )
 
 
 def as_numbers(values: np.ndarray, name: str, columns: Columns, argument: str = "features") -> Float[np.ndarray, "n k"]:
-    """A column of numbers in float64, [n, k] (k = 1 but for wide arrays).
+    """Converts a column to float64.
 
-    Text is read strictly: digits, a point, an exponent; no '1_0', '1,5', 'infinity'.
+    Text is read strictly: digits, a decimal point and an exponent. '1_0', '1,5' and 'infinity' are errors.
+
+    Args:
+        values: The column, [n] or [n, k].
+        name: Its name.
+        columns: The table, for the place of a row.
+        argument: The argument that names the column, for errors.
+
+    Returns:
+        The numbers [n, k], with k = 1 except for arrays of several columns.
 
     Raises:
-        DataError: anything else, a missing value, or whole numbers whose differences float64 cannot hold; names column,
-            row and value.
+        DataError: Anything that is not a number, a missing value, or whole numbers whose differences float64 cannot
+            represent. The error names column, row and value.
     """
     refuse_missing(values, name, columns, argument)
     values = np.asarray(values)
@@ -218,12 +274,12 @@ def as_numbers(values: np.ndarray, name: str, columns: Columns, argument: str = 
         _warn_of_few_digits(flat, name, argument)
     else:
         fix = "the real and imaginary parts" if flat.dtype.kind == "c" else "numbers, e.g. days since a start"
-        raise DataError(f"{argument}: column {name!r} holds {flat.dtype} values; give {fix}.")
+        raise DataError(f"{argument}: column {name!r} holds {flat.dtype} values. Give {fix}.")
     if not np.isfinite(numbers).all():
         row, at = np.argwhere(~np.isfinite(numbers))[0]
         raise DataError(
             f"{argument}: column {name!r} has {str(flat[row, at])!r} in {columns.place(row)}, too large for a float64 "
-            "number; rescale it."
+            "number. Rescale it."
         )
     if flat.dtype.kind not in "fb" and np.abs(numbers).max(initial=0) > EXACT:
         _refuse_lost_digits(flat, numbers, name, argument)
@@ -249,7 +305,7 @@ def _parsed(flat: np.ndarray, name: str, columns: Columns, argument: str) -> np.
 
 
 def _all_numbers(cells: list[str]) -> list[float] | None:
-    """The numbers that all the cells are, by NUMBER's grammar, or None."""
+    """Returns the cells as numbers if all of them match NUMBER, else None."""
     if DIGITS.fullmatch("\n".join(cells)) is None:
         return None
     try:
@@ -261,19 +317,19 @@ def _all_numbers(cells: list[str]) -> list[float] | None:
 def _not_a_number(cell: Any, name: str, place: str, argument: str) -> DataError:
     if isinstance(cell, str) and COMMA.fullmatch(cell):
         return DataError(
-            f"{argument}: column {name!r} has {cell!r} in {place}, a number with a comma; write a decimal point and no "
+            f"{argument}: column {name!r} has {cell!r} in {place}, a number with a comma. Write a decimal point and no "
             "thousands separator."
         )
     fix = "name the column in `categories`"
     fix = fix if argument == "features" else "set classification=true and a likelihood of classes"
     return DataError(
-        f"{argument}: came values that are not numbers: {cell!r} in column {name!r}, {place}; correct it, or {fix} if "
-        "these are categories."
+        f"{argument} must be numbers, got {cell!r} in column {name!r}, {place}. Correct it, or {fix} if these are "
+        "categories."
     )
 
 
 def _refuse_lost_digits(flat: np.ndarray, numbers: np.ndarray, name: str, argument: str) -> None:
-    """Whole numbers beyond 2^53 are rounded; that matters where their differences are as small."""
+    """Raises if float64 rounds whole numbers beyond 2^53 by more than a fraction LOST of their range."""
     for column, rounded in zip(flat.T.tolist(), numbers.T.tolist(), strict=True):
         cells = [cell.strip() if isinstance(cell, str) else cell for cell in column]
         if not all(isinstance(cell, int) or (isinstance(cell, str) and WHOLE.fullmatch(cell)) for cell in cells):
@@ -282,8 +338,8 @@ def _refuse_lost_digits(flat: np.ndarray, numbers: np.ndarray, name: str, argume
         error, spread = max(abs(a - int(b)) for a, b in zip(exact, rounded, strict=True)), max(exact) - min(exact)
         if error > LOST * spread and spread > 0:
             raise DataError(
-                f"{argument}: column {name!r} has whole numbers of {max(map(abs, exact)):.1e} that differ by {spread} "
-                "only, which float64 cannot hold; subtract a constant first."
+                f"{argument}: column {name!r} has whole numbers of {max(map(abs, exact)):.1e} that differ by only "
+                f"{spread}, which float64 cannot represent. Subtract a constant first."
             )
 
 
@@ -295,19 +351,23 @@ def _warn_of_few_digits(flat: np.ndarray, name: str, argument: str) -> None:
     few = (spread > 0) & (spread < 50 * step)
     if few.any():
         warnings.warn(
-            f"{argument}: column {name!r} came in {flat.dtype} with {(spread[few] / step[few]).min():.0f} steps of "
-            "rounding between its smallest and largest value; its digits were lost before it came here. Read it as "
-            "float64.",
+            f"{argument}: column {name!r} is {flat.dtype} with {(spread[few] / step[few]).min():.0f} rounding steps "
+            "between its smallest and largest value. Its digits were lost before it was passed. Read it as float64.",
             stacklevel=2,
         )
 
 
 def kind_of(name: str, columns: Columns, argument: str = "features") -> str:
-    """'number', 'truth value' or 'category': what a column holds.
+    """Returns what a column holds: 'number', 'truth value' or 'category'.
+
+    Args:
+        name: The name of the column.
+        columns: The table.
+        argument: The argument that names the column, for errors.
 
     Raises:
-        DataError: a missing value; numbers and words in one column; decimal commas; dates; text that is no category, as
-            it has a level for most rows. Each with its fix.
+        DataError: A missing value, numbers beside words, decimal commas, dates, or text with a different level in most
+            rows, which is not a category. Each error states the fix.
     """
     values = columns.find(name, argument)
     refuse_missing(values, name, columns, argument)
@@ -326,34 +386,43 @@ def kind_of(name: str, columns: Columns, argument: str = "features") -> str:
     levels = set(cells)
     if {level.lower() for level in levels} <= set(TRUTH):
         return "truth value"
-    advice = "leave the column out (`features`), encode it as numbers, or name it in `categories` if it is one."
-    advice = "give numbers, or classification=true if these are classes." if argument == "target" else advice
+    advice = "Leave the column out (`features`), encode it as numbers, or name it in `categories` if it is one."
+    advice = "Give numbers, or classification=true if these are classes." if argument == "target" else advice
     if all(DATE.fullmatch(cell) for cell in cells):
-        raise DataError(f"{argument}: column {name!r} holds dates or times ({cells[0]!r}); {advice}")
+        raise DataError(f"{argument}: column {name!r} holds dates or times ({cells[0]!r}). {advice}")
     if len(levels) > MOST_LEVELS or (len(levels) > 5 and 2 * len(levels) > len(cells)):
         raise DataError(
             f"{argument}: column {name!r} has {len(levels)} different texts in {len(cells)} rows ({cells[0]!r}, ...), "
-            f"too many for a category; {advice}"
+            f"too many for a category. {advice}"
         )
     return "category"
 
 
 def as_ids(values: np.ndarray, name: str, columns: Columns, argument: str) -> list[Any]:
-    """Ids or class labels as they stand: integers where all are written as such, else text; other types as they are.
+    """Returns ids or class labels without changing them.
+
+    Args:
+        values: The column, [n].
+        name: Its name.
+        columns: The table, for the place of a row.
+        argument: The argument that names the column, for errors.
+
+    Returns:
+        Text becomes integers if every cell is written as one, else it stays text. Other types stay as they are.
 
     Raises:
-        DataError: a missing one, or floats too large to tell ids apart.
+        DataError: A missing value, or floats that are too large to distinguish ids.
     """
     if values.ndim != 1:
-        raise DataError(f"{argument}: column {name!r} has shape {values.shape}; give one value a row.")
+        raise DataError(f"{argument}: column {name!r} must have one value per row, got shape {values.shape}.")
     refuse_missing(values, name, columns, argument)
     if values.dtype.kind == "f":
         limit = 2.0 ** (np.finfo(values.dtype).nmant + 1)
         if len(values) and np.abs(values).max() >= limit:
             row = int(np.abs(values).argmax())
             raise DataError(
-                f"{argument}: column {name!r} has {values[row]!r} in {columns.place(row)}; {values.dtype} numbers of "
-                "this size cannot tell ids apart. Give integers or text."
+                f"{argument}: column {name!r} has {values[row]!r} in {columns.place(row)}. {values.dtype} numbers of "
+                "this size cannot distinguish ids. Give integers or text."
             )
     if not is_text(values) or (values.dtype == object and not all(isinstance(v, str | bytes) for v in values)):
         return values.tolist()

@@ -1,6 +1,13 @@
 """Data and reference draws of Stan's posterior database: eight schools, and radon in 386 counties.
 
-Read from METAPRIOR_DATA/posteriordb (Magnusson et al., posteriordb; Rubin 1981; Gelman & Hill 2007).
+They are read from METAPRIOR_DATA/posteriordb.
+
+References:
+    Magnusson et al., posteriordb.
+
+    Rubin 1981, for eight schools.
+
+    Gelman & Hill 2007, for radon.
 """
 
 import json
@@ -20,23 +27,35 @@ UNKNOWN_FLOOR = 9
 
 
 def read_posteriordb(name: str) -> Any:
-    """The JSON of NAME.json.zip.
+    """Reads the JSON of NAME.json.zip in the folder METAPRIOR_DATA/posteriordb.
+
+    Args:
+        name: NAME.
+
+    Returns:
+        The parsed JSON.
 
     Raises:
-        DataError: no such file in a folder posteriordb/ inside the one that METAPRIOR_DATA names, or a damaged one.
+        DataError: No such file, or a damaged one.
     """
     folder = data_folder("posteriordb")
     if folder is None or not (folder / f"{name}.json.zip").is_file():
-        raise DataError(f"{name}: needs {name}.json.zip in a folder posteriordb/ inside the one METAPRIOR_DATA names")
+        raise DataError(f"{name}: no file {name}.json.zip. Put it into a folder posteriordb/ inside METAPRIOR_DATA.")
     path = folder / f"{name}.json.zip"
     with reading(path), open_zip(path) as archive:
         return json.loads(archive.read(archive.namelist()[0]))
 
 
 def eight_schools() -> Batch:
-    """Effects of coaching in eight schools: x [8, 1, 2] is (1, known sd), y [8, 1, 1] the estimate; a school a task.
+    """Returns the effects of coaching in eight schools; each school is a task.
 
-    For `known_noise(linear())`, whose one weight a task is the school's true effect.
+    They fit the network `known_noise(linear())`, whose one weight per task is the true effect of the school.
+
+    Returns:
+        x [8, 1, 2] holds (1, known standard deviation), y [8, 1, 1] the estimated effect.
+
+    Raises:
+        DataError: No such file, or a damaged one.
     """
     table = read_posteriordb("eight_schools")
     sd = jnp.asarray(table["sigma"], float)
@@ -45,7 +64,14 @@ def eight_schools() -> Batch:
 
 
 def eight_schools_reference() -> dict[str, np.ndarray]:
-    """The 10,000 reference draws: theta [draws, 8], mu and tau [draws], under mu ~ N(0, 5^2), tau ~ |Cauchy(0, 5)|."""
+    """Returns the 10,000 reference draws of the posterior of eight schools.
+
+    Returns:
+        theta [draws, 8], mu [draws] and tau [draws], under the priors mu ~ N(0, 5^2) and tau ~ |Cauchy(0, 5)|.
+
+    Raises:
+        DataError: No such file, or a damaged one.
+    """
     chains = read_posteriordb("eight_schools-eight_schools_noncentered")
     joined = {name: np.concatenate([chain[name] for chain in chains]) for name in chains[0]}
     theta = np.stack([joined[f"theta[{j + 1}]"] for j in range(8)], -1)
@@ -53,7 +79,14 @@ def eight_schools_reference() -> dict[str, np.ndarray]:
 
 
 def radon_all_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x [n, 2] (above the basement, log uranium), y [n, 1] log radon, county [n]; unknown floors are left out."""
+    """Returns the radon measurements of 386 counties, without houses whose floor is unknown.
+
+    Returns:
+        x [n, 2] (1 if above the basement, log uranium), y [n, 1] log radon, and the county [n].
+
+    Raises:
+        DataError: No such file, or a damaged one.
+    """
     table = read_posteriordb("radon_all")
     floor = np.asarray(table["floor_measure"])
     known = floor != UNKNOWN_FLOOR
@@ -63,7 +96,19 @@ def radon_all_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @passes_options_to(array_tasks)
 def radon_all(*, standardise: bool = True, small: Literal["error", "drop"] = "drop", **options: Any) -> Splits:
-    """Log radon in the houses of 386 counties; options of `array_tasks`."""
+    """Predicts log radon in the houses of 386 counties; each county is a task.
+
+    Args:
+        standardise: As in `array_tasks`.
+        small: As in `array_tasks`.
+        **options: Other options of `array_tasks`.
+
+    Returns:
+        Tasks of the training, validation and test counties.
+
+    Raises:
+        DataError: No such file, a damaged one, or whatever `array_tasks` refuses.
+    """
     x, y, county = radon_all_table()
     named: dict[str, Any] = {"columns": ("floor", "log_uranium"), "names": ("log_radon", "county")} | options
     return array_tasks(x, y, county, standardise=standardise, small=small, **named)

@@ -1,7 +1,7 @@
-"""What turns a raw table into what a learner sees, and predictions back: columns by name, levels, classes, scaling.
+"""Encoding a raw table for a learner, and decoding predictions: columns by name, levels, classes and scaling.
 
-It is fitted on the training groups, belongs to the run (`preparation.json`), and is the one way in and out: training,
-`adapt`, `evaluate` and pictures. All of it is float64; the cast to float32 comes after centring.
+A preparation is fitted on the training groups and stored with the run (`preparation.json`). Training, `adapt`,
+`evaluate` and plots all encode and decode through it. Everything is float64; the cast to float32 comes after centring.
 """
 
 import json
@@ -24,15 +24,22 @@ from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.tables.columns import TRUTH, Columns, as_ids, as_numbers, as_text, is_text, kind_of, refuse_missing
 from metaprior.tasks.tables.scaling import CONSTANT, Scaling, cast, check_digits, moments
 
-LABELS = ("label", "labels", "class", "target", "y")  # usual names of the column of targets
-FAR = 100.0  # deviations from the training mean beyond which a value is warned of
+TARGETS = ("label", "labels", "class", "target", "y")  # usual names of the target column
+FAR = 100.0  # standard deviations from the training mean; values beyond it raise a warning
 
 
 @dataclass(frozen=True)
 class Column:
-    """A feature column: kind 'number', 'truth value' or 'category' (one feature a level), and the scaling of each.
+    """A feature column.
 
-    constant: which features had one value in training. What another value does is not known, and counts as nothing.
+    Attributes:
+        name: The name of the column.
+        kind: 'number', 'truth value', or 'category', which makes one feature per level.
+        levels: The levels of a category.
+        mean: What is subtracted from each feature.
+        deviation: What each feature is divided by.
+        constant: Which features had a single value in training. The effect of another value is unknown, so such a
+            feature is always 0.
     """
 
     name: str
@@ -43,13 +50,20 @@ class Column:
     constant: tuple[bool, ...] = (False,)
 
     def scaled(self, raw: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
-        """The features as a learner sees them."""
+        """Returns the features as a learner sees them."""
         return np.where(self.constant, 0.0, (raw - self.mean) / self.deviation)
 
     def warn_of_strange(
         self, raw: Float[np.ndarray, "n k"], columns: Columns, argument: str = "features", stacklevel: int = 3
     ) -> None:
-        """Warn of numbers far from what training had, and of any other value where it had one."""
+        """Warns of numbers far from the training range, and of new values of a feature that was constant in training.
+
+        Args:
+            raw: The features before scaling.
+            columns: The table, for the place of a row.
+            argument: The argument that holds the column, for the warning.
+            stacklevel: As in `warnings.warn`.
+        """
         if self.kind != "number":
             return
         mean, deviation, constant = np.asarray(self.mean), np.asarray(self.deviation), np.asarray(self.constant)
@@ -64,32 +78,42 @@ class Column:
             told = f"{argument}: column {self.features[at]!r} has {raw[row, at]:g} in {columns.place(row)}"
             told += f" ({rows} such rows)" if rows > 1 else ""
             warnings.warn(
-                f"{told}, but the one value {mean[at]:g} in training; what it does is not known and counts as nothing."
+                f"{told}, only {mean[at]:g} occurs in training. Other values have an unknown effect and are ignored."
                 if strange is other
-                else f"{told}, {apart[row, at]:.3g} deviations from what training had; check its units.",
+                else f"{told}, {apart[row, at]:.3g} standard deviations from the training mean. Check its units.",
                 stacklevel=stacklevel,
             )
 
     def check(self) -> None:
-        """A ValueError unless its parts fit together."""
+        """Checks that the fields are consistent.
+
+        Raises:
+            ValueError: Fields that are not.
+        """
         _check_kind(self.name, self.kind, ("number", "truth value", "category"))
         width = {"category": len(self.levels), "truth value": 1}.get(self.kind)
         _check_scaling(self.name, self.mean, self.deviation, width)
         if len(set(self.levels)) < len(self.levels) or not all(isinstance(level, str) for level in self.levels):
-            raise ValueError(f"levels of {self.name!r} must be different texts, got {list(self.levels)}")
+            raise ValueError(f"levels of {self.name!r} must be different texts, got {list(self.levels)}.")
 
     @property
     def features(self) -> list[str]:
-        """The name of each feature that the column makes."""
+        """The name of each feature of the column."""
         if self.kind == "category":
             return [f"{self.name}={level}" for level in self.levels]
         return [self.name] if len(self.mean) == 1 else [f"{self.name}[{i}]" for i in range(len(self.mean))]
 
     def raw(self, columns: Columns, *, unknown: str = "error") -> Float[np.ndarray, "n k"]:
-        """The column's features before scaling.
+        """Returns the features of the column before scaling.
 
-        unknown: whether a level that training never had is an 'error'; else it is none of the levels, which a warning
-        says ('warn') or nothing ('pass').
+        Args:
+            columns: The table.
+            unknown: What happens to a level that does not occur in training. It is an 'error', or the row has none of
+                the levels, with a warning ('warn') or without ('pass').
+
+        Raises:
+            DataError: A column that is missing or does not fit its kind, a missing value, or an unknown level with
+                'error'.
         """
         values = columns.find(self.name, "features")
         if self.kind == "number":
@@ -103,19 +127,27 @@ class Column:
             known, cell = levels.tolist(), cells[strange[0]]
             told = (
                 f"features: column {self.name!r} has {cell!r} in {columns.place(int(strange[0]))}, a level that no "
-                f"training group has ({len(strange)} such rows); known are {', '.join(known[:20])}"
-                f"{nearest(cell, known)}"
+                f"training group has ({len(strange)} such rows). Known levels are {', '.join(known[:20])}"
+                f"{nearest(cell, known) or '.'}"
             )
             if unknown == "error" or self.kind == "truth value":
                 raise DataError(told)
             if unknown == "warn":
-                warnings.warn(f"{told}; such rows count as none of these, so merge rare levels", stacklevel=2)
+                warnings.warn(f"{told} Such rows count as having none of these. Merge rare levels.", stacklevel=2)
         return hot[:, 1:].astype(float) if self.kind == "truth value" else hot.astype(float)
 
 
 @dataclass(frozen=True)
 class Target:
-    """The target: kind 'number' (scaled), 'count' (as it is) or 'class' (codes in the order of `classes`)."""
+    """The target column.
+
+    Attributes:
+        name: The name of the column.
+        kind: 'number' (scaled), 'count' (not scaled) or 'class' (encoded as positions in `classes`).
+        classes: The classes.
+        mean: What is subtracted from each target.
+        deviation: What each target is divided by.
+    """
 
     name: str
     kind: str
@@ -124,17 +156,31 @@ class Target:
     deviation: Floats = (1.0,)
 
     def check(self) -> None:
-        """A ValueError unless its parts fit together."""
+        """Checks that the fields are consistent.
+
+        Raises:
+            ValueError: Fields that are not.
+        """
         _check_kind(self.name, self.kind, ("number", "count", "class"))
         _check_scaling(self.name, self.mean, self.deviation)
         if (self.kind == "class") != bool(self.classes) or len(set(self.classes)) < len(self.classes):
-            raise ValueError(f"{self.name!r} of kind {self.kind} came with classes {self.classes}")
+            needed = "different classes" if self.kind == "class" else "no classes"
+            raise ValueError(f"{self.name!r} of kind {self.kind} must have {needed}, got {self.classes}.")
 
     def codes(self, values: np.ndarray, name: str, columns: Columns, argument: str = "target") -> np.ndarray:
-        """The run's code of each label.
+        """Encodes labels as the run did.
+
+        Args:
+            values: Labels [n].
+            name: The name of their column.
+            columns: The table, for the place of a row.
+            argument: The argument that holds them, for errors.
+
+        Returns:
+            Codes int32 [n].
 
         Raises:
-            DataError: a label that the run never saw, naming it and the nearest.
+            DataError: A label that does not occur in training; the error names it and the nearest.
         """
         place: dict[Hashable, int] = {str(label): code for code, label in enumerate(self.classes)}
         place |= {label: code for code, label in enumerate(self.classes)}
@@ -144,19 +190,29 @@ class Target:
             row = found.index(None)
             known = [str(label) for label in self.classes]
             raise DataError(
-                f"{argument}: came class {labels[row]!r} in {columns.place(row)}, needs one of those of training: "
-                f"{', '.join(known[:20])}{nearest(str(labels[row]), known)}"
+                f"{argument} must be a class of training ({', '.join(known[:20])}), got {labels[row]!r} in "
+                f"{columns.place(row)}{nearest(str(labels[row]), known) or '.'}"
             )
         return np.asarray(found, np.int32)
 
     def numbers(self, values: np.ndarray, name: str, columns: Columns, argument: str) -> Float[np.ndarray, "n d"]:
-        """Targets before scaling."""
+        """Returns the targets before scaling.
+
+        Args:
+            values: Targets [n] or [n, d].
+            name: The name of their column.
+            columns: The table, for the place of a row.
+            argument: The argument that holds them, for errors.
+
+        Raises:
+            DataError: Values that are not numbers, or counts that are not whole numbers of at least 0.
+        """
         numbers = as_numbers(values, name, columns, argument)
         if self.kind == "count" and ((numbers < 0) | (numbers != np.rint(numbers))).any():
             row, at = np.argwhere((numbers < 0) | (numbers != np.rint(numbers)))[0]
             raise DataError(
-                f"{argument}: column {name!r} has {numbers[row, at]:g} in {columns.place(row)}; a count is a whole "
-                "number, 0 or more."
+                f"{argument}: column {name!r} has {numbers[row, at]:g} in {columns.place(row)}. A count must be a "
+                "whole number of at least 0."
             )
         return numbers
 
@@ -166,10 +222,10 @@ class Preparation:
     """The preparation of one table.
 
     Attributes:
-        columns: the feature columns, in the order in which a learner sees them.
-        target: the target column.
-        group: name of the group column.
-        groups: names of the groups of training, validation and test, or None.
+        columns: The feature columns, in the order in which a learner sees them.
+        target: The target column.
+        group: The name of the group column.
+        groups: The names of the groups of training, validation and test; None if unknown.
     """
 
     columns: tuple[Column, ...]
@@ -189,16 +245,23 @@ class Preparation:
         categories: Sequence[str] = (),
         **names: Any,
     ) -> "Preparation":
-        """Levels and scaling from the training rows; kinds from all rows.
+        """Fits levels and scaling on the training rows, and the kind of each column on all rows.
 
         Args:
-            columns: the feature columns and no others.
-            target: its name, kind and classes.
-            goal: the target's raw values.
-            rows: which are of training groups.
-            standardise: features and real targets to mean 0, deviation 1; counts stay as they are.
-            categories: columns that are categories although they hold numbers, dates or many levels.
-            names: `group` and `groups`.
+            columns: The feature columns and no others.
+            target: The name, kind and classes of the target.
+            goal: The raw values of the target.
+            rows: Which rows belong to training groups.
+            standardise: Whether to scale features and real targets to mean 0 and standard deviation 1. Counts are never
+                scaled.
+            categories: Columns that are categories although they hold numbers, dates or many levels.
+            **names: `group` and `groups`.
+
+        Returns:
+            The preparation.
+
+        Raises:
+            DataError: Columns that cannot be read, or numbers that float32 cannot distinguish.
         """
         if unknown := [name for name in categories if name not in columns]:
             columns.find(unknown[0], "categories")
@@ -215,7 +278,7 @@ class Preparation:
 
     @cached_property
     def scaling(self) -> Scaling:
-        """The scaling of all features and targets as arrays."""
+        """The scaling of all features and targets, as arrays."""
         mean, deviation = ([v for c in self.columns for v in getattr(c, part)] for part in ("mean", "deviation"))
         fixed = [one for c in self.columns for one in (c.constant * len(c.mean))[: len(c.mean)]]
         spread = np.where(fixed, np.inf, deviation)
@@ -227,36 +290,52 @@ class Preparation:
         return [name for column in self.columns for name in column.features]
 
     def encode(self, columns: Mapping[str, Any], *, strict: bool = True) -> Float[np.ndarray, "n d"]:
-        """Features as a learner sees them, from columns by name; others (group, target) are passed over.
+        """Encodes features as a learner sees them.
 
-        strict: refuse levels that training never had, and warn of numbers far outside what it had. Only the groups held
-        out of a run's own table are encoded otherwise.
+        Args:
+            columns: Columns by name. Other columns than the features (group, target) are ignored.
+            strict: Whether to refuse levels that do not occur in training, and to warn of numbers far outside the
+                training range. Only the held-out groups of a run's own table are encoded with False.
+
+        Returns:
+            Features [n, d].
 
         Raises:
-            DataError: an unknown or missing column or level, naming it and the nearest; values that are no numbers.
+            DataError: An unknown or missing column or level (naming it and the nearest), or values that are not
+                numbers.
         """
         columns = columns if isinstance(columns, Columns) else Columns(columns)
         blocks = []
         for column in self.columns:
             raw = column.raw(columns, unknown="error" if strict else "warn")
             if raw.shape[1] != len(column.mean):
-                raise DataError(f"features: column {column.name!r} came {raw.shape[1]} wide, needs {len(column.mean)}")
+                raise DataError(
+                    f"features: column {column.name!r} must have width {len(column.mean)}, got {raw.shape[1]}."
+                )
             if strict:
                 column.warn_of_strange(raw, columns)
             blocks.append(cast(column.scaled(raw), raw, column.name, columns, "features"))
         if len({len(block) for block in blocks}) > 1:
-            raise DataError(f"features: columns of {', '.join(str(len(block)) for block in blocks)} rows; need as many")
+            lengths = ", ".join(str(len(block)) for block in blocks)
+            raise DataError(f"features must be columns of equal length, got {lengths} rows.")
         return np.concatenate(blocks, 1)
 
     def encode_target(
         self, values: Any, columns: Columns | None = None, name: str | None = None, *, strict: bool = False
     ) -> np.ndarray:
-        """Targets as a learner sees them: numbers [n, d], or class codes [n].
+        """Encodes targets as a learner sees them.
 
-        strict: warn of numbers far from what training had.
+        Args:
+            values: Raw targets [n] or [n, d], or labels [n].
+            columns: The table, for the place of a row.
+            name: The name of their column. By default that of training.
+            strict: Whether to warn of numbers far outside the training range.
+
+        Returns:
+            Numbers [n, d], or class codes [n].
 
         Raises:
-            DataError: values that are no numbers, or a class that training never saw; names place and value.
+            DataError: Values that are not numbers, or a class that does not occur in training, naming place and value.
         """
         values, name = np.asanyarray(values), self.target.name if name is None else name
         columns = Columns({name: values}) if columns is None else columns
@@ -264,7 +343,7 @@ class Preparation:
             return self.target.codes(values, name, columns)
         raw = self.target.numbers(values, name, columns, "target")
         if raw.shape[1] != len(self.target.mean):
-            raise DataError(f"target: column {name!r} came {raw.shape[1]} wide, needs {len(self.target.mean)}")
+            raise DataError(f"target: column {name!r} must have width {len(self.target.mean)}, got {raw.shape[1]}.")
         if strict and self.target.kind == "number":
             self._target_column(name).warn_of_strange(raw, columns, "target")
         return cast((raw - self.target.mean) / self.target.deviation, raw, name, columns, "target")
@@ -273,7 +352,13 @@ class Preparation:
         return Column(name, "number", (), self.target.mean, self.target.deviation)
 
     def warn_of_strange(self, x: Float[np.ndarray, "n d"], y: np.ndarray | None = None, stacklevel: int = 2) -> None:
-        """Warn of raw features side by side, and of raw targets that are numbers, far from what training had."""
+        """Warns of raw features and numeric targets far outside the training range.
+
+        Args:
+            x: Raw features, as one array with the columns in the order of training.
+            y: Raw targets; None to check features only.
+            stacklevel: As in `warnings.warn`.
+        """
         columns, first, deeper = Columns({"x": x}), 0, stacklevel + 1
         for column in self.columns:
             column.warn_of_strange(x[:, first : first + len(column.mean)], columns, "X", deeper)
@@ -282,26 +367,42 @@ class Preparation:
             self._target_column(self.target.name).warn_of_strange(y.reshape(len(x), -1), columns, "y", deeper)
 
     def examples(self, columns: Columns, *, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        """Features and, if `labelled`, targets of a user's file as a learner sees them.
+        """Encodes the examples of a user's file as a learner sees them.
 
         The target is the column that the run was trained on, or else one of the usual names.
 
+        Args:
+            columns: The columns of the file.
+            labelled: Whether to return targets.
+
+        Returns:
+            Features [n, d], and targets if `labelled`, else None.
+
         Raises:
-            DataError: see `encode` and `encode_target`; no column of targets.
+            DataError: Whatever `encode` and `encode_target` refuse, or no target column.
         """
         x = self.encode(columns)
         if not labelled:
             return x, None
         taken = {column.name for column in self.columns}
-        usual = [name for name in (self.target.name, *LABELS) if name in columns or f"{name}[0]" in columns]
+        usual = [name for name in (self.target.name, *TARGETS) if name in columns or f"{name}[0]" in columns]
         name = next((name for name in usual if name not in taken), self.target.name)
         if name != self.target.name and len(also := [one for one in usual if one not in taken]) > 1:
             listed = ", ".join(map(repr, also))
-            raise DataError(f"target: columns {listed} could each be it; name one of them {self.target.name!r}")
+            raise DataError(f"target: columns {listed} could all be the target. Name one of them {self.target.name!r}.")
         return x, self.encode_target(columns.find(name, "target"), columns, name, strict=True)
 
     def blank(self, shot: int, query: int, *, padded: bool) -> Splits:
-        """Tasks of the shapes that a learner sees, without the table's data: for a run whose table is elsewhere."""
+        """Makes tasks of the right shapes without the data of the table, for a run whose table is not available.
+
+        Args:
+            shot: Rows of the support.
+            query: Rows of the query.
+            padded: Whether support and query have weights.
+
+        Returns:
+            The same source of zeros three times.
+        """
 
         def batch(rows: int) -> Batch:
             x = np.zeros((1, rows, len(self.features)), jax.dtypes.canonicalize_dtype(float))
@@ -318,23 +419,26 @@ class Preparation:
 
     @property
     def standardised(self) -> str | None:
-        """The target's name if learners see it standardised, so that figures of training are not in its units."""
+        """The target's name if it is standardised, so that training metrics are not in its units; else None."""
         return self.target.name if set(self.target.deviation) - {1.0} else None
 
     def predictive(self, predictive: Predictive) -> Predictive:
-        """A learner's predictive in the units of the target; classes and counts are in them already."""
+        """Returns a learner's predictive in the units of the target. Those of classes and counts do not change."""
         return self.scaling.predictive(predictive) if self.target.kind == "number" else predictive
 
     def to_json(self) -> str:
-        """All of it as JSON; floats to the last bit."""
+        """Returns the preparation as JSON; floats keep all their bits."""
         return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Preparation":
-        """What `to_json` wrote.
+        """Reads what `to_json` wrote.
+
+        Args:
+            text: JSON.
 
         Raises:
-            DataError: other or damaged text.
+            DataError: Other or damaged text.
         """
         try:
             table = json.loads(text)
@@ -344,10 +448,10 @@ class Preparation:
             for column in (*columns, found.target):
                 column.check()
             if len(set(names := [*(column.name for column in columns), found.target.name])) < len(names):
-                raise ValueError(f"a name stands twice in {', '.join(names)}")
+                raise ValueError(f"a name occurs twice in {', '.join(names)}")
             return found
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"preparation: damaged ({type(error).__name__}: {error})") from error
+            raise DataError(f"preparation is damaged ({type(error).__name__}: {error}).") from error
 
 
 def _check_kind(name: Any, kind: Any, kinds: tuple[str, ...]) -> None:
@@ -359,7 +463,9 @@ def _check_kind(name: Any, kind: Any, kinds: tuple[str, ...]) -> None:
 
 def _check_scaling(name: str, mean: Floats, deviation: Floats, width: int | None = None) -> None:
     if not len(mean) == len(deviation) == (len(mean) if width is None else width) > 0:
-        raise ValueError(f"{name!r} has {len(mean)} means and {len(deviation)} deviations, needs {width or 'as many'}")
+        raise ValueError(
+            f"{name!r} must have {width or 'as many'} means and deviations, got {len(mean)} and {len(deviation)}"
+        )
     if not (np.isfinite(mean).all() and np.isfinite(deviation).all() and min(deviation) > 0):
         raise ValueError(f"{name!r} must have finite means and deviations above 0")
 
@@ -387,20 +493,27 @@ def _fit_column(name: str, columns: Columns, rows: np.ndarray, standardise: bool
 def target_of(
     goal: np.ndarray, name: str, columns: Columns, *, classification: bool | None, counts: bool, integers: str
 ) -> Target:
-    """The target's name, kind and classes.
+    """Returns the name, kind and classes of the target.
 
-    integers: what whole numbers are where it is not said: 'number', or 'error'.
+    Args:
+        goal: The raw values of the target.
+        name: Its name.
+        columns: The table, for the place of a row.
+        classification: Whether the target holds labels; None to decide by its type.
+        counts: Whether it holds counts.
+        integers: What whole numbers are if neither is given: 'number', or 'error'.
 
     Raises:
-        DataError: a target that could be classes or numbers, where 'error' is asked for.
+        DataError: With 'error', a target that could hold classes or numbers; or a missing value.
+        ValueError: Both `classification` and `counts`.
     """
     if classification and counts:
-        raise ValueError("classification, counts: both came true; a target is classes or counts.")
+        raise ValueError("classification and counts must not both be true, because a target holds classes or counts.")
     if classification is None and not counts:
         if integers == "error" and goal.dtype.kind in "iu" and goal.ndim == 1:
             raise DataError(
-                f"{name}: came whole numbers ({goal.dtype}), which may be classes, counts or other numbers; say "
-                "classification=True, counts=True or classification=False"
+                f"{name} holds whole numbers ({goal.dtype}), which may be classes, counts or other numbers. Set "
+                "classification=True, counts=True or classification=False."
             )
         named = Columns({name: goal}, columns.path, columns.lines)
         text = is_text(goal) or goal.dtype.kind == "b" or (goal.dtype == object and integers == "error")

@@ -1,4 +1,4 @@
-"""Standardising columns without losing their digits: moments, and the cast to what learners compute in."""
+"""Standardising columns without loss of digits: moments, and the cast to the type that learners use."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,14 +12,20 @@ from metaprior.core.units import in_units
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.tables.columns import LOST, Columns
 
-CONSTANT = 1e-14  # of a column's size: a deviation below it is rounding
+CONSTANT = 1e-14  # a deviation below this fraction of a column's largest value is a rounding error
 
 
 class Scaling(NamedTuple):
-    """How raw features and targets were standardised, in float64: (raw - mean) / deviation, by the training groups.
+    """How raw features and targets were standardised: (raw - mean) / deviation, by the training groups, in float64.
 
-    Centre with it before anything is cast to float32: 1.7e9 + 1 and 1.7e9 are one float32 number. A feature that was
-    constant in training has an infinite deviation: whatever its value, a learner sees 0.
+    Apply it before casting to float32, because 1.7e9 + 1 and 1.7e9 are the same float32 number. A feature that was
+    constant in training has an infinite deviation, so that a learner sees 0 for any value.
+
+    Attributes:
+        x_mean: Mean of each feature.
+        x_deviation: Standard deviation of each feature.
+        y_mean: Mean of each target.
+        y_deviation: Standard deviation of each target.
     """
 
     x_mean: Float[np.ndarray, " d"]
@@ -28,45 +34,52 @@ class Scaling(NamedTuple):
     y_deviation: Float[np.ndarray, " c"]
 
     def features(self, raw: Any) -> Float[np.ndarray, "... d"]:
-        """Raw features as a learner sees them, in float64."""
+        """Standardises raw features [..., d]; returns float64."""
         return (np.asarray(raw, float) - self.x_mean) / self.x_deviation
 
     def raw_features(self, x: Any) -> Float[np.ndarray, "... d"]:
-        """Features that a learner sees in original units, in float64."""
+        """Converts standardised features [..., d] to original units; returns float64."""
         return np.asarray(x, float) * np.where(np.isfinite(self.x_deviation), self.x_deviation, 0) + self.x_mean
 
     def standardised(self, y: Any) -> Float[np.ndarray, "... c"]:
-        """Raw targets as a learner sees them, in float64."""
+        """Standardises raw targets [..., c]; returns float64."""
         return (np.asarray(y, float) - self.y_mean) / self.y_deviation
 
     def targets(self, y: Any) -> Float[np.ndarray, "... c"]:
-        """Standardised targets or predicted means in original units, in float64."""
+        """Converts standardised targets or predicted means [..., c] to original units; returns float64."""
         return np.asarray(y, float) * self.y_deviation + self.y_mean
 
     def variances(self, variance: Any) -> Float[np.ndarray, "... c"]:
-        """Predicted variances in original units."""
+        """Converts predicted variances [..., c] to original units."""
         return np.asarray(variance, float) * self.y_deviation**2
 
     def predictive(self, predictive: Predictive) -> Predictive:
-        """A predictive of standardised targets as one in original units."""
+        """Converts a predictive of standardised targets to original units."""
         return in_units(predictive, self.y_mean, self.y_deviation)
 
 
 def moments(values: Float[np.ndarray, "n k"], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each column; a constant one, up to rounding, has deviation 1.
+    """Computes mean and standard deviation of each column.
+
+    Args:
+        values: The columns, [n, k].
+        name: Their name, for the error.
+
+    Returns:
+        The means [k] and the standard deviations [k], which are 1 for a column that is constant up to rounding.
 
     Raises:
-        DataError: numbers whose mean or variance overflows.
+        DataError: Numbers whose mean or variance overflows.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         mean = values.mean(0)
-        mean = mean + (values - mean).mean(0)  # what a sum of large numbers rounds away
+        mean = mean + (values - mean).mean(0)  # corrects the rounding of a sum of large numbers
         size = np.abs(values - mean).max(0)
-        # By the largest difference first, so that neither 1e200 squared overflows nor 1e-200 squared vanishes.
+        # Dividing by the largest difference first, so that 1e200 squared does not overflow and 1e-200 squared is not 0.
         deviation = size * np.sqrt((((values - mean) / np.where(size > 0, size, 1.0)) ** 2).mean(0))
     if not (np.isfinite(mean).all() and np.isfinite(deviation).all()):
         worst = values.flat[np.abs(values).argmax()]
-        raise DataError(f"standardise: column {name!r} has {worst:g}, whose mean or variance overflows; rescale it.")
+        raise DataError(f"standardise: column {name!r} has {worst:g}, whose mean or variance overflows. Rescale it.")
     constant = deviation <= CONSTANT * np.abs(values).max(0)
     return mean, np.where(constant, 1.0, deviation)
 
@@ -74,10 +87,17 @@ def moments(values: Float[np.ndarray, "n k"], name: str) -> tuple[np.ndarray, np
 def cast(
     scaled: Float[np.ndarray, "n k"], raw: Float[np.ndarray, "n k"], name: str, columns: Columns, argument: str
 ) -> np.ndarray:
-    """Standardised values in the type that learners compute in.
+    """Casts standardised values to the type that learners use.
+
+    Args:
+        scaled: Standardised values, [n, k].
+        raw: The same values before scaling, for the error.
+        name: The name of the column.
+        columns: The table, for the place of a row.
+        argument: The argument that holds the column, for the error.
 
     Raises:
-        DataError: a value that is too large for it, naming column, row and value.
+        DataError: A value that is too large for that type, naming column, row and value.
     """
     with np.errstate(over="ignore"):
         small = scaled.astype(jax.dtypes.canonicalize_dtype(float))
@@ -85,8 +105,8 @@ def cast(
     if len(bad):
         row, at = bad[0].tolist()
         raise DataError(
-            f"{argument}: column {name!r} has {raw[row, at]:g} in {columns.place(row)}, too large for {small.dtype}; "
-            "rescale it or correct it."
+            f"{argument}: column {name!r} has {raw[row, at]:g} in {columns.place(row)}, too large for {small.dtype}. "
+            "Rescale it or correct it."
         )
     return small
 
@@ -95,12 +115,20 @@ def check_digits(
     raw: Float[np.ndarray, "n k"], mean: np.ndarray, deviation: np.ndarray, names: Sequence[str], columns: Columns,
     argument: str,
 ) -> None:  # fmt: skip
-    """Refuse columns whose rows float32 can no longer tell apart, for an offset or for one huge value.
+    """Checks that float32 can distinguish the rows of each column, despite an offset or a single huge value.
 
-    The median rounding error of the values that a learner sees is held against the spread of the middle 80 %.
+    The median rounding error of the values that a learner sees is compared with the range of the middle 80 %.
+
+    Args:
+        raw: Values before scaling, [n, k].
+        mean: What is subtracted, [k].
+        deviation: What is divided by, [k].
+        names: The name of each column.
+        columns: The table, for the place of a row.
+        argument: The argument that holds the columns, for the error.
 
     Raises:
-        DataError: naming the column and its largest value.
+        DataError: A column whose rows float32 cannot distinguish, naming it and its most extreme value.
     """
     for at, name in enumerate(names):
         values = raw[:, at]
@@ -112,9 +140,9 @@ def check_digits(
         if spread > 0 and not error <= LOST * spread:
             row = int(np.abs(values - np.median(values)).argmax())
             standardised = deviation[at] != 1 or mean[at] != 0
-            fix = "rescale it or correct that value" if standardised else "set standardise=True or subtract an offset"
+            fix = "Rescale it or correct that value." if standardised else "Set standardise=True or subtract an offset."
             raise DataError(
                 f"{argument}: column {name!r} loses its digits: most values lie between {low:.17g} and {high:.17g}, "
-                f"the farthest is {values[row]:.17g} in {columns.place(row)}; float32 cannot tell them apart. To mend "
-                f"it, {fix}."
+                f"the farthest is {values[row]:.17g} in {columns.place(row)}; float32 cannot distinguish them. "
+                f"{fix}"
             )

@@ -1,7 +1,10 @@
-"""Cloze tasks (Taylor 1953): which word is missing? One-shot language modelling on any text.
+"""Cloze tasks (Taylor 1953): predict the missing word. This is one-shot language modelling on any text.
 
-Vinyals et al. 2016, section 4.3: a class is a word, an example a sentence with that word left blank; words and
-sentences of validation and test are not seen in training.
+A class is a word, and an example is a sentence in which that word is blank. The words and sentences of validation and
+test do not occur in training.
+
+References:
+    Vinyals et al. 2016, sec. 4.3.
 """
 
 import re
@@ -23,31 +26,42 @@ from metaprior.tasks.splitting import split_groups
 from metaprior.tasks.store import Arrays, cached, data_folder, stamp
 from metaprior.tasks.texts.words import ABSENT, read_text, rows_of_numbers, sentences_of, words_of
 
-BLANK, UNKNOWN = 1, 2  # the numbers of the blank and of a word without one of its own; words start at 3
+BLANK, UNKNOWN = 1, 2  # the numbers of the blank and of an unknown word; known words start at 3
 FIRST_WORD = 3
-SHORTEST = 4  # words of a sentence that can have a blank
-BLOCK = 100  # sentences that stay together when they are shared out
+SHORTEST = 4  # the fewest words of a sentence that is used
+BLOCK = 100  # consecutive sentences that are assigned to the same split
 GUTENBERG = re.compile(r"\*\*\* ?START OF.*?\*\*\*(.*?)\*\*\* ?END OF", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Sentences with a blank as rows of numbers, the blank in the middle of 2 * reach + 1; a call encodes texts."""
+    """Encodes sentences with one blank as rows of numbers; the blank is in the middle.
+
+    Attributes:
+        numbers: The number of each known word.
+        reach: The number of words before the blank, and after it. A row has length 2 * reach + 1.
+    """
 
     numbers: dict[str, int]
     reach: int
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "n length"]:
-        """A row a text; its blank is written as two or more underscores.
+        """Encodes texts.
+
+        Args:
+            texts: Texts with one blank each, written as two or more underscores.
+
+        Returns:
+            One row per text, int32 [n, 2 * reach + 1].
 
         Raises:
-            DataError: a text without a blank, or with more than one.
+            DataError: A text without a blank, or with more than one.
         """
         rows = []
         for i, text in enumerate(texts):
             parts = re.split(r"_{2,}", text)
             if len(parts) != 2:
-                raise DataError(f"text: came {text!r} in row {i}, with {len(parts) - 1} blanks; needs one, written ___")
+                raise DataError(f"text must have one blank, written ___, got {len(parts) - 1} in {text!r} (row {i}).")
             before, after = ([self.numbers.get(word, UNKNOWN) for word in words_of(part)] for part in parts)
             before = before[-self.reach :]
             rows.append([*[ABSENT] * (self.reach - len(before)), *before, BLANK, *after[: self.reach]])
@@ -57,11 +71,21 @@ class Window:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ClozePool:
-    """Episodes of `way` words with `shot` support and `query` query sentences a word, the word left blank.
+    """Episodes of `way` words with `shot` support and `query` query sentences per word, in which the word is blank.
 
-    words: the whole text, as places in the vocabulary; sentences: the number of each word's sentence; shown: what a
-    network sees of each word of the vocabulary. Word i of this split stands at places[starts[i] : starts[i] +
-    counts[i]] of the text, in another sentence each time. `encode` makes rows of the user's sentences.
+    Attributes:
+        words: The whole text, as positions in the vocabulary.
+        sentences: The number of the sentence of each word of the text.
+        shown: The number that a network sees for each word of the vocabulary.
+        places: The positions in the text of the words that can be blank, sorted by word.
+        starts: The first place of each word of this split. Word i occurs at places[starts[i] : starts[i] + counts[i]],
+            each time in another sentence.
+        counts: The number of places of each word.
+        encode: Encodes the user's sentences.
+        way: Words per task.
+        shot: Support sentences per word.
+        query: Query sentences per word.
+        own_labels: Whether a label is the number of the word in this split instead of its place in the task.
     """
 
     words: Int[Array, " total"]
@@ -77,10 +101,14 @@ class ClozePool:
     own_labels: bool = field(default=False, metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """n tasks: support x int32 [n, way * shot, 2 * reach + 1] and y int32 [n, way * shot]; query alike, weighted.
+        """Draws n tasks.
 
-        The blank (1) is in the middle; the word that it stands for is blank wherever it stands in the sentence. 0 is
-        padding, 2 an unknown word. A query whose sentence is in the support has weight 0.
+        The blank (1) is in the middle of a row. If its word occurs again in the sentence, it is blank there too. 0 is
+        padding, and 2 is an unknown word.
+
+        Returns:
+            Support x int32 [n, way * shot, 2 * reach + 1] and y int32 [n, way * shot]; the query likewise, with
+                weights. A query sentence that is also in the support has weight 0.
         """
 
         def one(key: PRNGKeyArray) -> Task:
@@ -120,30 +148,40 @@ def cloze(
     vocabulary: Count = 10_000,
     reach: Count = 10,
 ) -> Splits:
-    """Which word is missing? x int32 [n, 2 * reach + 1], a sentence around its blank, y int32 [n].
+    """Makes tasks of predicting the missing word: x int32 [n, 2 * reach + 1], a sentence around its blank, y int32 [n].
 
-    The words that are classes are shared out over training, validation and test, and so are the sentences, so that
-    neither a word nor a sentence of the test is seen in training.
+    The words that are classes are divided among training, validation and test, and so are the sentences. No word and no
+    sentence of the test occurs in training.
 
     Args:
-        path: a text file in UTF-8 (or .xz, .gz of one); by default METAPRIOR_DATA/text/warandpeace.txt.xz. Of a
-            Project Gutenberg file, the book alone is read.
-        way, shot, query, test_query: words a task; sentences a word of the support, of the query in training, and in
-            validation and test.
-        train_way, train_labels: as in `images`.
-        split, sentence_split: fractions of the words, and of the sentences (in blocks of 100). seed: of both.
-        hide: words held out are unknown as context, too; else they are but never left blank in training.
-        least: sentences of its part that a word must stand in (at least shot + query), so that tasks of different
-            shots can have the same words.
-        vocabulary: words known as context, the most frequent ones of the training sentences.
-        reach: words seen before the blank, and after it.
+        path: A text file in UTF-8 (.txt, or a compressed .xz or .gz). By default
+            METAPRIOR_DATA/text/warandpeace.txt.xz. Of a Project Gutenberg file, only the book is read.
+        way: Words per task.
+        shot: Support sentences per word.
+        query: Query sentences per word in training.
+        test_query: Query sentences per word in validation and test.
+        train_way: Words per task in training. By default `way`.
+        train_labels: As in `images`.
+        split: The fractions of the words for training, validation and test.
+        sentence_split: The fractions of the sentences, which are divided in blocks of 100.
+        hide: Whether the words of validation and test are unknown as context, too. If False, they are known as context,
+            but are never blank in training.
+        seed: The seed of both divisions.
+        least: The number of sentences of its part that a word must occur in (at least shot + query). With the same
+            value, tasks of different shots can have the same words.
+        vocabulary: The number of words that are known as context, the most frequent ones of the training sentences.
+        reach: The number of words that are visible before the blank, and after it.
+
+    Returns:
+        Tasks of the training, validation and test words.
 
     Raises:
-        DataError: no such file, or a text with too few repeated words for a task.
+        DataError: No such file, or a text with too few repeated words for a task.
+        ValueError: Options out of range.
     """
     train_way = way if train_way is None else train_way
     if train_labels not in ("task", "class"):
-        raise ValueError(f"train_labels: came {train_labels!r}, needs 'task' or 'class'")
+        raise ValueError(f"train_labels must be 'task' or 'class', got {train_labels!r}.")
     file = _file(path)
     arrays = cached(f"cloze-{file.stem}", {"version": 1, "origin": stamp(file)}, lambda: _parse(file))
     words, sentences, names = (np.asarray(arrays[name]) for name in ("words", "sentences", "names"))
@@ -153,8 +191,8 @@ def cloze(
         raise DataError(_too_few(file, len(frequent), sentences, least, "the text", way))
     part_of_sentence = _share_sentences(int(sentences.max()) + 1, sentence_split, seed)
     parts = [frequent[part] for part in split_groups(names[frequent].tolist(), split, seed, "word")]
-    hidden = np.concatenate(parts[1:]) if hide else np.zeros(0, int)
-    shown = _shown(words[part_of_sentence[sentences] == 0], len(names), hidden, vocabulary)
+    held_out = np.concatenate(parts[1:]) if hide else np.zeros(0, int)
+    shown = _shown(words[part_of_sentence[sentences] == 0], len(names), held_out, vocabulary)
     encode = Window({name: int(number) for name, number in zip(names, shown, strict=True)}, reach)
     on_device = [jnp.asarray(array) for array in (words, sentences, shown)]
 
@@ -181,13 +219,15 @@ def _file(path: str | Path | None) -> Path:
     if path is not None:
         file = Path(path).expanduser()
         if not file.is_file():
-            raise DataError(f"path: came {path}, which is no file; needs a text file (.txt, or .xz, .gz of one)")
+            raise DataError(
+                f"path must be a text file (.txt, or a compressed .xz or .gz), got {path}, which is not a file."
+            )
         return file
     folder = data_folder("text")
     if folder is None or not (folder / "warandpeace.txt.xz").is_file():
         raise DataError(
-            "cloze: needs path=, a text file of your own (--set tasks.path=FILE), or warandpeace.txt.xz in a folder "
-            "text/ inside the one that METAPRIOR_DATA names"
+            "cloze: no text. Set path= to a text file (--set tasks.path=FILE), or put warandpeace.txt.xz into a folder "
+            "text/ inside METAPRIOR_DATA."
         )
     return folder / "warandpeace.txt.xz"
 
@@ -197,7 +237,7 @@ def _parse(file: Path) -> Arrays:
     book = GUTENBERG.search(text)
     found = [s for s in sentences_of(book.group(1) if book else text) if len(s) >= SHORTEST]
     if not found:
-        raise DataError(f"{file}: came no sentence of {SHORTEST} words or more, needs running text")
+        raise DataError(f"{file} must hold sentences of at least {SHORTEST} words, got none. Use running text.")
     names, words = np.unique([word for sentence in found for word in sentence], return_inverse=True)
     lengths = [len(sentence) for sentence in found]
     sentences = np.repeat(np.arange(len(found), dtype=np.int32), lengths)
@@ -214,14 +254,14 @@ def _share_sentences(total: int, split: Any, seed: int) -> Int[np.ndarray, " tot
 
 
 def _first_in_sentence(words: np.ndarray, sentences: np.ndarray) -> np.ndarray:
-    """Where each word stands for the first time in its sentence, so that an example is another sentence each time."""
+    """Returns where each word occurs for the first time in its sentence, so that each example is another sentence."""
     pairs = sentences.astype(np.int64) * (int(words.max()) + 1) + words
     return np.sort(np.unique(pairs, return_index=True)[1])
 
 
-def _shown(training: np.ndarray, total: int, hidden: np.ndarray, vocabulary: int) -> Int[np.ndarray, " total"]:
+def _shown(training: np.ndarray, total: int, unknown: np.ndarray, vocabulary: int) -> Int[np.ndarray, " total"]:
     counts = np.bincount(training, minlength=total)
-    counts[hidden] = 0
+    counts[unknown] = 0
     known = np.argsort(-counts, kind="stable")[:vocabulary]
     known = known[counts[known] > 0]
     shown = np.full(total, UNKNOWN, np.int32)
@@ -231,7 +271,7 @@ def _shown(training: np.ndarray, total: int, hidden: np.ndarray, vocabulary: int
 
 def _too_few(file: Path, came: int, sentences: np.ndarray, least: int, where: str, way: int) -> str:
     return (
-        f"{file}: a text with too few repeated words: {came} of {where} stand in {least} sentences or more (the text "
-        f"has {int(sentences[-1]) + 1}), needs {way} in each of three parts; give a longer text, or lower least, shot, "
-        "query or way"
+        f"{file} has too few repeated words: at least {way} in each of three parts must occur in {least} sentences or "
+        f"more, got {came} in {where} (the text has {int(sentences[-1]) + 1} sentences). Use a longer text, or lower "
+        "least, shot, query or way."
     )

@@ -17,56 +17,67 @@ KINDS = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 
 
 class Texts(NamedTuple):
-    """Texts, and the label of each (None where the file has none)."""
+    """Texts and their labels.
+
+    Attributes:
+        texts: The texts.
+        labels: The label of each text; None if the file has no labels.
+    """
 
     texts: list[str]
     labels: list[Any] | None
 
 
 def read_texts(path: str | Path, *, text: str | None = None, label: str | None = None, labelled: bool = True) -> Texts:
-    """Texts with their labels.
+    """Reads texts and their labels; white space around a label is ignored.
 
     Args:
-        path: a CSV or TSV file with a header; JSON: a list of objects or of [text, label] pairs, an object of lists of
-            texts by label, or of lists of such pairs by part; JSON lines; a text file with a text a line (no labels);
-            or a folder of class folders of text files, or of text files named by class with a text a line. Files may
-            end in .xz or .gz.
-        text, label: columns (or keys of the objects); by default the first there is of the usual names.
-        labelled: whether labels are needed.
+        path: A CSV or TSV file with a header. Or a JSON file: a list of objects, a list of [text, label] pairs, an
+            object with a list of texts per label, or an object with a list of such pairs per part. Or a file of JSON
+            lines. Or a text file with one text per line, which has no labels. Or a folder of class folders of text
+            files, or of text files that are named by class and have one text per line. Files may end in .xz or .gz.
+        text: The column (or key of the objects) of the texts. By default the first that exists of the usual names.
+        label: The column (or key of the objects) of the labels. By default the first that exists of the usual names.
+        labelled: Whether labels are required.
 
-    White space around a label does not count.
+    Returns:
+        The texts and labels.
 
     Raises:
-        DataError: no such file, nothing in it, unknown columns (naming those there are), an empty text or label, or a
-            label that is text in one row and a number in another.
+        DataError: No such file, no texts, unknown columns (naming those that exist), an empty text or label, or a label
+            that is text in one row and a number in another.
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise DataError(f"path: came {path}, which does not exist; needs a CSV or JSON file, or a folder by class")
+        raise DataError(f"path must be a CSV or JSON file, or a folder by class, got {path}, which does not exist.")
     found = _from_folder(path) if path.is_dir() else _from_file(path, text, label, labelled)
     if not found.texts:
-        raise DataError(f"{path}: came no text, needs one at least")
+        raise DataError(f"{path} must hold at least one text, got none.")
     if labelled and found.labels is None:
-        raise DataError(f"{path}: came texts without labels, needs a column 'label' or text files in class folders")
+        raise DataError(f"{path} must have labels, got none. Add a column 'label' or use text files in class folders.")
     for row, value in enumerate(found.texts):
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{path}: came {value!r} as the text of row {row}, needs words; leave such rows out")
+            raise DataError(f"{path} must have a text in each row, got {value!r} in row {row}. Leave such rows out.")
     if found.labels is None:
         return found
     labels = [value.strip() if isinstance(value, str) else value for value in found.labels]
     kinds: dict[str, type] = {}
     for row, value in enumerate(labels):
         if value is None or value == "":
-            raise DataError(f"{path}: came no label in row {row}; fill it in or leave the row out")
+            raise DataError(
+                f"{path} must have a label in each row, got none in row {row}. Fill it in or leave the row out."
+            )
         if kinds.setdefault(str(value), type(value)) is not type(value):
-            raise DataError(f"{path}: has the label {value!r} as text and as a number; write it one way")
+            raise DataError(f"{path} has the label {value!r} as text and as a number. Use one of them.")
     return found._replace(labels=labels)
 
 
 def _from_file(path: Path, text: str | None, label: str | None, labelled: bool) -> Texts:
     kind = kind_of(path)
     if kind not in KINDS:
-        raise DataError(f"{path}: came a {kind or 'nameless'} file, needs one of {', '.join(KINDS)}, .xz or .gz after")
+        raise DataError(
+            f"{path} must end in one of {', '.join(KINDS)}, or these with .xz or .gz after, got {kind or 'no suffix'}."
+        )
     content = read_text(path)
     if kind == ".txt":
         return Texts([line for line in content.splitlines() if line.strip()], None)
@@ -77,20 +88,24 @@ def _from_file(path: Path, text: str | None, label: str | None, labelled: bool) 
             lines = [line for line in content.splitlines() if line.strip()] if kind == ".jsonl" else None
             rows = json.loads(content) if lines is None else [json.loads(line) for line in lines]
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}: is not JSON ({error}); correct it") from error
+            raise DataError(f"{path} is not JSON ({error}). Correct it.") from error
     return _from_rows(rows, path, text, label, labelled)
 
 
 def _table(content: str, delimiter: str, path: Path) -> list[dict[str, str]]:
     lines = [row for row in csv.reader(io.StringIO(content), delimiter=delimiter) if row]
     if len(lines) < 2:
-        raise DataError(f"{path}: came {len(lines)} lines, needs a header and a row at least")
+        raise DataError(f"{path} must have a header and at least one row, got {len(lines)} lines.")
     for line, row in enumerate(lines[1:], start=2):
         if len(row) != len(lines[0]):
-            raise DataError(f"{path}: row {line} came {len(row)} values, needs {len(lines[0])}, one a column; quote "
-                            "texts with commas in them")  # fmt: skip
+            raise DataError(
+                f"{path}: row {line} must have {len(lines[0])} values, one per column, got {len(row)}. Quote texts "
+                "that contain commas."
+            )
     if twice := [name for name in lines[0] if name and lines[0].count(name) > 1]:
-        raise DataError(f"{path}: column {twice[0]!r} stands {lines[0].count(twice[0])} times; give each its own name.")
+        raise DataError(
+            f"{path}: column {twice[0]!r} occurs {lines[0].count(twice[0])} times. Give each a different name."
+        )
     return [dict(zip(lines[0], row, strict=True)) for row in lines[1:]]
 
 
@@ -105,7 +120,9 @@ def _from_rows(rows: Any, path: Path, text: str | None, label: str | None, label
     if _are(rows, list) and all(len(row) == 2 for row in rows):
         return Texts([row[0] for row in rows], [row[1] for row in rows])
     if not _are(rows, dict):
-        raise DataError(f"{path}: needs a list of objects, of [text, label] pairs, or lists of texts by label")
+        raise DataError(
+            f"{path} must hold a list of objects, a list of [text, label] pairs, or a list of texts per label."
+        )
     columns = list(dict.fromkeys(name for row in rows for name in row))
     chosen = _column("text", text, TEXTS, columns, path)
     goal = _column("label", label, LABELS, columns, path, needed=labelled)
@@ -122,13 +139,14 @@ def _column(
     if name is not None and (name in columns or needed):
         if name not in columns:
             listed = ", ".join(map(repr, columns))
-            raise DataError(f"{argument}: came column {name!r}, but {path} has {listed}{nearest(name, columns)}")
+            near = nearest(name, columns) or "."
+            raise DataError(f"{argument} must be a column of {path} ({listed}), got {name!r}{near}")
         return name
     found = next((column for column in usual if column in columns), None)
     if found is None and needed:
         raise DataError(
             f"{argument}: {path} has columns {', '.join(map(repr, columns))}, none of which is one of the usual names "
-            f"({', '.join(usual)}); say which by {argument}="
+            f"({', '.join(usual)}). Set {argument}= to one of its columns."
         )
     return found
 
@@ -136,11 +154,11 @@ def _column(
 def _from_folder(path: Path) -> Texts:
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and kind_of(file) == ".txt"]
     if not files:
-        raise DataError(f"{path}: came a folder without text files (.txt), needs class folders of them")
+        raise DataError(f"{path} must contain class folders of text files (.txt), got a folder without any.")
     nested = [file for file in files if file.parent != path]
     if nested and len(nested) < len(files):
         alone = next(file for file in files if file.parent == path)
-        raise DataError(f"{path}: came {alone.name} beside class folders, needs every text file in one")
+        raise DataError(f"{path} must have every text file in a class folder, got {alone.name} beside them.")
     pairs: Iterable[tuple[str, str]]
     if nested:
         pairs = [(read_text(file), file.parent.relative_to(path).as_posix()) for file in files]

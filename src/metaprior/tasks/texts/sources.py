@@ -1,4 +1,4 @@
-"""Texts by class: few-shot classification from the user's own texts, and the intents of CLINC150 and Banking77."""
+"""Texts by class: few-shot classification of the user's own texts, and the intents of CLINC150 and Banking77."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,10 +29,19 @@ INTENTS = {"clinc150": ("clinc150_full.json.xz",), "banking77": ("banking77_trai
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TextPool:
-    """Episodes of `way` classes with `shot` support and `query` query texts a class, each a row of its n-grams.
+    """Episodes of `way` classes with `shot` support and `query` query texts per class; a text is a row of its n-grams.
 
-    Class i's texts are grams[starts[i] : starts[i] + counts[i]]; splits share one array. `outside` are texts of no
-    class, to be told from the others (None: there are none). `encode` makes rows of the user's texts.
+    Attributes:
+        grams: The n-grams of all texts, sorted by class; the splits share this array.
+        classes: The numbers of the classes of this source.
+        starts: The first text of each class. The texts of class i are grams[starts[i] : starts[i] + counts[i]].
+        counts: The number of texts of each class.
+        outside: Texts that belong to no class, to be distinguished from the others; None if there are none.
+        encode: Encodes the user's texts.
+        way: Classes per task.
+        shot: Support texts per class.
+        query: Query texts per class.
+        own_labels: Whether a label is the number of the class in this split instead of its place in the task.
     """
 
     grams: Int[Array, "total length"]
@@ -47,9 +56,12 @@ class TextPool:
     own_labels: bool = field(default=False, metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """n tasks: support x int32 [n, way * shot, length] and y int32 [n, way * shot], class by class; query alike.
+        """Draws n tasks.
 
-        A class's label is its place in the task, which is random, or with own_labels its number in this split.
+        Returns:
+            Support x int32 [n, way * shot, length] and y int32 [n, way * shot], sorted by class; the query likewise. A
+                label is the place of the class in the task, which is random. With `own_labels` it is the number of the
+                class in this split.
         """
 
         def one(key: PRNGKeyArray) -> Task:
@@ -80,10 +92,37 @@ def text_splits(
     characters: tuple[int, int] = (3, 4),
     length: Count = 96,
 ) -> Splits:
-    """The pools of what `read` gives, encoded once for each `name` and `origin`; options as `texts`."""
+    """Makes pools of texts, which are encoded once and then cached.
+
+    Args:
+        name: A readable prefix of the name in the cache.
+        origin: What identifies the texts, as JSON. Other texts must have another value.
+        read: Reads the texts.
+        outside: As in `texts`.
+        drop_small: As in `texts`.
+        way: Classes per task.
+        shot: Support texts per class.
+        query: Query texts per class in training.
+        test_query: Query texts per class in validation and test.
+        train_way: As in `images`.
+        train_labels: As in `images`.
+        split: How classes are assigned: three fractions, three lists of labels, or a table of 'train', 'validation' and
+            'test'.
+        seed: The seed of the random assignment.
+        words: As in `Hashing`.
+        characters: As in `Hashing`.
+        length: As in `Hashing`.
+
+    Returns:
+        Tasks of the training, validation and test classes.
+
+    Raises:
+        DataError: Unknown labels, or too few classes or texts.
+        ValueError: Options out of range.
+    """
     train_way = way if train_way is None else train_way
     if train_labels not in ("task", "class"):
-        raise ValueError(f"train_labels: came {train_labels!r}, needs 'task' or 'class'")
+        raise ValueError(f"train_labels must be 'task' or 'class', got {train_labels!r}.")
     encode = Hashing(words, characters, length)
     identity = {"version": 1, "encode": asdict(encode), "outside": outside, "origin": origin}
     arrays = cached(name, identity, lambda: _by_class(read(), outside, encode))
@@ -114,27 +153,29 @@ def texts(
     drop_small: bool = False,
     **options: Any,
 ) -> Splits:
-    """Few-shot classification from texts by class: x int32 [n, length], the hashed n-grams of a text, y int32 [n].
+    """Makes few-shot classification tasks of texts by class: x int32 [n, length], y int32 [n].
 
-    A text that stands in a class twice counts once, so that none is in support and query. Encoded once, then
-    memory-mapped from the cache.
+    A row of x holds the hashed n-grams of a text.
+    A text that occurs twice in a class counts once, so that no text is in both support and query. The texts are encoded
+    once. Later calls memory-map them from the cache.
 
     Args:
-        path, text, label: a CSV, TSV or JSON file, or a folder by class, and its columns; see `read_texts`.
-        outside: the label of texts that belong to no class; half of them go with validation, half with test.
-        way, shot, query, test_query: classes a task; texts a class of the support, of the query in training, and in
-            validation and test.
-        train_way, train_labels: as in `images`.
-        split: how classes are shared out: three fractions, three lists of labels, or a table of 'train',
-            'validation' and 'test'. seed: of the random split.
-        drop_small: leave out classes of fewer than shot + query texts in place of an error.
-        words, characters, length: the n-grams of a text, see `Hashing`.
+        path: A CSV, TSV or JSON file, or a folder by class; see `read_texts`.
+        text: The column of the texts; see `read_texts`.
+        label: The column of the labels; see `read_texts`.
+        outside: The label of texts that belong to no class. Half of them go to validation and half to test.
+        drop_small: Whether to leave out classes of fewer than shot + query texts instead of raising an error.
+        **options: Options of `text_splits`, from `way` on.
+
+    Returns:
+        Tasks of the training, validation and test classes.
 
     Raises:
-        DataError: nothing to read, unknown columns or labels, too few classes or texts.
+        DataError: Nothing to read, unknown columns or labels, or too few classes or texts.
+        ValueError: Options out of range.
     """
     if not Path(path).expanduser().exists():
-        raise DataError(f"path: came {path}, which does not exist; needs a CSV or JSON file, or a folder by class")
+        raise DataError(f"path must be a CSV or JSON file, or a folder by class, got {path}, which does not exist.")
     origin = [fingerprint(path), text, label]
     read = partial(read_texts, path, text=text, label=label)
     return text_splits(f"texts-{Path(path).stem}", origin, read, outside, drop_small, **options)
@@ -142,12 +183,22 @@ def texts(
 
 @passes_options_to(text_splits)
 def clinc150(*, path: str | Path | None = None, **options: Any) -> Splits:
-    """CLINC150: 150 intents of 150 utterances, and 1,200 out of scope. Options as `texts`.
+    """Makes tasks of CLINC150: 150 intents with 150 utterances each, and 1,200 utterances out of scope.
 
-    Read from METAPRIOR_DATA/text/clinc150_full.json.xz, or from `path`: the official data_full.json. The utterances out
-    of scope are `outside` of validation and test, shared out at random by halves.
+    The utterances out of scope are `outside` of validation and test, half each, at random.
 
-    Source: Larson et al. 2019 (CC BY 3.0).
+    Args:
+        path: The official data_full.json. By default METAPRIOR_DATA/text/clinc150_full.json.xz.
+        **options: Options of `text_splits`, from `way` on.
+
+    Returns:
+        Tasks of the training, validation and test intents.
+
+    Raises:
+        DataError: No such file, or whatever `texts` refuses.
+
+    References:
+        Larson et al. 2019 (CC BY 3.0).
     """
     file = _intents("clinc150", path)[0]
     return text_splits("clinc150", fingerprint(file), partial(read_texts, file), "oos", **options)
@@ -155,11 +206,20 @@ def clinc150(*, path: str | Path | None = None, **options: Any) -> Splits:
 
 @passes_options_to(text_splits)
 def banking77(*, path: str | Path | None = None, **options: Any) -> Splits:
-    """Banking77: 77 intents of a bank's customers, 13,083 utterances. Options as `texts`.
+    """Makes tasks of Banking77: 77 intents of a bank's customers, 13,083 utterances.
 
-    Read from METAPRIOR_DATA/text/banking77_{train,test}.csv.xz, or from `path`: one CSV file with text and category.
+    Args:
+        path: One CSV file with text and category. By default METAPRIOR_DATA/text/banking77_{train,test}.csv.xz.
+        **options: Options of `text_splits`, from `way` on.
 
-    Source: Casanueva et al. 2020 (CC BY 4.0).
+    Returns:
+        Tasks of the training, validation and test intents.
+
+    Raises:
+        DataError: No such file, or whatever `texts` refuses.
+
+    References:
+        Casanueva et al. 2020 (CC BY 4.0).
     """
     files = _intents("banking77", path)
 
@@ -174,14 +234,14 @@ def _intents(name: str, path: str | Path | None) -> list[Path]:
     if path is not None:
         files = [Path(path).expanduser()]
         if not files[0].is_file():
-            raise DataError(f"path: came {path}, which is no file; needs the file of {name}")
+            raise DataError(f"path must be the file of {name}, got {path}, which is not a file.")
         return files
     folder = data_folder("text")
     files = [] if folder is None else [folder / file for file in INTENTS[name]]
     if not files or not all(file.is_file() for file in files):
         raise DataError(
-            f"{name}: needs {' and '.join(INTENTS[name])} in a folder text/ inside the one that METAPRIOR_DATA names, "
-            "or path=, a file of your own"
+            f"{name}: no file {' and '.join(INTENTS[name])}. Put it into a folder text/ inside METAPRIOR_DATA, or set "
+            "path= to a file."
         )
     return files
 
@@ -189,8 +249,8 @@ def _intents(name: str, path: str | Path | None) -> list[Path]:
 def _by_class(found: Texts, outside: str | None, encode: Hashing) -> Arrays:
     labels = [str(label) for label in found.labels or ()]
     if outside is not None and outside not in labels:
-        raise DataError(f"outside: came {outside!r}, which is the label of no text; leave it out or correct it")
-    # The same words under the same label are one text, however they are cased and spaced.
+        raise DataError(f"outside must be the label of some text, got {outside!r}. Correct it or leave it out.")
+    # Texts of the same label that differ only in case and spacing count once.
     unique = dict.fromkeys(
         (label, " ".join(text.lower().split())) for text, label in zip(found.texts, labels, strict=True)
     )
