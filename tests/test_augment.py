@@ -97,5 +97,5 @@ def test_bad_input_is_named():
         augmented(SPLITS, crop=-1)
     with pytest.raises(ValueError, match=r"jitter must be"):
         augmented(SPLITS, jitter=1.5)
-    with pytest.raises(ValueError, match="needs tasks of images"):
+    with pytest.raises(ValueError, match="augmentation needs tasks of images"):
         augmented(sinusoid(), flip=True)

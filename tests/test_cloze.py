@@ -88,9 +88,9 @@ def test_a_query_whose_sentence_is_in_the_support_does_not_count(story):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("The cat sat on the mat. A dog ran far away today.", {}, "too few repeated words: 0 of the text"),
-        (" ".join(f"One two three w{i}." for i in range(90)), {}, "too few repeated words: . of the"),
-        ("Hm. No. Yes!", {}, "no sentence of 4 words"),
+        ("The cat sat on the mat. A dog ran far away today.", {}, "too few repeated words: .* got 0 in the text"),
+        (" ".join(f"One two three w{i}." for i in range(90)), {}, "too few repeated words: .* got . in the"),
+        ("Hm. No. Yes!", {}, "sentences of at least 4 words, got none"),
     ],
 )
 def test_a_text_with_too_few_repeated_words(text, options, message, tmp_path):
@@ -101,7 +101,7 @@ def test_a_text_with_too_few_repeated_words(text, options, message, tmp_path):
 
 def test_a_users_sentence_needs_one_blank(story):
     encode = cloze_of(story).test.encode
-    with pytest.raises(DataError, match="row 1, with 0 blanks"):
+    with pytest.raises(DataError, match="one blank, written ___, got 0 in .* \(row 1\)"):
         encode(["a ___ b", "a b"])
 
 

@@ -167,9 +167,9 @@ def test_training_on_hidden_labels_is_refused_in_python_too():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match=r"labelled: came 0\.0, needs a share above 0"):
+    with pytest.raises(ValueError, match=r"labelled must be a fraction above 0 .*, got 0\.0"):
         hidden(labelled=0)
-    with pytest.raises(ValueError, match="unlabelled: came 'gone', needs one of 'shown', 'askable', 'left_out'"):
+    with pytest.raises(ValueError, match="unlabelled must be one of 'shown', 'askable', 'left_out', got 'gone'"):
         around(Splits(None, None, None), unlabelled="gone")
     with pytest.raises(ValueError, match="ask: came 'attention' with 1 layers"):
         graph(layers=1, ask="attention")

@@ -82,12 +82,12 @@ def test_sources_are_pure_and_their_splits_apart(factory):
 @pytest.mark.parametrize(
     ("factory", "options", "words"),
     [
-        (wave_or_line, {"gap": (1.0, 4.0)}, "gap: came"),
-        (wave_or_line, {"gap": (0.0, 1.0)}, "gap: came"),
+        (wave_or_line, {"gap": (1.0, 4.0)}, "gap must be an interval inside"),
+        (wave_or_line, {"gap": (0.0, 1.0)}, "gap must be an interval inside"),
         (wave_or_line, {"domain": (0.0, 2.0)}, "longer than the gap"),
         (wave_or_line, {"noise": -1.0}, "noise must be"),
         (wave_or_line, {"query": 0}, "query must be"),
-        (two_circles, {"apart": (1.0, 2.0)}, "apart: came"),
+        (two_circles, {"apart": (1.0, 2.0)}, "apart must be an interval inside"),
         (two_circles, {"radius": 0}, "radius must be"),
         (two_circles, {"test_query": 0}, "test_query must be"),
     ],
@@ -130,7 +130,7 @@ def test_joint_log_prob_by_hand():
     normals = Normals(jnp.array([[[0.0]], [[2.0]]]), jnp.ones((2, 1, 1)))
     y = jnp.array([[0.5]])
     assert joint_log_prob(normals, y) == pytest.approx(float(normals.log_prob(y)[0]), abs=1e-6)
-    with pytest.raises(ValueError, match="predictive: came Counts"):
+    with pytest.raises(ValueError, match="predictive must be a mixture of draws, .* got Counts"):
         curves(Counts(jnp.ones((1, 2, 1))))
 
 
@@ -167,8 +167,8 @@ def test_one_sided_and_undecided_learners_are_told():
     ("source", "options", "words"),
     [
         (sinusoid().test, {}, "explanations are not known"),
-        (wave_or_line().test, {"near": 0.5}, "near: came 0.5"),
-        (wave_or_line().test, {"tasks": 0}, "tasks: came 0"),
+        (wave_or_line().test, {"near": 0.5}, "near must be inside \(0, 1/2\), got 0.5"),
+        (wave_or_line().test, {"tasks": 0}, "tasks must be .*, got 0"),
     ],
 )
 def test_ambiguity_refuses(source, options, words):
@@ -243,10 +243,10 @@ def test_variance_chooses_better_than_chance_on_lines():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"start": 11}, "start: came 11, needs 0 to 10"),
-        ({"pool": 20}, "pool: came 20, needs 1 to 19"),
-        ({"pool": 5, "points": 6}, "points: came 6, needs 1 to 5"),
-        ({"tasks": 0}, "tasks: came 0"),
+        ({"start": 11}, "start must be 0 to 10, got 11"),
+        ({"pool": 20}, "pool must be 1 to 19, got 20"),
+        ({"pool": 5, "points": 6}, "points must be 1 to 5, got 6"),
+        ({"tasks": 0}, "tasks must be .*, got 0"),
     ],
 )
 def test_active_refuses(options, words):
@@ -348,13 +348,13 @@ def test_a_learner_that_knows_what_it_knows_and_one_that_does_not(pool):
 
 def test_novelty_refuses(pool):
     images, counts = pictures()
-    with pytest.raises(ValueError, match="needs a pool of images"):
+    with pytest.raises(ValueError, match="must be a pool of images"):
         novelty(kernel(1.0), None, sinusoid().test, KEY)
-    with pytest.raises(ValueError, match="has 5 classes, needs twice"):
+    with pytest.raises(ValueError, match="must have at least twice the .* got 5"):
         novelty(kernel(1.0), None, class_pool(images, counts, classes=range(5), way=3, shot=2, query=4), KEY)
-    with pytest.raises(ValueError, match="needs square ones"):
+    with pytest.raises(ValueError, match="must have square images"):
         novelty(kernel(1.0), None, class_pool(images[:, :4], counts, way=3, shot=2, query=4), KEY)
-    with pytest.raises(ValueError, match="tasks: came 0"):
+    with pytest.raises(ValueError, match="tasks must be .*, got 0"):
         novelty(kernel(1.0), None, pool, KEY, tasks=0)
 
 

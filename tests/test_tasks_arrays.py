@@ -104,13 +104,13 @@ def test_labels():
     assert (codes.tolist(), classes) == ([0, 1, 0], ["no", "yes"])
     assert encode_labels([("b", 1), None, ("b", 1)])[0].tolist() == [0, 1, 0]
     assert encode_labels(np.asarray([7, -3]))[1] == [-3, 7]
-    for bad, words in (([], "came none"), ([[1]], "hashable"), ([1.0, float("nan")], "NaN in row 1")):
+    for bad, words in (([], "got none"), ([[1]], "hashable"), ([1.0, float("nan")], "NaN in row 1")):
         with pytest.raises(DataError, match=words):
             encode_labels(bad)
-    with pytest.raises(DataError, match=r"labels: came 3 classes .* needs at most 2"):
+    with pytest.raises(DataError, match=r"labels must be of at most 2 classes, .* got 3"):
         encode_labels(list("abc"), way=2)
     assert check_labels([0, 1, 1], way=2).dtype == np.int32
-    for bad, words in (([0, 2], "came 2 in row 1, needs 0 to 1"), ([-1], "came -1"), ([0.5], "whole numbers")):
+    for bad, words in (([0, 2], "must be 0 to 1, got 2 in row 1"), ([-1], "got -1"), ([0.5], "whole numbers")):
         with pytest.raises(DataError, match=words):
             check_labels(bad, way=2)
     x, _, groups = rows()
@@ -130,9 +130,9 @@ def test_labels():
         ({"shot": 0}, "shot must be"),
         ({"split": (["a"], ["b"], ["z"])}, "unknown group 'z'"),
         ({"ragged": "exact", "small": "drop", "shot": 40}, "none of a split has the 45 rows"),
-        ({"y": [1.0]}, "came 38, 1, 38 rows"),
-        ({"x": [["one"]] * 38}, "x: came values that are not numbers"),
-        ({"y": ["one"] * 38, "classification": False}, "y: came values that are not numbers"),
+        ({"y": [1.0]}, "equal lengths, got 38, 1 and 38 rows"),
+        ({"x": [["one"]] * 38}, "x must hold numbers, got"),
+        ({"y": ["one"] * 38, "classification": False}, "y must be numbers, got 'one'"),
     ],
 )
 def test_bad_arrays(options, words):
@@ -144,11 +144,11 @@ def test_bad_arrays(options, words):
 def test_nan_names_column_and_row():
     x, y, groups = rows()
     x[3, 1] = np.nan
-    with pytest.raises(DataError, match="x: came nan in column 'row', row 3"):
+    with pytest.raises(DataError, match="x must be finite numbers, got nan in column 'row', row 3"):
         array_tasks(x, y, groups, columns=["group", "row"])
     x, y, groups = rows()
     y[5] = np.inf
-    with pytest.raises(DataError, match="y: came inf in column 0, row 5"):
+    with pytest.raises(DataError, match="y must be finite numbers, got inf in column 0, row 5"):
         array_tasks(x, y, groups)
 
 
@@ -182,15 +182,15 @@ def test_table_from_csv_and_npz(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "options", "words"),
     [
-        (["a,g,y", "1,s,2", ",s,3", "4,t,5"], {}, "missing value or NaN in column 'a', row 1"),
-        (["a,g,y", "1,s,2", "3,s,NA"], {}, "missing value in column 'y', row 1"),
-        (["a,g,y", "1,s,2", "3,s"], {}, "line 3 came 2 values, needs 3"),
-        (["a,g,y"], {}, "came 1 lines"),
-        (["a,g,y", "1,s,2"], {"target": "z"}, "target: came column 'z', needs one of a, g, y"),
-        (["a,g,y", "1,s,2"], {"group": None}, "target, group: came 'y', None"),
-        (["a,g,y", "1,s,2"], {"features": []}, "features: came none"),
+        (["a,g,y", "1,s,2", ",s,3", "4,t,5"], {}, "missing values or NaN, got one in column 'a', row 1"),
+        (["a,g,y", "1,s,2", "3,s,NA"], {}, "missing values, got one in column 'y', row 1"),
+        (["a,g,y", "1,s,2", "3,s"], {}, "line 3 must have 3 values, one per column, got 2"),
+        (["a,g,y"], {}, "got 1 lines"),
+        (["a,g,y", "1,s,2"], {"target": "z"}, "target must be one of a, g, y, got 'z'"),
+        (["a,g,y", "1,s,2"], {"group": None}, "target and group must be columns of .*, got 'y' and None"),
+        (["a,g,y", "1,s,2"], {"features": []}, "features must name at least one column, got none"),
         (["a,g,y", "1,s,2", "2,t,3", "3,u,3"], {"split": (1 / 3,) * 3}, r"fewer rows than the 2 .* \(1\)"),
-        (["a,g,y", "1,s,2", "2,t,3", "3,u,3"], {}, "make 2 / 1 / 0, needs one at least in each"),
+        (["a,g,y", "1,s,2", "2,t,3", "3,u,3"], {}, "at least one group in each part, got 2 / 1 / 0"),
     ],
 )
 def test_bad_tables(tmp_path, lines, options, words):
@@ -202,13 +202,13 @@ def test_absent_and_damaged_tables(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no such file"):
         table(tmp_path / "absent.csv", target="y", group="g")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(DataError, match=r"bad.npz: corrupt or truncated"):
+    with pytest.raises(DataError, match=r"bad.npz is corrupt or truncated"):
         table(tmp_path / "bad.npz", target="y", group="g")
     (tmp_path / "bytes.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
-    with pytest.raises(DataError, match=r"bytes.csv: corrupt"):
+    with pytest.raises(DataError, match=r"bytes.csv is corrupt"):
         table(tmp_path / "bytes.csv", target="y", group="g")
     monkeypatch.setenv("METAPRIOR_DATA", str(tmp_path))
-    with pytest.raises(DataError, match=r"sleepstudy: needs sleepstudy.csv in a folder grouped_tables"):
+    with pytest.raises(DataError, match=r"sleepstudy: no file sleepstudy.csv. Put it into a folder grouped_tables"):
         sleepstudy()
 
 
@@ -246,7 +246,7 @@ def frame(**columns):
 def test_columns_of_one_name_are_refused(twice):
     x, y, group = pd.DataFrame(np.arange(48.0).reshape(24, 2)), np.linspace(0.0, 1.0, 24), np.repeat(np.arange(6), 4)
     x.columns = twice
-    with pytest.raises(ValueError, match=r"2 columns are named '[a0]'; give each its own name"):
+    with pytest.raises(ValueError, match=r"2 columns are named '[a0]'; Give each a different name"):
         array_tasks(x, y, group, shot=2, query=2)
 
 

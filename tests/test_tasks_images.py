@@ -122,15 +122,15 @@ def test_fractions_are_seeded_and_disjoint(source):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"way": 3}, "way: came 3, but this split has 2 classes"),
-        ({"query": 4}, r"shot \+ query: came 1 \+ 4, but class ant has 4 images"),
+        ({"way": 3}, "way must be at most 2, the number of classes of this split, got 3"),
+        ({"query": 4}, r"shot \+ query must be at most 4, the number of images of class ant, got 1 \+ 4"),
         ({"split": (("ant", "gnu"), ("cat",), ("dog",))}, "unknown class 'gnu'"),
         ({"split": (("ant", "bee"), ("bee", "cat"), ("dog",))}, "class 'bee' twice"),
-        ({"split": (0.5, 0.5)}, "split: came 2 parts"),
-        ({"split": (0.5, 0.2, 0.2)}, "needs three of 0 or more that sum to 1"),
-        ({"split": (1.0, 0.0, 0.0)}, "make 6 / 0 / 0"),
+        ({"split": (0.5, 0.5)}, "split must be three parts \(training, validation, test\), got 2"),
+        ({"split": (0.5, 0.2, 0.2)}, "three fractions of at least 0 that sum to 1"),
+        ({"split": (1.0, 0.0, 0.0)}, "at least one group in each part, got 6 / 0 / 0"),
         ({"size": 0}, "size must be"),
-        ({"channels": 2}, "channels: came 2"),
+        ({"channels": 2}, "channels must be .*, got 2"),
     ],
 )
 def test_bad_options(tmp_path, options, words):
@@ -163,17 +163,17 @@ def test_files_copied_anew_share_what_was_decoded(source, cache):
     assert copies[0].samefile(copies[1])
     # A damaged copy is not built upon: both are damaged, and each is decoded again when it is next asked for.
     copies[0].write_bytes(b"\0" * copies[0].stat().st_size)
-    with pytest.warns(UserWarning, match="made anew"):
+    with pytest.warns(UserWarning, match="The cached copy is rebuilt"):
         decoded = images(**options).train.images
     assert decoded.max() > 0
     assert not copies[0].samefile(copies[1])
 
 
 def test_nothing_damaged_or_absent(tmp_path, source):
-    with pytest.raises(DataError, match=r"path: came .*absent, which does not exist"):
+    with pytest.raises(DataError, match=r"path must be .*absent, which does not exist"):
         images(path=tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="came no picture"):
+    with pytest.raises(DataError, match="got no pictures"):
         images(path=tmp_path / "empty")
     if source.is_dir():
         file = source / "cat" / "1.png"
@@ -200,9 +200,11 @@ def test_read_examples_of_labelled_folders_and_flat_queries(tmp_path):
     single = read_examples(tmp_path / "support" / "bee" / "2.png", labelled=False, channels=1, invert=True)
     assert single.x.shape == (1, 8, 8, 1)
     assert single.x.min() > 0.9
-    with pytest.raises(DataError, match="came examples without labels"):
+    with pytest.raises(DataError, match="must have labels, got examples without labels"):
         read_examples(tmp_path / "support" / "bee")
-    with pytest.raises(DataError, match=r"query: came examples of shape \(8, 8, 3\).*\(4, 4, 3\)"):
+    with pytest.raises(
+        DataError, match=r"query must have examples of the support's shape \(4, 4, 3\), got \(8, 8, 3\)"
+    ):
         check_same_form(support.x, query.x)
     check_same_form(support.x, support.x[:1])
     with pytest.raises(DataError, match="no such file or folder"):
@@ -238,7 +240,7 @@ def test_read_examples_of_tables(tmp_path):
 
 def test_miniimagenet_needs_data(monkeypatch, tmp_path):
     monkeypatch.setenv("METAPRIOR_DATA", str(tmp_path))
-    with pytest.raises(DataError, match="METAPRIOR_DATA names no folder with miniimagenet"):
+    with pytest.raises(DataError, match="METAPRIOR_DATA has no folder miniimagenet"):
         miniimagenet()
 
 

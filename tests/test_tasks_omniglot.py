@@ -88,7 +88,7 @@ def test_cache_is_used_checked_and_made_anew(small, tmp_path, monkeypatch):
     (array,) = (tmp_path / "cache").glob("omniglot-28-*/images.npy")
     for damage in (lambda data: data[:-10], lambda data: data[:-1] + bytes([data[-1] ^ 1])):
         array.write_bytes(damage(array.read_bytes()))
-        with pytest.warns(UserWarning, match="made anew"):
+        with pytest.warns(UserWarning, match="The cached copy is rebuilt"):
             np.testing.assert_array_equal(load_omniglot(28), first)
     assert not list((tmp_path / "cache").glob(".partial*"))
 
@@ -96,7 +96,7 @@ def test_cache_is_used_checked_and_made_anew(small, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_no_obstacle(small, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("METAPRIOR_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="cannot keep the decoded data"):
+    with pytest.warns(UserWarning, match="cannot store the decoded data"):
         assert load_omniglot(28).shape == (200, 28, 28, 1)
 
 
@@ -104,7 +104,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(small, tmp_path, monkeypa
 def test_truncated_archives_name_the_file_and_the_fix(small, tmp_path, keep):
     path = tmp_path / "data" / "omniglot" / "images_evaluation.zip"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DataError, match=r"images_evaluation.zip: corrupt or truncated .* delete it"):
+    with pytest.raises(DataError, match=r"images_evaluation.zip is corrupt or truncated .* delete it"):
         load_omniglot(28)
     with pytest.raises(DataError, match="no such file"):
         read_drawings(tmp_path / "absent.npz", 4)
@@ -115,13 +115,13 @@ def test_flipped_byte_and_missing_drawings(small, tmp_path):
     data = bytearray(path.read_bytes())
     data[5000] ^= 0xFF
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"images_evaluation.zip: corrupt or truncated"):
+    with pytest.raises(DataError, match=r"images_evaluation.zip is corrupt or truncated"):
         load_omniglot(28)
     write_archive(path, small[6:9])
-    with pytest.raises(DataError, match=r"came drawings \(3, 20, 105, 105\), needs \(4, 20"):
+    with pytest.raises(DataError, match=r"must hold drawings of shape \(4, 20, 105, 105\), got \(3, 20"):
         load_omniglot(28)
     np.savez(path.with_suffix(".npz"), pictures=small[6:])
-    with pytest.raises(DataError, match="came arrays pictures, needs images"):
+    with pytest.raises(DataError, match="must hold the arrays images, got pictures"):
         load_omniglot(28)
 
 
@@ -156,7 +156,7 @@ def test_download(small, tmp_path, server, monkeypatch):
     # A file that is not the official one is refused and not kept.
     monkeypatch.setenv("METAPRIOR_CACHE", str(tmp_path / "other"))
     (folder / "images_background.zip").write_bytes(b"an error page")
-    with pytest.raises(DataError, match="is not the official file"):
+    with pytest.raises(DataError, match="is not the official one"):
         load_omniglot(28)
     assert not list((tmp_path / "other").rglob("*.zip"))
 
@@ -165,7 +165,7 @@ def test_no_network(tmp_path, monkeypatch):
     monkeypatch.delenv("METAPRIOR_DATA", raising=False)
     monkeypatch.setenv("METAPRIOR_CACHE", str(tmp_path))
     monkeypatch.setattr(MODULE, "SOURCE", "http://127.0.0.1:9/")
-    with pytest.raises(DataError, match=r"cannot download .* check the network .* METAPRIOR_DATA"):
+    with pytest.raises(DataError, match=r"cannot download .* Check the network .* METAPRIOR_DATA"):
         omniglot()
 
 
@@ -184,8 +184,11 @@ def test_splits(split, sizes):
     ("options", "words"),
     [
         ({"split": "vinyal"}, "split must be"),
-        ({"size": 106}, "size: came 106"),
-        ({"shot": 6, "query": 15}, r"shot \+ query: came 6 \+ 15, but class 0001 has 20 images"),
+        ({"size": 106}, "size must be 1 to 105 pixels, got 106"),
+        (
+            {"shot": 6, "query": 15},
+            r"shot \+ query must be at most 20, the number of images of class 0001, got 6 \+ 15",
+        ),
     ],
 )
 @needs_data

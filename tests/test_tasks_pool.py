@@ -123,12 +123,15 @@ def test_splits_have_no_class_in_common(turned):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"way": 7, "query": 2}, "way: came 7, but this split has 6 classes"),
+        ({"way": 7, "query": 2}, "way must be at most 6, the number of classes of this split, got 7"),
         ({"way": 1}, "way must be"),
-        ({"shot": 2, "query": 5}, r"shot \+ query: came 2 \+ 5, but class number 0 has 6 images"),
-        ({"shot": 2, "query": 5, "names": list("abcdef")}, "class a has 6 images"),
-        ({"query": 2, "deviation": 0.0}, "deviation: came 0.0"),
-        ({"counts": [6, 9]}, r"images: came uint8 \(48, 2, 2, 1\), needs uint8 \[15"),
+        (
+            {"shot": 2, "query": 5},
+            r"shot \+ query must be at most 6, the number of images of class number 0, got 2 \+ 5",
+        ),
+        ({"shot": 2, "query": 5, "names": list("abcdef")}, "at most 6, the number of images of class a"),
+        ({"query": 2, "deviation": 0.0}, "deviation must be above 0, got 0.0"),
+        ({"counts": [6, 9]}, r"images must be uint8 \[15, h, w, c\], one per count, got uint8 \(48, 2, 2, 1\)"),
     ],
 )
 def test_bad_options(options, words):
@@ -138,7 +141,7 @@ def test_bad_options(options, words):
 
 
 def test_overlapping_splits_and_oblong_rotations_are_refused():
-    with pytest.raises(DataError, match="classes in common"):
+    with pytest.raises(DataError, match="with a class in common"):
         pool_splits(marked_images(), COUNTS, ([0, 1], [1, 2], [3, 4]), way=2, shot=1, query=1, test_query=1)
     with pytest.raises(DataError, match="square"):
         class_pool(np.zeros((8, 2, 3, 1), np.uint8), [4, 4], way=2, query=2, rotations=True)
@@ -150,7 +153,7 @@ def test_fixed_tasks():
     np.testing.assert_array_equal(source.sample(jax.random.key(0), 6).support.x, values)
     some = source.sample(jax.random.key(0), 4).support.x.ravel().tolist()
     assert len(set(some)) == 4
-    with pytest.raises(ValueError, match="n: came 7"):
+    with pytest.raises(ValueError, match="n must be at most 6, the number of fixed tasks, got 7"):
         source.sample(jax.random.key(0), 7)
 
 

@@ -87,16 +87,21 @@ def test_plain_lines_are_texts_without_labels(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("a.csv", "text,label\nhi,a\n", {"text": "txt"}, "came column 'txt', but .* has 'text', 'label'; did you mean"),
-        ("a.csv", "text,label\nhi,a\n", {"label": "intent"}, "label: came column 'intent'"),
+        (
+            "a.csv",
+            "text,label\nhi,a\n",
+            {"text": "txt"},
+            "text must be a column of .* \('text', 'label'\), got 'txt'; did you mean",
+        ),
+        ("a.csv", "text,label\nhi,a\n", {"label": "intent"}, "label must be a column of .*, got 'intent'"),
         ("a.csv", "a,b\nhi,a\n", {}, "none of which is one of the usual names"),
-        ("a.csv", "text,label\nhi\n", {}, "row 2 came 1 values, needs 2"),
-        ("a.csv", "text,label\n ,a\n", {}, "the text of row 0"),
-        ("a.csv", "text,label\nhi,\n", {}, "no label in row 0"),
-        ("a.csv", "text,label\n", {}, "needs a header and a row"),
+        ("a.csv", "text,label\nhi\n", {}, "row 2 must have 2 values, one per column, got 1"),
+        ("a.csv", "text,label\n ,a\n", {}, "must have a text in each row, got .* in row 0"),
+        ("a.csv", "text,label\nhi,\n", {}, "must have a label in each row, got none in row 0"),
+        ("a.csv", "text,label\n", {}, "must have a header and at least one row"),
         ("a.json", "[1, 2", {}, "is not JSON"),
-        ("a.json", "[1, 2]", {}, "needs a list of objects"),
-        ("a.pdf", "x", {}, "came a .pdf file, needs one of"),
+        ("a.json", "[1, 2]", {}, "must hold a list of objects"),
+        ("a.pdf", "x", {}, "must end in one of .*, got \.pdf"),
         ("a.csv.xz", "not packed", {}, "corrupt or truncated"),
     ],
 )
@@ -109,7 +114,7 @@ def test_errors_of_files_say_what_is_wrong(name, content, options, message, tmp_
 def test_folders_and_encodings_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_texts(tmp_path / "none.csv")
-    with pytest.raises(DataError, match="without text files"):
+    with pytest.raises(DataError, match="must contain class folders of text files"):
         read_texts(tmp_path)
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(DataError, match="UTF-8"):
@@ -176,11 +181,11 @@ def test_texts_of_no_class_go_with_validation_and_test(rows, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"way": 3}, "way: came 3, but this split has 2 classes"),
-        ({"shot": 5}, r"shot \+ query: came 5 \+ 2, but class .* has 6 texts"),
-        ({"outside": "nothing"}, "outside: came 'nothing'"),
+        ({"way": 3}, "way must be at most 2, the number of classes of this split, got 3"),
+        ({"shot": 5}, r"shot \+ query must be at most 6, the number of texts of class .*, got 5 \+ 2"),
+        ({"outside": "nothing"}, "outside must be the label of some text, got 'nothing'"),
         ({"split": (("food",), ("sport",), ("moon",))}, "unknown class 'moon'"),
-        ({"label": "topic"}, "came column 'topic'"),
+        ({"label": "topic"}, "label must be a column of .*, got 'topic'"),
         ({"train_labels": "own"}, "train_labels"),
     ],
 )
@@ -192,7 +197,7 @@ def test_errors_of_the_text_source(options, message, rows, tmp_path):
 def test_small_classes_are_left_out_where_asked(rows, tmp_path):
     file = write_csv(tmp_path / "t.csv", [*rows, ("a lonely text", "alone")])
     listed = (("food", "money"), ("music", "sport"), ("travel", "weather", "alone"))
-    with pytest.raises(DataError, match="class alone has 1 texts"):
+    with pytest.raises(DataError, match="at most 1, the number of texts of class alone"):
         source(file, split=listed)
     assert len(source(file, split=listed, drop_small=True).test.classes) == 2
 
@@ -367,7 +372,7 @@ def test_white_space_around_a_label_does_not_make_a_class(tmp_path):
     path.write_text('{"alpha": ["hello"], " alpha": ["bye"]}')
     assert read_texts(path).labels == ["alpha", "alpha"]
     path.write_text('[["hello", " "], ["bye", "b"]]')
-    with pytest.raises(ValueError, match="came no label in row 0"):
+    with pytest.raises(ValueError, match="must have a label in each row, got none in row 0"):
         read_texts(path)
 
 

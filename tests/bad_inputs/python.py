@@ -27,7 +27,7 @@ def with_value(array: np.ndarray, value: Any) -> np.ndarray:
 ARRAYS: dict[str, tuple[tuple[Any, Any, Any], dict[str, Any], tuple[str, ...]]] = {
     "x nan": ((with_value(X, np.nan), Y, G), {}, ("x", "nan")),
     "x inf": ((with_value(X, np.inf), Y, G), {}, ("x", "inf")),
-    "x a word": ((with_value(X, "oops"), Y, G), {}, ("x", "not numbers")),
+    "x a word": ((with_value(X, "oops"), Y, G), {}, ("x", "must hold numbers")),
     "x a number": ((3, Y, G), {}, ("x",)),
     "x None": ((None, Y, G), {}, ("x",)),
     "x short": ((X[:9], Y, G), {}, ("9", "60")),

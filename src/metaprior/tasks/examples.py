@@ -69,7 +69,7 @@ def read_examples(
         found = _from_pictures(path, size, channels, invert)
     if labelled and found.labels is None:
         raise DataError(
-            f"{path} must have labels, got examples without any. Put pictures into folders named by class, or add a "
+            f"{path} must have labels, got examples without labels. Put pictures into folders named by class, or add a "
             f"column {target or 'label'!r} to the table."
         )
     return found

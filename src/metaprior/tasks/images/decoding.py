@@ -174,7 +174,7 @@ def _from_npz(path: Path, prefix: str) -> list[Picture]:
             f"{path} must hold the array images (or jpeg and offsets), got {', '.join(arrays) or 'other arrays'}."
         )
     if not reads:
-        raise DataError(f"{path} must hold at least one picture, got none.")
+        raise DataError(f"{path} must hold at least one picture, got no pictures.")
     if labels is not None and labels.shape != (len(reads),):
         raise DataError(f"{path}: labels must be one per picture, got shape {labels.shape} for {len(reads)} pictures.")
     names = [""] * len(reads) if labels is None else _class_names(path, labels, arrays.get("wnids"))

@@ -78,7 +78,7 @@ class Column:
             told = f"{argument}: column {self.features[at]!r} has {raw[row, at]:g} in {columns.place(row)}"
             told += f" ({rows} such rows)" if rows > 1 else ""
             warnings.warn(
-                f"{told}, only {mean[at]:g} occurs in training. Other values have an unknown effect and are ignored."
+                f"{told}. In training it was always {mean[at]:g}, so the effect of other values is unknown and ignored."
                 if strange is other
                 else f"{told}, {apart[row, at]:.3g} standard deviations from the training mean. Check its units.",
                 stacklevel=stacklevel,
@@ -94,7 +94,7 @@ class Column:
         width = {"category": len(self.levels), "truth value": 1}.get(self.kind)
         _check_scaling(self.name, self.mean, self.deviation, width)
         if len(set(self.levels)) < len(self.levels) or not all(isinstance(level, str) for level in self.levels):
-            raise ValueError(f"levels of {self.name!r} must be different texts, got {list(self.levels)}.")
+            raise ValueError(f"levels of {self.name!r} must be different texts, got {list(self.levels)}")
 
     @property
     def features(self) -> list[str]:
@@ -165,7 +165,7 @@ class Target:
         _check_scaling(self.name, self.mean, self.deviation)
         if (self.kind == "class") != bool(self.classes) or len(set(self.classes)) < len(self.classes):
             needed = "different classes" if self.kind == "class" else "no classes"
-            raise ValueError(f"{self.name!r} of kind {self.kind} must have {needed}, got {self.classes}.")
+            raise ValueError(f"{self.name!r} of kind {self.kind} must have {needed}, got {self.classes}")
 
     def codes(self, values: np.ndarray, name: str, columns: Columns, argument: str = "target") -> np.ndarray:
         """Encodes labels as the run did.

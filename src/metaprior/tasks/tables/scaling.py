@@ -143,6 +143,6 @@ def check_digits(
             fix = "Rescale it or correct that value." if standardised else "Set standardise=True or subtract an offset."
             raise DataError(
                 f"{argument}: column {name!r} loses its digits: most values lie between {low:.17g} and {high:.17g}, "
-                f"the farthest is {values[row]:.17g} in {columns.place(row)}; float32 cannot distinguish them. "
+                f"the farthest is {values[row]:.17g} in {columns.place(row)}. float32 cannot distinguish them. "
                 f"{fix}"
             )
