@@ -101,7 +101,7 @@ def test_a_text_with_too_few_repeated_words(text, options, message, tmp_path):
 
 def test_a_users_sentence_needs_one_blank(story):
     encode = cloze_of(story).test.encode
-    with pytest.raises(DataError, match="one blank, written ___, got 0 in .* \(row 1\)"):
+    with pytest.raises(DataError, match=r"one blank, written ___, got 0 in .* \(row 1\)"):
         encode(["a ___ b", "a b"])
 
 

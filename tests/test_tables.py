@@ -658,8 +658,8 @@ def test_what_was_constant_in_training_has_no_effect_and_other_values_of_it_are_
     np.testing.assert_array_equal(found, expected)
     assert prep.from_json(prep.to_json()) == prep
     assert (prep.scaling.features([[1.0, 1050.0]]) == prep.scaling.features([[1.0, 7.0]])).all()
-    with pytest.warns(UserWarning, match="target: column 'y' has .* deviations from what training had"):
+    with pytest.warns(UserWarning, match="target: column 'y' has .* deviations from the training mean"):
         prep.examples(read_columns(written(tmp_path / "s.csv", [{"a": 1, "size": 1000, "y": 1e6}])), labelled=True)
     both = read_columns(written(tmp_path / "s.csv", [{"a": 1, "size": 1000, "label": 3, "target": 4}]))
-    with pytest.raises(DataError, match="'label', 'target' could each be it"):
+    with pytest.raises(DataError, match="'label', 'target' could all be the target"):
         prep.examples(both, labelled=True)

@@ -246,7 +246,7 @@ def frame(**columns):
 def test_columns_of_one_name_are_refused(twice):
     x, y, group = pd.DataFrame(np.arange(48.0).reshape(24, 2)), np.linspace(0.0, 1.0, 24), np.repeat(np.arange(6), 4)
     x.columns = twice
-    with pytest.raises(ValueError, match=r"2 columns are named '[a0]'; Give each a different name"):
+    with pytest.raises(ValueError, match=r"2 columns are named '[a0]'. Give each a different name"):
         array_tasks(x, y, group, shot=2, query=2)
 
 

@@ -178,11 +178,11 @@ def test_nothing_damaged_or_absent(tmp_path, source):
     if source.is_dir():
         file = source / "cat" / "1.png"
         file.write_bytes(file.read_bytes()[:40])
-        with pytest.raises(DataError, match=r"cat/1.png: cannot be decoded .* delete it"):
+        with pytest.raises(DataError, match=r"cat/1.png cannot be decoded .* Delete it"):
             images(path=source, size=8)
     else:
         source.write_bytes(source.read_bytes()[:200])
-        with pytest.raises(DataError, match=rf"{source.name}: .*truncated.*delete it"):
+        with pytest.raises(DataError, match=rf"{source.name} .*truncated.*Delete it"):
             images(path=source, size=8)
 
 
@@ -202,9 +202,7 @@ def test_read_examples_of_labelled_folders_and_flat_queries(tmp_path):
     assert single.x.min() > 0.9
     with pytest.raises(DataError, match="must have labels, got examples without labels"):
         read_examples(tmp_path / "support" / "bee")
-    with pytest.raises(
-        DataError, match=r"query must have examples of the support's shape \(4, 4, 3\), got \(8, 8, 3\)"
-    ):
+    with pytest.raises(DataError, match=r"query must have .* of the support's shape \(4, 4, 3\), got \(8, 8, 3\)"):
         check_same_form(support.x, query.x)
     check_same_form(support.x, support.x[:1])
     with pytest.raises(DataError, match="no such file or folder"):

@@ -127,7 +127,7 @@ def test_splits_have_no_class_in_common(turned):
         ({"way": 1}, "way must be"),
         (
             {"shot": 2, "query": 5},
-            r"shot \+ query must be at most 6, the number of images of class number 0, got 2 \+ 5",
+            r"shot \+ query must be at most 6, .* of class number 0, got 2 \+ 5",
         ),
         ({"shot": 2, "query": 5, "names": list("abcdef")}, "at most 6, the number of images of class a"),
         ({"query": 2, "deviation": 0.0}, "deviation must be above 0, got 0.0"),

@@ -91,7 +91,7 @@ def test_plain_lines_are_texts_without_labels(tmp_path):
             "a.csv",
             "text,label\nhi,a\n",
             {"text": "txt"},
-            "text must be a column of .* \('text', 'label'\), got 'txt'; did you mean",
+            r"text must be .* \('text', 'label'\), got 'txt'; did you mean",
         ),
         ("a.csv", "text,label\nhi,a\n", {"label": "intent"}, "label must be a column of .*, got 'intent'"),
         ("a.csv", "a,b\nhi,a\n", {}, "none of which is one of the usual names"),
@@ -210,7 +210,7 @@ def test_files_that_are_not_there(tmp_path, monkeypatch):
         clinc150()
     with pytest.raises(DataError, match="METAPRIOR_DATA"):
         cloze()
-    with pytest.raises(DataError, match="no file"):
+    with pytest.raises(DataError, match="not a file"):
         cloze(path=tmp_path / "none.txt")
 
 

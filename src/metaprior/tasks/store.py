@@ -42,12 +42,12 @@ def data_folder(name: str) -> Path | None:
 
 
 @contextmanager
-def reading(path: str | Path, fix: str = "delete it and download or copy it again") -> Iterator[None]:
+def reading(path: str | Path, fix: str = "Delete it and download or copy it again.") -> Iterator[None]:
     """Turns the errors that a damaged file raises into a DataError that names the file and the fix.
 
     Args:
         path: The file that is read inside the `with` block.
-        fix: What the user can do, as the end of the message.
+        fix: What the user can do, a sentence that ends the message.
 
     Raises:
         DataError: A file that is absent, not regular, or damaged.
@@ -60,7 +60,7 @@ def reading(path: str | Path, fix: str = "delete it and download or copy it agai
     except DataError:
         raise
     except DAMAGE as error:
-        raise DataError(f"{path} is corrupt or truncated ({type(error).__name__}: {error}): {fix}.") from error
+        raise DataError(f"{path} is corrupt or truncated ({type(error).__name__}: {error}). {fix}") from error
 
 
 def read_npz(path: str | Path, names: tuple[str, ...]) -> list[np.ndarray]:
@@ -205,7 +205,7 @@ def _save(folder: Path, arrays: Arrays) -> None:
 
 
 def _load(folder: Path) -> Mapping[str, np.ndarray]:
-    with reading(folder, "it cannot be used"):
+    with reading(folder, "It cannot be used."):
         digests = json.loads((folder / "SHA256.json").read_text())
         for name, digest in digests.items():
             if _digest(folder / f"{name}.npy") != digest:

@@ -146,7 +146,7 @@ def read_columns(path: str | Path) -> Columns:
     path = Path(path).expanduser()
     if path.is_dir():
         raise DataError(f"{path} must be a CSV or NPZ file, got a folder.")
-    with reading(path, "correct it, or delete it and copy it again"):
+    with reading(path, "Correct it, or delete it and copy it again."):
         if path.suffix.lower() == ".npz":
             with open_arrays(path) as file:
                 return Columns({name: file[name] for name in file.files}, path)

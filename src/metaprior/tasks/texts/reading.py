@@ -54,7 +54,10 @@ def read_texts(path: str | Path, *, text: str | None = None, label: str | None =
     if not found.texts:
         raise DataError(f"{path} must hold at least one text, got none.")
     if labelled and found.labels is None:
-        raise DataError(f"{path} must have labels, got none. Add a column 'label' or use text files in class folders.")
+        raise DataError(
+            f"{path} must have labels, got texts without labels. Add a column 'label' or use text files in class "
+            "folders."
+        )
     for row, value in enumerate(found.texts):
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{path} must have a text in each row, got {value!r} in row {row}. Leave such rows out.")

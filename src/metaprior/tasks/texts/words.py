@@ -36,7 +36,7 @@ def read_text(path: str | Path) -> str:
     path = Path(path).expanduser()
     if path.is_dir():
         raise DataError(f"{path} must be a text file, got a folder.")
-    with reading(path, "copy it again, or save it as text in UTF-8"):
+    with reading(path, "Copy it again, or save it as text in UTF-8."):
         try:
             with PACKED.get(path.suffix.lower(), open)(path, "rb") as file:
                 return io.TextIOWrapper(io.BytesIO(read_limited(file, path)), encoding="utf-8-sig").read()
