@@ -16,7 +16,7 @@ class FixedTasks:
     """A source of given tasks.
 
     Attributes:
-        tasks: The tasks, stacked along a leading axis.
+        tasks: the tasks, stacked along a leading axis.
     """
 
     tasks: Task
@@ -39,8 +39,8 @@ class FixedTasks:
         """Draws n different tasks; with n equal to `total`, returns all of them in their order.
 
         Args:
-            key: Random key.
-            n: The number of tasks.
+            key: random key.
+            n: the number of tasks.
 
         Raises:
             ValueError: n above `total`, because a repeated task would count as new evidence.

@@ -21,7 +21,7 @@ class Quadratics:
 
     Attributes:
         dimension: d, the number of rows and columns of W.
-        stream: A number that is folded into every key, so that the splits differ.
+        stream: a number that is folded into every key, so that the splits differ.
     """
 
     dimension: int = field(metadata={"static": True})
@@ -47,7 +47,7 @@ def quadratics(*, dimension: Count = 10) -> Splits:
     to a constant.
 
     Args:
-        dimension: The number of rows and columns of W.
+        dimension: the number of rows and columns of W.
 
     Returns:
         Three sources of the same distribution, with disjoint random keys.
@@ -68,11 +68,11 @@ def digits(
     no image.
 
     Args:
-        shot: Random images of the split to fit.
-        query: Other images to evaluate on in training.
-        test_query: The same in validation and test.
-        split: The fractions of the images for training, validation and test.
-        seed: The seed of the random assignment.
+        shot: random images of the split to fit.
+        query: other images to evaluate on in training.
+        test_query: the same in validation and test.
+        split: the fractions of the images for training, validation and test.
+        seed: the seed of the random assignment.
 
     Returns:
         Tasks of the training, validation and test images.
