@@ -81,7 +81,7 @@ def test_reports_stand_beside_each_other(sinusoid_run, tmp_path, capsys):
     run_cli("evaluate", sinusoid_run, "--tasks", 10)
     with pytest.raises(SystemExit):
         main(["compare", str(sinusoid_run), str(other), "--out", str(out)])
-    assert "holds no report-own.json (it has none)" in capsys.readouterr().err.replace("\n", " ")
+    assert "has no report-own.json (its reports: none)" in capsys.readouterr().err.replace("\n", " ")
     run_cli("evaluate", other, "--tasks", 10)
     capsys.readouterr()
     run_cli("compare", sinusoid_run, other, "--out", out)
@@ -193,8 +193,8 @@ def test_list_names_everything(capsys):
         (["train", "sinusoid", "--set", "learner.rat=3"], "did you mean 'rate'"),
         (["train", "sinusoid", "--set", "trainin.steps=3"], "did you mean 'training'"),
         (["train", "sinusoid", "--set", "steps"], "TABLE.OPTION=VALUE"),
-        (["train", "nowhere.toml"], "no file"),
-        (["evaluate", "nowhere"], "holds no run"),
+        (["train", "nowhere.toml"], "no such file"),
+        (["evaluate", "nowhere"], "has no recipe.json"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence(args, message, capsys, tmp_path, monkeypatch):

@@ -175,6 +175,8 @@ class Hiding:
 
 sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 
+import importlib
+
 import jax
 import metaprior as mp
 from metaprior.core.extras import MissingExtra
@@ -205,7 +207,7 @@ from metaprior.experiments import runs
 from metaprior.tasks.images import decoding
 named("pictures", lambda: plots.training_curve([{{"step": 1, "train/loss": 1.0, "validation/nll": 1.0}}]))
 named("digits", lambda: mp.tasks.digits())
-named("nuts", lambda: mp.referees.nuts)
+named("nuts", lambda: importlib.import_module("metaprior.referees.nuts"))
 folder = runs.Run.create({str(tmp_path / "run")!r}, {{"learner": "maml"}})
 named("run", lambda: mp.fit(learner, splits, training, run=folder))
 folder.discard()

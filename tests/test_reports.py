@@ -48,11 +48,11 @@ def test_scalars_fitted_at_an_earlier_meta_step_are_refused_and_compare_names_bo
     now = Run.open(run).newest
     adapt(*CALIBRATED, code=2)
     said = capsys.readouterr().err
-    assert f"fitted at meta-step 10, but the run's parameters are now others, of meta-step {now}" in said
+    assert f"fitted at meta-step 10, but the run's parameters have changed since (meta-step {now})" in said
     assert "`metaprior evaluate run --posterior implicit --calibrated` again" in said
     run_cli("compare", "run", "--report", "implicit-calibrated")
     out, said = capsys.readouterr()
-    assert f"judged meta-step 10, but what the run has now is of meta-step {now}" in said
+    assert f"evaluated meta-step 10, but the run is now at meta-step {now}" in said
     assert next(line.split() for line in out.splitlines() if line.startswith("maml"))[1] == "10"
     assert json.loads((run.parent / "compared" / "compared.json").read_text())["maml"]["meta_steps"] == 10
 
@@ -69,7 +69,7 @@ def test_scalars_hold_for_their_own_steps_and_draws(run, capsys):
     shutil.copy(run / "report-implicit-calibrated-steps=3.json", path)
     capsys.readouterr()
     adapt(*CALIBRATED, code=2)
-    said = "fitted for inner steps: 3; the run's recipe now asks for the learner's own number"
+    said = "fitted with 3 inner steps, but the run's recipe now has the learner's default number of inner steps"
     assert said in capsys.readouterr().err
 
 
@@ -85,9 +85,9 @@ DAMAGE = {
     "settings.fitted.noise must be a finite number above 0, got 'x'":
         lambda t: t["settings"]["fitted"].update(noise="x"),
     "settings.fitted.noise must be a finite number above 0, got -1": lambda t: t["settings"]["fitted"].update(noise=-1),
-    "its settings lack fitted": lambda t: t["settings"].pop("fitted"),
-    "has fitted temperature, but this run needs noise, temperature": lambda t: t["settings"]["fitted"].pop("noise"),
-    "settings.fitted.nois is none of": lambda t: t["settings"]["fitted"].update(nois=1.0),
+    "its settings have no fitted": lambda t: t["settings"].pop("fitted"),
+    "contains fitted temperature, but this run needs noise": lambda t: t["settings"]["fitted"].pop("noise"),
+    "settings.fitted.nois is not one of": lambda t: t["settings"]["fitted"].update(nois=1.0),
     "posterior: 'laplace' -> 'implicit'": lambda t: t["settings"].update(posterior="laplace"),
     "settings.draws must be": lambda t: t["settings"].update(draws="two"),
     "settings must be a table": lambda t: t.update(settings=[1]),
@@ -128,14 +128,14 @@ def test_what_is_no_report_is_named(run, capsys, raw):
                                                                         "implicit-calibrated", code=2)):  # fmt: skip
         command()
         said = capsys.readouterr().err
-        assert "report-implicit-calibrated.json: is damaged (" in said
-        assert "run `metaprior evaluate run --posterior implicit --calibrated` again" in said
+        assert "report-implicit-calibrated.json is damaged (" in said
+        assert "Run `metaprior evaluate run --posterior implicit --calibrated` again" in said
 
 
 def test_compare_says_which_report_there_is(run, capsys):
     run_cli("compare", "run", code=2)
     said = capsys.readouterr().err
-    assert "holds no report-own.json (it has implicit-calibrated); give --report implicit-calibrated" in said
+    assert "has no report-own.json (its reports: implicit-calibrated). Give --report implicit-calibrated" in said
     assert "`metaprior evaluate run` first" in said
 
 
@@ -186,6 +186,6 @@ def test_a_checkpoint_of_another_run_or_step_is_passed_over(run, folder, tmp_pat
 def test_an_edited_recipe_is_told_and_no_training_goes_on_from_it(run, capsys):
     edit(run / "recipe.json", lambda t: t["learners"]["maml"].update(rate=0.5))
     adapt()
-    assert "recipe.json: was edited since the run was started" in capsys.readouterr().err
+    assert "recipe.json was edited after the run was started" in capsys.readouterr().err
     run_cli("train", "sinusoid", "--steps", 15, "--out", "run", "--resume", code=2)
-    assert "recipe.json was edited since the run was started; put back" in capsys.readouterr().err
+    assert "recipe.json was edited after the run was started. Restore" in capsys.readouterr().err

@@ -91,12 +91,12 @@ def test_a_result_is_compared_with_the_figure_of_its_own_tasks():
     assert told(few) == {"accuracy": "within the interval, after 2.5 % of the recipe's tasks"}
     assert told(replace(MAML, learner="meta_sgd")) == {"": "not comparable: no published figure"}
     assert told(replace(MAML, judged={"tasks.way": 20})) == {
-        "": "not comparable: tasks.way is 20, the published figure is of 5"
+        "": "not comparable: tasks.way is 20, the published figure is for 5"
     }
     free = replace(MAML, judged={"tasks.test_query": 5}, overrides={"tasks.query": 3})
     assert told(free) == {"accuracy": "within the interval"}
     assert "split 'validation'" in told(replace(MAML, split="validation"))[""]
-    assert "the published figures are of accuracy" in told(replace(MAML, report=replace(REPORT, figures={})))[""]
+    assert "the only published figures are accuracy" in told(replace(MAML, report=replace(REPORT, figures={})))[""]
     assert told(replace(MAML, recipe=None)) == {"": "not comparable: no published figure"}
 
 
@@ -137,7 +137,7 @@ def test_a_recipe_that_has_changed_since_is_not_compared(tmp_path, monkeypatch):
 
 def test_few_tasks_are_said():
     few = replace(MAML, report=replace(REPORT, tasks=20, figures={"accuracy": Figure(0.9, 0.2)}))
-    assert told(few) == {"accuracy": "within the interval, judged on 20 of 600 tasks"}
+    assert told(few) == {"accuracy": "within the interval, evaluated on 20 of 600 tasks"}
 
 
 def test_a_calibrated_report_is_not_held_against_uncalibrated_figures():
@@ -235,7 +235,7 @@ def test_a_suite_is_reproduced_within_a_budget_and_goes_on(tmp_path, monkeypatch
     assert again.figures["mse"].mean == pytest.approx(maml.report.figures["mse"].mean, rel=1e-4)
     before = (tmp_path / "results" / "small" / "maml.json").read_text()
     run_cli("reproduce", "small.toml", "--budget", "10m")
-    assert capsys.readouterr().out.count("done already") == 2
+    assert capsys.readouterr().out.count("already done") == 2
     assert (tmp_path / "results" / "small" / "maml.json").read_text() == before
     run_cli("results")
     page = (tmp_path / "docs" / "results" / "small.md").read_text()
@@ -248,7 +248,7 @@ def test_a_figure_whose_run_is_lost_is_not_written_over(tmp_path, monkeypatch, c
     (tmp_path / "small.toml").write_text(SUITE)
     replace(MAML, run=None).save(tmp_path / "results" / "small" / "maml.json")
     run_cli("reproduce", "small.toml", "--budget", "1s", code=2)
-    assert "whose run was not kept" in " ".join(capsys.readouterr().err.split())
+    assert "but its run was not kept" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_figure_whose_run_is_lost_is_not_written_over(tmp_path, monkeypatch, c
         (("small.toml", "--only", "mamm"), "maml"),
         (("wrong.toml",), "learner.stepz is not an option"),
         (("empty.toml",), "runs is missing"),
-        (("none.toml",), "no file none.toml"),
+        (("none.toml",), "got none.toml: no such file"),
     ],
 )
 def test_what_cannot_be_reproduced_is_said_before_any_training(words, message, tmp_path, monkeypatch, capsys):
@@ -295,5 +295,5 @@ def test_benchmarks_are_a_page(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"title": "T", "about": "A.", "rows": rows}))
     assert "| `a` | 1.5 / 2,000 |" in benchmark_page(tmp_path)
     (tmp_path / "b.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"b\.json: not the figures of a benchmark"):
+    with pytest.raises(ValueError, match=r"b\.json must hold the measurements of a benchmark"):
         benchmark_page(tmp_path)

@@ -125,8 +125,8 @@ def test_a_report_names_the_checkpoint_that_was_judged(tmp_path, capsys):
     run_cli("evaluate", folder, "--tasks", 10)
     said = capsys.readouterr().err
     assert said.startswith("warning: ")
-    assert "validated best (meta-step 40) cannot be read" in said
-    assert "the last one, of meta-step 40, is used in its place" in said
+    assert "the best checkpoint (meta-step 40) cannot be read" in said
+    assert "The last one, of meta-step 40, is used instead" in said
     judged = json.loads(report.read_text())["settings"]["checkpoint"]
     assert (judged["which"], judged["step"]) == ("last", 40)
     assert sorted(p.name for p in (folder / "checkpoints" / "best").iterdir()) == ["20", "40"]

@@ -32,7 +32,7 @@ def test_an_error_is_printed_as_it_stands(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "no/[/b]run"])
     assert stopped.value.code == 2
-    assert "no/[/b]run holds no run" in capsys.readouterr().err
+    assert "no/[/b]run, which has no recipe.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -178,7 +178,9 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"unlabelled: came 1\.0, needs a share"):
         graph(unlabelled=1)
     recipe = load_recipe("omniglot-5way-5shot-semi")
-    with pytest.raises(ValueError, match="maml would take an unknown label for a class"):
+    with pytest.raises(ValueError, match="must be 1 for maml, which cannot read unlabelled examples"):
         build(with_overrides(recipe, "maml"))
-    with pytest.raises(ValueError, match="learner: came protonet, but the tasks of omniglot_strokes show class attrib"):
+    with pytest.raises(
+        ValueError, match=r"learner must be .* supports of omniglot_strokes hold class attributes .* got protonet"
+    ):
         build(with_overrides(load_recipe("omniglot-zero-shot"), "protonet"))

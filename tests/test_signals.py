@@ -41,7 +41,7 @@ def test_a_scheduler_or_a_closed_terminal_saves_the_run(tmp_path, name):
     status, out = ended(process)
     assert status == 128 + signum, out
     assert "a second signal ends at once" in out
-    assert "saved; go on with --resume" in out
+    assert "saved; continue with --resume" in out
     assert "Traceback" not in out
 
 

@@ -177,10 +177,10 @@ BROKEN: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "training.json cut": (lambda run: cut(run / "training.json"), ("training.json", "damaged")),
     "recipe.json gone": (lambda run: removed(run / "recipe.json"), ("recipe.json",)),
     "recipe.json cut": (lambda run: cut(run / "recipe.json"), ("recipe.json", "damaged")),
-    "recipe.json of another learner": (edited("recipe.json", lambda t: t.update(learner="meta_sgd")), ("differs",)),
+    "recipe.json of another learner": (edited("recipe.json", lambda t: t.update(learner="meta_sgd")), ("differences",)),
     "recipe.json of no learner": (edited("recipe.json", lambda t: t.update(learner="mamll")), ("learner", "mamll")),
     "recipe.json of another width": (
-        edited("recipe.json", lambda t: t["network"].update(hidden=[5])), ("differs", "float32[5]")),
+        edited("recipe.json", lambda t: t["network"].update(hidden=[5])), ("differences", "float32[5]")),
     "recipe.json of another likelihood": (
         edited("recipe.json", lambda t: t["likelihood"].update(name="categorical")), ("likelihood",)),
     "recipe.json of a wrong type": (
@@ -210,7 +210,7 @@ REPORT = {"kind": "regression", "tasks": 2, "figures": {"mse": {"mean": 1.0, "in
           "nll": {"mean": 1.0, "interval": None}}, "pooled": {"rmse": 1.0}, "curve": [], "target": "score"}  # fmt: skip
 REPORTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "empty": (b"", ()),
-    "{}": (b"{}", ("lacks kind",)),
+    "{}": (b"{}", ("has no kind",)),
     "a list": (b"[1]", ("a table",)),
     "cut": (json.dumps(REPORT).encode()[:60], ()),
     "of bytes": (b"\xff\xfe\0", ()),
@@ -247,7 +247,7 @@ def cases() -> list[Case]:
         Case("no calibrated report: adapt", partial(judged, None),
              ("report-own-calibrated.json", "--calibrated` first")),
         Case("report without settings: adapt", partial(judged, json.dumps(REPORT).encode()),
-             ("settings lack", "again")),
+             ("settings have no", "again")),
         Case("report of two figures: compare", partial(compared, json.dumps(REPORT).encode()),
              right=lambda said: "1.000" in said),
     ]  # fmt: skip

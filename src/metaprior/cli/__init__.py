@@ -18,30 +18,36 @@ with extra("cli", "The command line"):
 
     from metaprior.cli.screen import screen
 
-# By name, where each is and what `--help` says of it, so that it need not be imported for that.
+# For each command, its function and its text in `--help`, which can then be shown without importing the command.
 COMMANDS = {
     "train": ("train.train", "Meta-train a recipe (a built-in name or a TOML file) into a run folder."),
-    "evaluate": ("evaluate.evaluate", "Judge a run on new tasks: a table, a JSON file and pictures in its folder."),
-    "compare": ("compare.compare", "Hold the reports of several runs beside each other: a table, and a picture of "
-                "their courses by inner steps."),
-    "adapt": ("adapt.adapt", "Adapt a run to labelled examples and predict others: a table with class probabilities "
-              "or means and intervals."),
-    "plot": ("plot.plot", "Draw a run's training curve, for regression on a line what its posterior says of new "
-             "tasks, and learned gates."),
+    "evaluate": ("evaluate.evaluate", "Evaluate a run on new tasks and write a report (JSON) and plots to its folder."),
+    "compare": ("compare.compare", "Compare the reports of several runs in a table and a plot of their figures after "
+                "each inner step."),
+    "adapt": ("adapt.adapt", "Adapt a run to labelled examples and predict others, with class probabilities or "
+              "intervals."),
+    "plot": ("plot.plot", "Plot a run's training curve, its predictions on new tasks (regression on one input) and "
+             "learned gates."),
     "list": ("listing.listing", "List learners, recipes, suites, task sources, networks and posteriors."),
     "demo": ("demo.demo", "Meta-train MAML on sinusoids, adapt to new ones from 5 and 10 points, and show what it is "
              "sure of."),
-    "truth": ("truth.truth", "Hold learners' posteriors against exact ones: of the conjugate hierarchy, or of NUTS."),
-    "study": ("study.study", "Hold trained learners beside each other on one question."),
-    "reproduce": ("reproduce.reproduce", "Train and judge the runs of a suite (a built-in name or a TOML file), and "
-                  "write RESULTS/SUITE/RUN.json of each."),
-    "results": ("reproduce.results", "Make a Markdown page of each suite's results, with the status of each row beside "
-                "the published figure."),
+    "truth": ("truth.truth", "Compare learners' posteriors with exact ones (linear-Gaussian hierarchy) or with NUTS."),
+    "study": ("study.study", "Compare trained learners on one question."),
+    "reproduce": ("reproduce.reproduce", "Train and evaluate the runs of a suite (a built-in name or a TOML file), and "
+                  "write their results."),
+    "results": ("reproduce.results", "Write a Markdown page of each suite's results, with a status relative to the "
+                "published figures."),
 }  # fmt: skip
 
 
 def commands(args: list[str]) -> dict[str, Callable[..., int]]:
-    """The commands by name. Where the arguments begin with one, or ask for help alone, only that one is imported."""
+    """Returns the commands by name.
+
+    If the arguments begin with a command, or only ask for help, no other command is imported.
+
+    Args:
+        args: the arguments of the command line.
+    """
     first = args[0] if args else "--help"
     one = first in (*COMMANDS, "-h", "--help")
     return {name: _summary(text) if one and name != first else _imported(place)
@@ -55,14 +61,18 @@ def _imported(place: str) -> Callable[..., int]:
 
 def _summary(text: str) -> Callable[[], int]:
     def command() -> int:
-        raise AssertionError("a command that was asked for is imported")
+        raise AssertionError("a command must be imported before it is called")
 
     command.__doc__ = text
     return command
 
 
 def one_set(args: list[str]) -> list[str]:
-    """The arguments with every --set in one, at the end: of several the parser would keep the last alone, silently."""
+    """Merges all --set options into one, at the end, since the parser would silently keep only the last one.
+
+    Args:
+        args: the arguments of the command line.
+    """
     others, options, here = [], [], False
     for argument in args:
         name, _, value = argument.partition("=")
@@ -77,9 +87,13 @@ def one_set(args: list[str]) -> list[str]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command; what went wrong is said in a sentence, with exit status 2 (bad input) or 1.
+    """Runs a command and exits.
 
-    Ctrl-C ends it with one line and status 130, SIGTERM with 143, SIGHUP with 129.
+    Errors are printed in one sentence. The exit status is 0 if the command succeeds, 2 for bad input and 1 for other
+    errors; Ctrl-C gives 130, SIGTERM 143 and SIGHUP 129.
+
+    Args:
+        args: the arguments. The default is those of the process.
     """
     given, show = one_set(sys.argv[1:] if args is None else args), warnings.showwarning
     try:
@@ -91,14 +105,14 @@ def main(args: list[str] | None = None) -> None:
         screen(stderr=True).print("stopped" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}")
         sys.exit(128 + signum)
     except BrokenPipeError:
-        # What reads the output, as `| head` does, has seen enough.
+        # The reader of the output, such as `| head`, has stopped reading.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except OSError as error:
         _say("error", "bold red", explained(error))
         sys.exit(1)
     except SystemExit:
-        raise  # before what follows is imported, as `--help` ends so
+        raise  # `--help` ends here, before the import below
     except (ValueError, MissingExtra, metaprior.NonFiniteLoss) as error:
         from metaprior.training.checkpoint import NotSaved
 

@@ -1,4 +1,4 @@
-"""metaprior adapt: a trained run meets a user's own few examples."""
+"""metaprior adapt: adapt a trained run to your own examples."""
 
 import csv
 import textwrap
@@ -23,7 +23,7 @@ from metaprior.tasks import Examples, Preparation, encode_labels, read_columns, 
 from metaprior.tasks.pool import ClassPool, innermost
 from metaprior.tasks.tables.columns import Columns, as_numbers
 
-SHOWN = 50  # rows of the table on screen; --out holds all
+SHOWN = 50  # rows of the table on the screen; --out writes all
 
 
 def adapt(
@@ -38,36 +38,39 @@ def adapt(
     out: Path | None = None,
     seed: int = 0,
 ) -> int:
-    """Adapt a run to labelled examples and predict others: a table with class probabilities or means and intervals.
+    """Adapt a run to labelled examples and predict others, with class probabilities or intervals.
 
-    Tables go in and predictions come out in the table's own units.
+    For a run on a table, files and predictions are in the table's own units. Predictions of numbers are means with
+    central 90 % intervals.
 
     Args:
         run: the folder that `train` wrote.
-        support: labelled examples. For a run on a table: a CSV or NPZ file with that table's columns, by name and in
-            any order; the column of its target may also be called target or label. For a run on images: a folder of
-            class-named folders. For a run on texts: a CSV, TSV or JSON file (columns text and label, or those the run
-            was trained on) or a folder of class folders of text files; a missing word is written ___. Else a CSV file
-            (with a column label or target) or an NPZ file (x and y).
-        query: what to predict: an image, a folder of images, a CSV or an NPZ file; texts also one a line (.txt).
-        posterior: what is put around phi_k (default: the learner's own).
-        draws: networks drawn from the posterior; 0 is the linearised predictive.
-        calibrated: with the scalars that `evaluate --calibrated` fitted for this posterior.
-        steps: inner steps.
+        support: labelled examples. For a run on a table: a CSV or NPZ file with the table's columns, by name and in any
+            order; the column of its target may also be called target or label. For a run on images: a folder with one
+            folder of images per class, named after the class. For a run on texts: a CSV, TSV or JSON file (with the
+            columns text and label, or those that the run was trained on), or a folder with one folder of text files per
+            class; write a missing word as ___. For other runs: a CSV file (with a column label or target) or an NPZ
+            file (with x and y).
+        query: the examples to predict: an image, a folder of images, a CSV or an NPZ file. Texts can also be a .txt
+            file with one text per line.
+        posterior: the posterior around the adapted parameters phi_k. None means the learner's own.
+        draws: how many networks to draw from the posterior; 0 gives the linearised predictive.
+        calibrated: use the scalars that `evaluate --calibrated` fitted for this posterior.
+        steps: the number of inner steps. None means the recipe's.
         out: a CSV file for all predictions.
-        seed: of draws.
+        seed: the seed of the draws.
     """
     if out is not None:
         check_output(out, "--out", file=True)
     if draws is not None and posterior in (None, "point"):
-        raise ValueError("--draws needs a posterior to draw from: give --posterior implicit or laplace too.")
+        raise ValueError("--draws needs a posterior to draw from. Give --posterior implicit or laplace too.")
     opened = load(run, posterior=posterior, draws=draws, calibrated=calibrated, steps=steps, blank=True)
     recipe, experiment, params, learner = opened.recipe, opened.experiment, opened.params, opened.learner
     like = jax.eval_shape(lambda: experiment.splits.train.sample(jax.random.key(0), 1)).support
     if isinstance(like.x, Attributes):
         raise ValueError(
-            f"{run}: its support is class attributes, which files of examples do not hold; give learner.adapt a "
-            "Batch(Attributes(...), labels) in Python"
+            f"{run} was trained on class attributes, which files of examples do not hold. In Python, give "
+            "learner.adapt a Batch(Attributes(...), labels)."
         )
     preparation, encode = experiment.preparation, getattr(experiment.splits.train, "encode", None)
     if preparation is not None:
@@ -86,8 +89,9 @@ def adapt(
     predictive = jax.jit(learner.predict)(params, adapted, jnp.asarray(given.query), key)
     if not jnp.isfinite(predictive.mean()).all():
         raise ValueError(
-            f"--support: {recipe.learner} diverged on these {len(given.x)} examples, its predictions are not finite; "
-            "try fewer inner steps (--steps), features on the scale of training's, or a run with a lower learner.rate"
+            f"--support: {recipe.learner} diverged on these {len(given.x)} examples: its predictions are not finite. "
+            "Use fewer inner steps (--steps), features on the scale of those in training, or a run with a lower "
+            "learner.rate."
         )
     target = None if preparation is None else preparation.target.name
     if given.classes is not None:
@@ -106,7 +110,15 @@ def adapt(
 
 
 class Given(NamedTuple):
-    """What the user's files hold, as the learner sees it: a support, queries with their names, and the classes."""
+    """The contents of the user's files, as arrays for the learner.
+
+    Attributes:
+        x: inputs of the support [n, ...].
+        y: targets of the support [n, ...].
+        query: inputs of the queries [m, ...].
+        names: the names of the queries.
+        classes: the classes in the order of their codes, or None if targets are numbers.
+    """
 
     x: np.ndarray
     y: np.ndarray
@@ -116,7 +128,7 @@ class Given(NamedTuple):
 
 
 def _from_tables(preparation: Preparation, support: Path, query: Path) -> Given:
-    """Both files by the names of their columns, in the run's own scaling, levels and class codes."""
+    """Converts both files, whose columns go by name, with the run's scaling, levels and class codes."""
     x, y = preparation.examples(read_columns(support), labelled=True)
     asked, _ = preparation.examples(read_columns(query), labelled=False)
     assert y is not None
@@ -125,9 +137,9 @@ def _from_tables(preparation: Preparation, support: Path, query: Path) -> Given:
 
 
 def _given(run: Path, recipe: Recipe, like: Batch, shown: Examples, asked: Examples) -> Given:
-    """Examples of a run whose tasks bring classes of their own, or numbers without names."""
+    """Converts examples for a run whose tasks have their own classes, or numeric targets."""
     if shown.labels is None:
-        raise ValueError("--support: has no labels; give class-named folders, or a column of labels")
+        raise ValueError("--support must have labels, got none. Give one folder per class, or a column of labels.")
     if not jnp.issubdtype(like.y.dtype, jnp.integer):
         values = np.asarray(shown.labels)
         y = as_numbers(values, "target", Columns({"target": values}), "--support")
@@ -136,8 +148,8 @@ def _given(run: Path, recipe: Recipe, like: Batch, shown: Examples, asked: Examp
     way = most_ways(recipe) or len(classes)
     if len(classes) > way:
         raise ValueError(
-            f"--support: has {len(classes)} classes, but {run} was trained to tell {way} apart; give at most {way}, or "
-            f"train with --set tasks.way={len(classes)}"
+            f"--support must have at most {way} classes, as {run} was trained with, got {len(classes)}. Leave some "
+            f"out, or train with --set tasks.way={len(classes)}."
         )
     return Given(shown.x, codes, asked.x, asked.names, classes)
 
@@ -146,33 +158,33 @@ def _from_examples(
     run: Path, recipe: Recipe, shape: tuple[int, ...], support: Path, query: Path
 ) -> tuple[Examples, Examples]:
     image: dict[str, Any] = {"size": shape[:2], "channels": shape[-1]} if len(shape) == 3 else {}
-    # Omniglot's tasks show ink as 1 on 0; people's scans are dark ink on light paper.
+    # In Omniglot's tasks ink is 1 and paper 0, while scans have dark ink on light paper.
     image |= {"invert": True} if recipe.tasks["name"] == "omniglot" else {}
     shown = read_examples(support, labelled=True, **image)
     asked = _in_order(shown, read_examples(query, labelled=False, **image))
     for argument, given in (("--support", shown.x), ("--query", asked.x)):
         if given.shape[1:] != shape:
             raise ValueError(
-                f"{argument}: examples of shape {given.shape[1:]} came, but {run} was trained on {shape}; give the "
-                "same features in the same order, or images (which are resized)"
+                f"{argument} must have examples of shape {shape}, as {run} was trained with, got {given.shape[1:]}. "
+                "Give the same features in the same order, or images (which are resized)."
             )
     return shown, asked
 
 
 def _in_order(shown: Examples, asked: Examples) -> Examples:
-    """The query's columns in the order of the support's, by name."""
+    """Puts the query's columns in the order of the support's, by name."""
     if shown.features is None or asked.features is None or shown.features == asked.features:
         return asked
     for name in (*shown.features, *asked.features):
         if name not in asked.features or name not in shown.features:
             here, there = ("--support", "--query") if name in shown.features else ("--query", "--support")
-            raise ValueError(f"{there}: lacks column {name!r}, which {here} has; give both the same columns")
+            raise ValueError(f"{there} has no column {name!r}, but {here} has. Give both files the same columns.")
     return asked._replace(x=asked.x[:, [asked.features.index(name) for name in shown.features]])
 
 
 def _from_texts(recipe: Recipe, encode: Callable[..., Any], support: Path, query: Path) -> tuple[Examples, Examples]:
     def read(path: Path, labelled: bool) -> Examples:
-        # The user's files have the columns that the run was trained on.
+        # The user's files have the columns of the training file.
         usual = {name: recipe.tasks[name] for name in ("text", "label") if name in recipe.tasks}
         found = read_texts(path, labelled=labelled, **usual)
         return Examples(encode(found.texts), found.labels, [textwrap.shorten(text, 60) for text in found.texts])
@@ -181,7 +193,13 @@ def _from_texts(recipe: Recipe, encode: Callable[..., Any], support: Path, query
 
 
 def class_rows(predictive: Categories, names: list[str], classes: list[Any]) -> list[dict[str, Any]]:
-    """A row a query: the likeliest class, then the probability of each; classes beyond the run's are left out."""
+    """Returns one row per query: the most likely class, then the probability of each class.
+
+    Args:
+        predictive: the predictive distribution of the queries.
+        names: the names of the queries.
+        classes: the classes of the support. The probabilities of further classes are left out.
+    """
     p = np.asarray(predictive.mean())[:, : len(classes)]
     p = p / p.sum(-1, keepdims=True)
     return [
@@ -192,7 +210,12 @@ def class_rows(predictive: Categories, names: list[str], classes: list[Any]) -> 
 
 
 def target_rows(predictive: Any, names: list[str]) -> list[dict[str, Any]]:
-    """A row a query: mean and central 90 % interval of its target, or of each of several."""
+    """Returns one row per query: the mean and the central 90 % interval of each target.
+
+    Args:
+        predictive: the predictive distribution of the queries.
+        names: the names of the queries.
+    """
     parts = {"mean": predictive.mean(), "5 %": predictive.quantile(0.05), "95 %": predictive.quantile(0.95)}
     several = parts["mean"].shape[1] > 1
     columns = {
@@ -213,11 +236,11 @@ def _show(rows: list[dict[str, Any]], title: str, interval: bool) -> None:
         table.add_row(*(f"{v:.{digits}g}" if isinstance(v, float) else str(v) for v in row.values()))
     screen().print(table)
     if len(rows) > SHOWN:
-        screen().print(f"... and {len(rows) - SHOWN} more; --out FILE.csv holds all")
+        screen().print(f"... and {len(rows) - SHOWN} more rows (write all with --out FILE.csv)")
 
 
 def _digits(rows: list[dict[str, Any]]) -> int:
-    """As many digits as tell the ends of the narrowest interval apart to a hundredth; 4 at least."""
+    """The number of digits that shows the narrowest interval to a hundredth of its width, from 4 to 16."""
     sizes = [max(abs(v) for v in row.values() if isinstance(v, float)) for row in rows if "5 %" in row]
     widths = [row["95 %"] - row["5 %"] for row in rows if "5 %" in row]
     ratio = min((w / s for w, s in zip(widths, sizes, strict=True) if w > 0 and s > 0), default=1.0)

@@ -1,4 +1,4 @@
-"""metaprior compare: the reports of several runs beside each other."""
+"""metaprior compare: compare the reports of several runs."""
 
 import json
 import warnings
@@ -13,7 +13,7 @@ from metaprior.cli.screen import screen
 from metaprior.core.files import write_atomically
 from metaprior.core.options import Whole, accept
 from metaprior.evaluation.figures import title_of
-from metaprior.evaluation.plots import check_pictures, compared_curves, save
+from metaprior.evaluation.plots import check_plots, compared_curves, save
 from metaprior.evaluation.report import Report
 from metaprior.experiments.recipe import own_table
 from metaprior.experiments.reports import Kept, command, name_in, read_report, reports_of
@@ -25,21 +25,21 @@ SHOWN = ("accuracy", "mse", "nll", "coverage_90", "ece", "mce")
 def compare(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, report: str = "own", out: Path = Path("compared")
 ) -> int:
-    """Hold the reports of several runs beside each other: a table, and a picture of their courses by inner steps.
+    """Compare the reports of several runs in a table and a plot of their figures after each inner step.
 
     Args:
-        runs: the folders that `train` wrote, each judged by `evaluate`.
-        report: which of a run's reports: own, own-calibrated, implicit, ..., as in report-NAME.json.
-        out: folder of compared.json and compared.png.
+        runs: the folders that `train` wrote, each with a report by `evaluate`.
+        report: which reports to compare: own, own-calibrated, implicit, ..., as in report-NAME.json.
+        out: the folder for compared.json and compared.png.
     """
-    check_pictures(out, "--out")
+    check_plots(out, "--out")
     named = told_apart([Run.open(folder) for folder in runs])
     kept = {name: report_of(run, report) for name, run in named.items()}
     reports = {name: one.report for name, one in kept.items()}
     if len(kinds := sorted({it.kind for it in reports.values()})) > 1:
-        raise ValueError(f"runs: came reports of {' and of '.join(kinds)}, need to be of one kind")
+        raise ValueError(f"runs must have reports of one kind, got {' and '.join(kinds)}.")
     if len(targets := sorted({it.target or "no table" for it in reports.values()})) > 1:
-        raise ValueError(f"runs: came reports on {' and on '.join(targets)}, need to be on one target")
+        raise ValueError(f"runs must have reports on one target, got {' and '.join(targets)}.")
     for name, one in kept.items():
         warn_if_older(one, named[name])
     found = {name: asdict(it) | trained(named[name], judged_at(kept[name])) for name, it in reports.items()}
@@ -55,7 +55,7 @@ def compare(
     console.print(table)
     protocols = {json.dumps(protocol(run, kept[name]), sort_keys=True) for name, run in named.items()}
     if len(protocols) > 1:
-        console.print(f"note: the runs were judged on {len(protocols)} kinds of tasks")
+        console.print(f"note: the runs were evaluated on {len(protocols)} different kinds of tasks")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "compared.json", json.dumps(found, indent=2) + "\n")
     save(compared_curves(reports), out / "compared.png")
@@ -64,42 +64,66 @@ def compare(
 
 
 def pooled(report: Report, name: str) -> str:
-    """A figure without an interval; one that only other reports have is left open."""
+    """Formats a figure without an interval, or '-' if the report does not have it.
+
+    Args:
+        report: the report.
+        name: the figure's name.
+    """
     return f"{report.pooled[name]:.4f}" if name in report.pooled else "-"
 
 
 def report_of(run: Run, name: str) -> Kept:
-    """A report of a run (see `read_report`); where all of a run's are others, the error names them."""
+    """Reads a report of a run.
+
+    Args:
+        run: the run.
+        name: the NAME in report-NAME.json.
+
+    Raises:
+        ValueError: the report does not exist or is damaged. The message names the run's other reports.
+    """
     if not (run.folder / f"report-{name}.json").is_file() and (others := reports_of(run)):
         raise ValueError(
-            f"--report {name}: {run.folder} holds no report-{name}.json (it has {', '.join(others)}); give --report "
-            f"{others[0]}, or run `{command(run, name)}` first"
+            f"--report must name a report of each run, got {name}: {run.folder} has no report-{name}.json (its reports"
+            f": {', '.join(others)}). Give --report {others[0]}, or run `{command(run, name)}` first."
         )
     run.warn_if_edited()
     return read_report(run, name)
 
 
 def judged_at(kept: Kept) -> int | None:
-    """The meta-step of the checkpoint that a report judged; None if it does not say."""
+    """Returns the meta-step of the checkpoint that a report evaluated, or None if the report does not state it.
+
+    Args:
+        kept: the report.
+    """
     step = kept.settings.get("checkpoint", {}).get("step")
     return None if step is None else accept(Whole, step, f"{kept.path}: settings.checkpoint.step")
 
 
 def warn_if_older(kept: Kept, run: Run) -> None:
-    """A warning, with both meta-steps, where a run was trained on since its report."""
+    """Warns, with both meta-steps, if a run was trained further after its report.
+
+    Args:
+        kept: the report.
+        run: the run.
+    """
     then, now = judged_at(kept), run.newest
     if then is not None and now is not None and then != now:
         again = command(run, name_in(kept.path))
         warnings.warn(
-            f"{kept.path} judged meta-step {then}, but what the run has now is of meta-step {now}; run `{again}` again",
+            f"{kept.path} evaluated meta-step {then}, but the run is now at meta-step {now}. Run `{again}` again.",
             stacklevel=2,
         )
 
 
 def trained(run: Run, step: int | None = None) -> dict[str, Any]:
-    """The meta-step of the parameters that are judged, and the minutes up to it.
+    """Returns the meta-step of the evaluated parameters and the training time up to it, in minutes.
 
-    step: None takes the one that validated best.
+    Args:
+        run: the run.
+        step: the meta-step, or None for the one with the lowest validation nll.
     """
     rows = run.metrics()
     if step is None:
@@ -109,7 +133,12 @@ def trained(run: Run, step: int | None = None) -> dict[str, Any]:
 
 
 def protocol(run: Run, kept: Kept) -> dict[str, Any]:
-    """What makes figures comparable: the tasks that are judged, whatever a learner drew to train on."""
+    """Returns the options that must agree for figures to be comparable: those of the test tasks.
+
+    Args:
+        run: the run.
+        kept: its report.
+    """
     tasks, settings = own_table(run.recipe["tasks"], ""), kept.settings
     seed = settings.get("seed", run.recipe.get("evaluation", {}).get("seed"))
     judged = {"seed": seed, "split": settings.get("split"), "set": settings.get("set")}

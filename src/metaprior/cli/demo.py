@@ -11,7 +11,7 @@ from metaprior.core.likelihoods import Gaussian
 from metaprior.core.runtime import configure
 from metaprior.evaluation.calibration import calibrate
 from metaprior.evaluation.plots import (
-    check_pictures,
+    check_plots,
     pit_histogram,
     prior_functions,
     regression_tasks,
@@ -34,7 +34,7 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
         steps: meta-steps of training.
     """
     configure()
-    check_pictures(out, "--out")
+    check_plots(out, "--out")
     console = screen()
     out.mkdir(parents=True, exist_ok=True)
     splits = {shot: sinusoid(shot=shot, query=10, test_query=100) for shot in (5, 10)}

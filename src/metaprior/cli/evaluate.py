@@ -1,4 +1,4 @@
-"""metaprior evaluate: judge a run on new tasks."""
+"""metaprior evaluate: evaluate a run on new tasks."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ from metaprior.core.files import write_atomically
 from metaprior.core.runtime import configure
 from metaprior.core.types import Learner, group_count
 from metaprior.evaluation.figures import title_of
-from metaprior.evaluation.plots import adaptation_curve, check_pictures, pit_histogram, reliability_diagram, save
+from metaprior.evaluation.plots import adaptation_curve, check_plots, pit_histogram, reliability_diagram, save
 from metaprior.evaluation.protocol import TASKS, Units
 from metaprior.evaluation.protocol import evaluate as evaluate_learner
 from metaprior.evaluation.rejection import Rejection, closeness, confidence, rejection, scored
@@ -56,27 +56,28 @@ def evaluate(
     devices: int = 1,
     set: tuple[str, ...] = (),
 ) -> int:
-    """Judge a run on new tasks: a table, a JSON file and pictures in its folder.
+    """Evaluate a run on new tasks and write a report (JSON) and plots to its folder.
 
     Args:
         run: the folder that `train` wrote.
-        posterior: what is put around phi_k (default: the learner's own).
-        draws: networks drawn from the posterior; 0 is the linearised predictive in closed form (default: 0 for
-            regression, else 16).
-        linear: draw linearised networks, which broad posteriors do not throw off course; --no-linear draws networks.
-        calibrated: fit on validation tasks first: the posterior's temperature (or precision), and the noise or, of
-            classes, the softmax's temperature.
-        steps: inner steps on a new task, in place of the recipe's; the report is another file, as with --set.
-        tasks: how many (default: the recipe's; else each group of a table once, and 600 of others).
-        split: the tasks' split; one_shot is Omniglot's official 20 runs of 20 ways, 1 shot.
-        seed: of the tasks.
-        devices: into how many the cores are divided, each judging its own share of the tasks.
-        set: options of the tasks or the learner by name, e.g. --set tasks.shot=5; evaluation.metrics names
-            figures of the learner's loss to report besides, evaluation.course=false leaves out those after each inner
+        posterior: the posterior around the adapted parameters phi_k. None means the learner's own.
+        draws: how many networks to draw from the posterior; 0 gives the linearised predictive in closed form. None
+            means 0 for regression and 16 otherwise.
+        linear: draw linearised networks, which stay accurate for broad posteriors; --no-linear draws full networks.
+        calibrated: first fit scalars on validation tasks: the posterior's temperature (or precision), and the noise or,
+            for classes, the temperature of the softmax.
+        steps: the number of inner steps on a new task, instead of the recipe's. The report then has another file name,
+            as with --set.
+        tasks: the number of tasks. None means the recipe's, or else one per group of a table and 600 of other tasks.
+        split: the split of the tasks. one_shot is Omniglot's official 20 runs of 20-way 1-shot classification.
+        seed: the seed of the tasks.
+        devices: the number of devices that the cores are divided into. Each device evaluates a share of the tasks.
+        set: options of the tasks or the learner by name, e.g. --set tasks.shot=5. evaluation.metrics names further
+            metrics of the learner's loss to report. evaluation.course=false leaves out the figures after each inner
             step.
     """
     configure(devices=devices)
-    check_pictures(run, "run")
+    check_plots(run, "run")
     options: dict[str, Any] = {}
     if posterior is not None:
         options["posterior"] = posterior
@@ -92,16 +93,16 @@ def evaluate(
     source = one_shot_runs_for(recipe) if split == "one_shot" else getattr(experiment.splits, split)
     number = settings.tasks if tasks is None and split != "one_shot" else tasks
     number = (group_count(source) or TASKS) if number is None else number
-    changed = (*set, f"steps={steps}") if steps is not None else set  # other tasks or steps: another report
+    changed = (*set, f"steps={steps}") if steps is not None else set  # these are part of the report's name
     if calibrated:
-        # Drawn networks are dear: one or two scalars are told well enough by fewer tasks.
+        # Drawn networks are slow, and fewer tasks are enough to fit one or two scalars.
         validation = min(number, 50 if options.get("draws") else 200)
         key = jax.random.key(settings.seed + 1)
         result = opened.calibrate(validation, key)
         fitted = result.knobs
         learner = opened.turned(fitted)
         units = Units.of(source)
-        shift = float(np.sum(np.log(units.scale)))  # from the nll of standardised targets to that in their own units
+        shift = float(np.sum(np.log(units.scale)))  # the nll in the target's units minus that of standardised targets
         before, after = (nll + shift for nll in (result.nll_before, result.nll_after))
         own = fitted | ({"noise": fitted["noise"] * units.scale[0]} if "noise" in fitted and units.scale else {})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in own.items())
@@ -132,7 +133,7 @@ def evaluate(
     try:
         _keep(opened.run, name, report, asked, told)
     finally:
-        # Figures that cost minutes are shown even where they cannot be written.
+        # Figures can take minutes to compute, so they are shown even if they cannot be written.
         title = f"{recipe.name}, {recipe.learner}, {posterior or 'own'} posterior, {number} {kind}"
         console.print(report_table(report, title))
     if told:
@@ -141,16 +142,16 @@ def evaluate(
         console.print(curve)
     _compare(console, opened.run, recipe, split, changed)
     folder = opened.run.folder
-    console.print(f"written: {folder / name}.json and pictures in {folder / 'plots'}", soft_wrap=True)
+    console.print(f"written: {folder / name}.json and plots in {folder / 'plots'}", soft_wrap=True)
     return 0
 
 
 def _compare(console: Console, run: Run, recipe: Recipe, split: str, changed: Sequence[str]) -> None:
-    """Print the published figures of the tasks that were judged, if there are any."""
+    """Prints the published figures for the evaluated tasks, if there are any."""
     if recipe.name in recipe_names():
         base = with_overrides(load_recipe(recipe.name), recipe.learner)
     elif any(o.startswith("tasks.") for o in (*run.started.get("asked", {}), *changed)):
-        return  # what the file had before is not known
+        return  # the file's original options are not known
     else:
         base = recipe
     try:
@@ -164,21 +165,25 @@ def _compare(console: Console, run: Run, recipe: Recipe, split: str, changed: Se
 
 
 def one_shot_runs_for(recipe: Recipe) -> FixedTasks:
-    """The official runs as the recipe's learner sees images.
+    """Returns Omniglot's official 20 runs, with the image size of a recipe.
+
+    Args:
+        recipe: the recipe of a trained run.
 
     Raises:
-        ValueError: a run that was trained on some of their characters, or to tell fewer than 20 classes apart.
+        ValueError: the run was trained on some of their characters, or with fewer than 20 classes.
     """
     tasks = own_table(recipe.tasks, recipe.learner)
     if tasks.get("name") != "omniglot" or tasks.get("split") != "lake":
         raise ValueError(
-            f"--split one_shot: this run was trained on {tasks.get('name')} with split {tasks.get('split')!r}, needs "
-            "Omniglot's split 'lake', which leaves the runs' characters out; train with --set tasks.split=lake"
+            "--split one_shot: the run must be trained on Omniglot's split 'lake', which leaves out the characters of "
+            f"these tasks, got {tasks.get('name')} with split {tasks.get('split')!r}. Train with "
+            "--set tasks.split=lake."
         )
     if (way := most_ways(recipe) or 0) < 20:
         raise ValueError(
-            f"--split one_shot: has 20 classes a run, but this run was trained to tell {way} apart; train with "
-            "--set tasks.way=20 (or tasks.train_way=20)"
+            f"--split one_shot: the run must be trained with at least 20 classes per task, got {way}. Train with "
+            "--set tasks.way=20 (or tasks.train_way=20)."
         )
     return one_shot_source(size=tasks.get("size", 28))
 
@@ -186,7 +191,7 @@ def one_shot_runs_for(recipe: Recipe) -> FixedTasks:
 def _outsiders(
     learner: Learner, params: Any, recipe: Recipe, experiment: Experiment, split: str, tasks: int, seed: int
 ) -> dict[str, Rejection]:
-    """By score, how well texts of no class are told apart, where the tasks come with such texts."""
+    """For each score, how well texts of no class are rejected, if the source has such texts."""
     judged: Any = getattr(experiment.splits, split, None)
     validation: Any = experiment.splits.validation
     if getattr(judged, "outside", None) is None:
@@ -205,7 +210,11 @@ def _outsiders(
 
 
 def rejection_table(told: dict[str, Rejection]) -> Table:
-    """A row a score: AUROC, and what its validated threshold does."""
+    """Returns a table of AUROC, and of the effect of the threshold chosen on validation tasks, with one row per score.
+
+    Args:
+        told: the rejection by score.
+    """
     table = Table(title="texts of no class, as many as queries", title_justify="left", header_style="bold")
     for name in ("score", "AUROC", "accuracy with rejection", "queries kept", "outsiders rejected"):
         table.add_column(name, justify="left" if name == "score" else "right")

@@ -1,4 +1,4 @@
-"""metaprior list: what there is."""
+"""metaprior list: list the learners, recipes and other components."""
 
 import inspect
 

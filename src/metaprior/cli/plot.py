@@ -1,4 +1,4 @@
-"""metaprior plot: the pictures of a run."""
+"""metaprior plot: plot a run."""
 
 from functools import partial
 from pathlib import Path
@@ -10,18 +10,20 @@ from jaxtyping import PyTree
 
 from metaprior.cli.screen import screen
 from metaprior.core.types import Learner, Task
-from metaprior.evaluation.plots import check_pictures, gate_values, regression_tasks, save, training_curve
+from metaprior.evaluation.plots import check_plots, gate_values, regression_tasks, save, training_curve
 from metaprior.experiments.opened import load
 from metaprior.learners.registry import traits_of
 
 
 def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
-    """Draw a run's training curve, for regression on a line what its posterior says of new tasks, and learned gates.
+    """Plot a run's training curve, its predictions on new tasks (regression on one input) and learned gates.
+
+    Gates are plotted for learners that have them.
 
     Args:
         run: the folder that `train` wrote.
     """
-    check_pictures(run, "run")
+    check_plots(run, "run")
     opened = load(run)
     recipe, experiment, params = opened.recipe, opened.experiment, opened.params
     plots = opened.run.folder / "plots"
@@ -47,7 +49,13 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
 
 
 def steps_of(learner: Learner, params: PyTree, tasks: Task) -> int:
-    """The number of inner steps that the learner takes on a task."""
+    """Returns the number of inner steps of a learner.
+
+    Args:
+        learner: a learner with a `path`.
+        params: its meta-learned parameters.
+        tasks: a stack of tasks.
+    """
     assert learner.path is not None
     support = jax.tree.map(lambda leaf: leaf[0], tasks.support)
     course = jax.eval_shape(learner.path, params, support, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""What training shows: a live line in a terminal, plain lines elsewhere."""
+"""The progress of training: a live line in a terminal, plain lines elsewhere."""
 
 import time
 from types import TracebackType
@@ -7,13 +7,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-QUIET_SECONDS = 10.0  # between plain lines
+QUIET_SECONDS = 10.0  # the time between plain lines
 
 
 class Progress:
-    """Shows each chunk's figures: steps/s, time left, training and the latest validation figures.
+    """Shows the metrics of each chunk: meta-steps per second, time left, training and latest validation metrics.
 
-    standardised: the name of a target that training sees standardised, if any; the figures then say so.
+    Args:
+        steps: the number of meta-steps of the training.
+        console: where to print.
+        standardised: the name of the target if training standardises it. The lines then say so.
     """
 
     def __init__(self, steps: int, console: Console, standardised: str | None = None):
@@ -42,7 +45,11 @@ class Progress:
         self._bar.stop()
 
     def report(self, row: dict[str, float]) -> None:
-        """Take in a chunk's row of figures."""
+        """Shows the metrics of a chunk.
+
+        Args:
+            row: the metrics by name, with the meta-step as "step".
+        """
         validated = [f"{k.removeprefix('validation/')} {v:.4f}" for k, v in row.items() if k.startswith("validation/")]
         if validated:
             self._validation = " | validation " + " ".join(validated)

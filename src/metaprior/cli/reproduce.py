@@ -1,4 +1,4 @@
-"""metaprior reproduce: train and judge the runs of a suite, as data; metaprior results: pages of such data."""
+"""metaprior reproduce: train and evaluate a suite, and save the results; metaprior results: pages of such results."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from metaprior.cli.train import one_name, trained_run
 from metaprior.core.files import check_output, write_atomically
 from metaprior.core.named import lookup
 from metaprior.core.runtime import configure
-from metaprior.evaluation.plots import check_pictures
+from metaprior.evaluation.plots import check_plots
 from metaprior.experiments.course import environment
 from metaprior.experiments.pages import headlines as headline_table
 from metaprior.experiments.pages import number, with_headlines, write_pages
@@ -32,7 +32,15 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 class Job(NamedTuple):
-    """A run of a suite to be made: what it is, the run's folder and the file of its result."""
+    """A run of a suite that is to be trained and evaluated.
+
+    Attributes:
+        name: its name in the suite.
+        planned: how it is trained and evaluated.
+        recipe: the resolved recipe.
+        folder: the run's folder.
+        path: the file of its result.
+    """
 
     name: str
     planned: Planned
@@ -49,30 +57,32 @@ def reproduce(
     results: Path = Path("results"),
     out: Path = Path("runs"),
 ) -> int:
-    """Train and judge the runs of a suite (a built-in name or a TOML file), and write RESULTS/SUITE/RUN.json of each.
+    """Train and evaluate the runs of a suite (a built-in name or a TOML file), and write their results.
 
-    What is done already is not done again, and what was cut short or stopped goes on where it stood. A result of a run
-    that was cut short by its budget says so. `metaprior results` makes a page of the files.
+    The result of each run is written to RESULTS/SUITE/RUN.json. Runs that are done are not repeated, and runs that were
+    stopped or cut short are continued. The result of a run that was cut short by its budget says so. `metaprior
+    results` makes a page of the files.
 
     Args:
-        suite: which runs, see `metaprior list`.
-        budget: time for training, as 90s, 10m or 2h. Each run that is not done gets an equal share of what is left,
-            and at least one chunk of meta-steps; judging comes on top. Default: train each to its end.
-        only: names of the runs to make (default: all).
-        results: the folder of the results.
-        out: the folder for the runs themselves; runs of the same settings share one.
+        suite: the suite, see `metaprior list`.
+        budget: the time for training, such as 90s, 10m or 2h. Each unfinished run gets an equal share of the remaining
+            time, and at least one chunk of meta-steps. Evaluation takes additional time. None trains each run to its
+            end.
+        only: the names of the runs; all if none is given.
+        results: the folder for the results.
+        out: the folder for the runs. Runs with the same settings share a folder in it.
     """
     seconds = None if budget is None else duration(budget)
     chosen = load_suite(suite)
     names = [lookup("--only", name, chosen.runs) and name for name in only] or list(chosen.runs)
     check_output(results, "--results")
-    check_pictures(out, "--out")
+    check_plots(out, "--out")
     console, codes = screen(), []
     jobs = [_job(name, chosen.runs[name], results / chosen.name, out) for name in names]
     waiting = []
     for job in jobs:
         if _done(job):
-            console.print(f"{job.name}: done already, {job.path}", soft_wrap=True)
+            console.print(f"{job.name}: already done, {job.path}", soft_wrap=True)
         else:
             waiting.append(job)
     for i, job in enumerate(waiting):
@@ -85,7 +95,7 @@ def reproduce(
             code, spent = 1, time.monotonic() - began
         codes.append(code)
         if code > 128:
-            console.print("stopped; the same command goes on", soft_wrap=True)
+            console.print("stopped; run the same command to continue", soft_wrap=True)
             return code
         seconds = None if seconds is None else max(seconds - spent, 0.0)
         jax.clear_caches()
@@ -99,13 +109,13 @@ def results(
     out: Path = Path("docs/results"),
     headlines: Path | None = None,
 ) -> int:
-    """Make a Markdown page of each suite's results, with the status of each row beside the published figure.
+    """Write a Markdown page of each suite's results, with a status relative to the published figures.
 
     Args:
         results: the folder that `metaprior reproduce` wrote, with a folder for each suite.
-        benchmarks: a folder of benchmarks' figures, which become the page speed.md, if it is there.
+        benchmarks: a folder of benchmark results, for the page speed.md. It need not exist.
         out: the folder for the pages.
-        headlines: a Markdown file whose lines between the two marks become the table of the best rows.
+        headlines: a Markdown file. The lines between its two marks are replaced by the table of the best rows.
     """
     check_output(out, "--out")
     for path in write_pages(results, benchmarks, out):
@@ -117,10 +127,13 @@ def results(
 
 
 def duration(text: str) -> float:
-    """Seconds of '90s', '10m' or '1.5h'.
+    """Converts a text such as '90s', '10m' or '1.5h' to seconds.
+
+    Args:
+        text: the text.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is not a time above 0.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
     if found is None or float(found[1]) == 0:
@@ -135,13 +148,13 @@ def _job(name: str, planned: Planned, results: Path, out: Path) -> Job:
 
 
 def _done(job: Job) -> bool:
-    """Whether the result is there, whole and of these settings."""
+    """Whether the result exists, is complete and has the job's settings."""
     if not job.path.is_file():
         return False
     kept = read_result(job.path)
     if kept.run is None:
         raise ValueError(
-            f"{job.path}: is a figure whose run was not kept, and would be lost; rename it, or name another --results."
+            f"{job.path} would be overwritten, but its run was not kept. Rename the file, or give another --results."
         )
     same = (kept.recipe_hash, kept.judged, kept.split, kept.posterior, kept.calibrated) == (
         recipe_hash(job.recipe), job.planned.judge, job.planned.split, job.planned.posterior, job.planned.calibrated,
@@ -150,7 +163,10 @@ def _done(job: Job) -> bool:
 
 
 def _make(job: Job, seconds: float | None) -> tuple[int, float]:
-    """Train within the time, judge, and write the result; the status of a signal or 0, and the seconds of training."""
+    """Trains a run within the time, evaluates it and writes the result.
+
+    Returns the exit status (0, or that of a signal) and the seconds of training.
+    """
     console, planned, began = screen(), job.planned, time.monotonic()
     training = training_of(job.recipe)
     configure(float64=training.float64)
@@ -199,12 +215,16 @@ def _make(job: Job, seconds: float | None) -> tuple[int, float]:
 
 
 def as_options(table: dict[str, Any]) -> tuple[str, ...]:
-    """The words of --set."""
+    """Converts options to the arguments of --set.
+
+    Args:
+        table: the options by dotted name.
+    """
     return tuple(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in table.items())
 
 
 def _commands(job: Job, judged: tuple[str, ...]) -> list[str]:
-    """What a user would type to have the run and its report."""
+    """The command lines that reproduce the run and its report."""
     options, folder = as_options(job.planned.set), f"runs/{job.folder.name}"
     train = ["metaprior", "train", job.planned.recipe, "--learner", job.recipe.learner, "--out", folder]
     judge = ["metaprior", "evaluate", folder]
@@ -216,7 +236,7 @@ def _commands(job: Job, judged: tuple[str, ...]) -> list[str]:
 
 
 def _device() -> str:
-    """What this process computes with: '2 threads of AMD EPYC', or the accelerator's name."""
+    """The device of this process: '2 threads of AMD EPYC', or the accelerator's name."""
     now, model = environment(), "a processor"
     if jax.devices()[0].platform != "cpu":
         return now["devices"]
@@ -227,7 +247,7 @@ def _device() -> str:
 
 
 def _summary(title: str, jobs: list[Job]) -> Table:
-    """What each run of a suite has come to."""
+    """A table of the result of each run of a suite."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for column in ("run", "meta-steps", "figure", "published", "status"):
         table.add_column(column, justify="left" if column in ("run", "status") else "right")

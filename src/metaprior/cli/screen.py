@@ -1,4 +1,4 @@
-"""The terminal: everything is printed as it stands, whatever brackets a name has."""
+"""The terminal, to which text is printed without markup, so that brackets in names are kept."""
 
 from typing import Any
 
@@ -6,5 +6,9 @@ from rich.console import Console
 
 
 def screen(**options: Any) -> Console:
-    """A console without markup: names of runs, columns and classes are the users', and may hold '[/b]'."""
+    """Returns a console without markup, since users' names of runs, columns and classes may contain '[/b]'.
+
+    Args:
+        **options: further options of rich's `Console`.
+    """
     return Console(markup=False, highlight=False, **options)

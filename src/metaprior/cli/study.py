@@ -1,4 +1,4 @@
-"""metaprior study: trained learners held beside each other on one question, see docs/studies.md."""
+"""metaprior study: compare trained learners on one question, see docs/studies.md."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from metaprior.core.files import write_atomically
 from metaprior.core.named import option_names
 from metaprior.core.types import Learner
 from metaprior.evaluation.figures import Figure
-from metaprior.evaluation.plots import check_pictures, save
+from metaprior.evaluation.plots import check_plots, save
 from metaprior.experiments.opened import load
 from metaprior.experiments.recipe import recipe_of
 from metaprior.experiments.runs import Run, told_apart
@@ -23,7 +23,7 @@ from metaprior.studies.plots import acquisitions, explanations, novelty_bars
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Posterior = Literal["point", "implicit", "laplace"] | None
-MOST_SHOWN = 6  # learners in a picture of draws
+MOST_SHOWN = 6  # learners in a plot of draws
 TRUTH = "the truth"
 
 
@@ -38,19 +38,20 @@ def study_ambiguity(
     seed: int = 1234,
     set: tuple[str, ...] = (),
 ) -> int:
-    """Where two explanations fit, does the posterior hold both? Needs runs of the recipes ambiguous or ambiguous-2d.
+    """Does the posterior contain both explanations of a task? Needs runs of the recipes ambiguous or ambiguous-2d.
 
     Args:
         runs: the folders that `train` wrote.
-        out: folder of ambiguity.json and ambiguity.png.
-        tasks: how many new ones.
-        near: a draw is close to an explanation within this share of the explanations' distance, below 1/2.
-        posterior: what is put around phi_k (default: each learner's own).
-        draws: networks drawn from that posterior.
-        seed: of tasks and draws.
+        out: the folder for ambiguity.json and ambiguity.png.
+        tasks: the number of new tasks.
+        near: a draw is close to an explanation if it is within this share of the explanations' distance. Must be below
+            1/2.
+        posterior: the posterior around the adapted parameters phi_k. None means each learner's own.
+        draws: how many networks to draw from that posterior.
+        seed: the seed of tasks and draws.
         set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
     """
-    check_pictures(out, "--out")
+    check_plots(out, "--out")
     opened, key = _open(runs, set, posterior, draws), jax.random.key(seed)
     source = next(iter(opened.values())).source
     found = {TRUTH: referee(source, key, tasks=tasks, near=near)}
@@ -60,8 +61,8 @@ def study_ambiguity(
     for name, row in found.items():
         table.add_row(name, *map(_shown, row))
     shown = {name: (it.learner, it.params) for name, it in list(opened.items())[:MOST_SHOWN]}
-    picture = explanations(source, shown, key)
-    return _keep(out, "ambiguity", {n: row._asdict() for n, row in found.items()}, picture, table)
+    plot = explanations(source, shown, key)
+    return _keep(out, "ambiguity", {n: row._asdict() for n, row in found.items()}, plot, table)
 
 
 def study_active(
@@ -78,22 +79,23 @@ def study_active(
     seed: int = 1234,
     set: tuple[str, ...] = (),
 ) -> int:
-    """Is the next point better chosen by predictive variance than at random? Needs runs on regression tasks.
+    """Is choosing the next point by predictive variance better than at random? Needs runs on regression tasks.
 
     Args:
         runs: the folders that `train` wrote.
-        out: folder of active.json and active.png.
-        tasks: how many new ones.
-        start: labelled points to begin with.
-        pool: candidates, taken from the task's query; its other points test.
-        points: how many to choose, one by one.
-        posterior: what is put around phi_k (default: each learner's own; a point has no variance to choose by).
-        draws: networks drawn from that posterior; 0 is the linearised predictive in closed form.
-        steps: inner steps on a new task.
-        seed: of tasks and choices.
+        out: the folder for active.json and active.png.
+        tasks: the number of new tasks.
+        start: the number of labelled points at the start.
+        pool: the number of candidates, taken from the task's query. The other points of the query are for testing.
+        points: the number of points to choose, one by one.
+        posterior: the posterior around the adapted parameters phi_k. None means each learner's own. A point
+            has no variance to choose by.
+        draws: how many networks to draw from that posterior; 0 gives the linearised predictive in closed form.
+        steps: the number of inner steps on a new task.
+        seed: the seed of tasks and choices.
         set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
     """
-    check_pictures(out, "--out")
+    check_plots(out, "--out")
     opened, key = _open(runs, set, posterior, draws, steps), jax.random.key(seed)
     found = {
         name: active(it.learner, it.params, it.source, key, tasks=tasks, start=start, pool=pool, points=points)
@@ -118,19 +120,20 @@ def study_novelty(
     seed: int = 1234,
     set: tuple[str, ...] = (),
 ) -> int:
-    """Does uncertainty tell known classes from other classes, turned images and noise? Needs runs on images.
+    """Does uncertainty tell known classes from other classes, rotated images and noise? Needs runs on images.
 
     Args:
         runs: the folders that `train` wrote.
-        out: folder of novelty.json and novelty.png.
-        tasks: how many new ones.
-        posterior: what is put around phi_k (default: each learner's own).
-        draws: networks drawn from that posterior.
-        transductive: let queries be normalised together, strangers with strangers; else each comes alone.
-        seed: of tasks and draws.
+        out: the folder for novelty.json and novelty.png.
+        tasks: the number of new tasks.
+        posterior: the posterior around the adapted parameters phi_k. None means each learner's own.
+        draws: how many networks to draw from that posterior.
+        transductive: normalise queries together (and inputs of no known class together). The default is to normalise
+            each one alone.
+        seed: the seed of tasks and draws.
         set: options of the tasks or the learners by name, e.g. --set tasks.test_query=5
     """
-    check_pictures(out, "--out")
+    check_plots(out, "--out")
     opened = _open(runs, set, posterior, draws, transductive=None if transductive else False)
     found = {
         name: novelty(it.learner, it.params, it.source, jax.random.key(seed), tasks=tasks)
@@ -152,12 +155,18 @@ Study = Union[  # noqa: UP007 (a union of subcommands, which tyro reads at run t
 
 
 def study(status: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Study]]) -> int:
-    """Hold trained learners beside each other on one question."""
+    """Compare trained learners on one question."""
     return status
 
 
 class Subject(NamedTuple):
-    """What a study needs of a run."""
+    """A trained learner as the studies need it.
+
+    Attributes:
+        learner: the learner.
+        params: its meta-learned parameters.
+        source: the test tasks.
+    """
 
     learner: Learner
     params: Any
@@ -197,12 +206,12 @@ def _shown(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, Figure) else str(value)
 
 
-def _keep(out: Path, name: str, found: dict[str, Any], picture: Any, table: Table) -> int:
+def _keep(out: Path, name: str, found: dict[str, Any], plot: Any, table: Table) -> int:
     console = screen()
     console.print(table)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / f"{name}.json", json.dumps(found, indent=2, default=_plain) + "\n")
-    save(picture, out / f"{name}.png")
+    save(plot, out / f"{name}.png")
     console.print(f"written: {out / name}.json and {out / name}.png", soft_wrap=True)
     return 0
 
@@ -210,4 +219,4 @@ def _keep(out: Path, name: str, found: dict[str, Any], picture: Any, table: Tabl
 def _plain(value: Any) -> Any:
     if isinstance(value, Figure):
         return {"mean": value.mean, "interval": value.interval}
-    raise TypeError(f"no JSON form of {type(value).__name__}")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

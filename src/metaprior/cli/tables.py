@@ -1,4 +1,4 @@
-"""Reports as tables to print."""
+"""Tables of reports for the terminal."""
 
 from rich.table import Table
 
@@ -7,7 +7,12 @@ from metaprior.evaluation.report import Report
 
 
 def report_table(report: Report, title: str = "") -> Table:
-    """Each figure of a report with its 95 % interval; the report's notes stand below."""
+    """Returns a table of a report's figures with their 95 % intervals, and its notes below.
+
+    Args:
+        report: the report.
+        title: the title. The default is the number of tasks.
+    """
     table = Table(title=report.heading(title), title_justify="left", header_style="bold")
     table.caption, table.caption_justify = "\n".join(f"note: {note}" for note in report.notes) or None, "left"
     table.add_column("figure")
@@ -23,7 +28,13 @@ def report_table(report: Report, title: str = "") -> Table:
 
 
 def curve_table(report: Report) -> Table | None:
-    """Figures after each inner step, or None where there are no inner steps."""
+    """Returns a table of the figures after each inner step, or None if there are no inner steps.
+
+    After 10 steps, only every tenth and the last one are shown.
+
+    Args:
+        report: the report.
+    """
     if not report.curve:
         return None
     table = Table(title="after each inner step", title_justify="left", header_style="bold")

@@ -45,17 +45,17 @@ def train(
     """Meta-train a recipe (a built-in name or a TOML file) into a run folder.
 
     Args:
-        recipe: what to train, see `metaprior list`; with --resume, the one that the run was started with.
-        learner: the algorithm, in place of the recipe's own.
-        out: the run's folder (default: runs/RECIPE-LEARNER).
-        steps: meta-steps, in place of the recipe's.
-        seed: of everything random.
-        resume: go on with the run in the folder, as if it had never stopped. Its settings hold: only --steps may say
-            another length (where the rate's schedule is constant), and what else differs is refused.
-        devices: into how many the cores are divided, each running through its own share of the tasks: on two cores 2
-            trains Omniglot's small episodes nearly twice as fast. Accelerators are all used as they are.
-        threads: how many to compute with (default: all cores). On networks as small as the sinusoid's, one is faster
-            than two, which would pass tiny pieces of work to and fro.
+        recipe: the recipe, see `metaprior list`. With --resume, the one that the run was started with.
+        learner: the learner. None means the recipe's.
+        out: the run's folder. None means runs/RECIPE-LEARNER.
+        steps: the number of meta-steps. None means the recipe's.
+        seed: the seed of everything random. None means the recipe's.
+        resume: continue the run in the folder, as if it had never stopped. It keeps its settings: only --steps may
+            change (if the learning rate's schedule is constant), and any other difference is an error.
+        devices: the number of devices that the cores are divided into. Each device computes a share of the tasks: on
+            two cores, 2 trains Omniglot's small episodes nearly twice as fast. On accelerators all devices are used.
+        threads: the number of threads. None means one per core. For networks as small as the sinusoid's, one is faster
+            than two, which would exchange tiny pieces of work.
         set: options by name, e.g. --set training.rate=3e-4 learner.rate=0.1 tasks.shot=5
     """
     if not recipe.endswith(".toml"):
@@ -63,7 +63,7 @@ def train(
     overrides = parse_overrides(set)
     for option, value in {"steps": steps, "seed": seed}.items():
         if value is not None and (other := overrides.setdefault(f"training.{option}", value)) != value:
-            raise ValueError(f"--{option} {value}: --set training.{option}={other} says otherwise; leave one out.")
+            raise ValueError(f"--{option} must agree with --set training.{option}={other}, got {value}. Leave one out.")
     chosen = with_overrides(load_recipe(recipe), learner, overrides)
     folder = out or Path("runs") / one_name(f"{chosen.name}-{chosen.learner}")
     if resume:
@@ -77,23 +77,33 @@ def train(
         try:
             return _train(run, chosen, experiment, resume)
         finally:
-            run.discard()  # a start that was refused leaves no folder
+            run.discard()  # a start that failed leaves no folder
 
 
 def one_name(text: str) -> str:
-    """A folder's name: a recipe may be called '../../x'."""
+    """Converts a text to a folder's name, since a recipe may be called '../../x'.
+
+    Args:
+        text: the text.
+    """
     return re.sub(r"[/\\\0]+", "_", text).lstrip(".") or "run"
 
 
 def going_on(kept: Run, recipe: str, learner: str | None, overrides: dict[str, Any]) -> Recipe:
-    """The recipe that a run goes on with: its own, of which only the length may be said anew.
+    """Returns the recipe with which a run continues: its own, of which only the number of meta-steps may change.
+
+    Args:
+        kept: the run.
+        recipe: the recipe's name or path on the command line.
+        learner: the learner on the command line, or None.
+        overrides: the options on the command line by dotted name.
 
     Raises:
         OtherSettings: the recipe, the learner or an option differs from the run's.
     """
     own = recipe_of(kept)
     asked: dict[str, Any] = kept.started.get("asked", {})
-    # A TOML file may have been edited since: it is compared as a whole, with the options of the first start.
+    # A TOML file may have been edited since, so all of it is compared, with the options of the first start.
     edited = recipe.endswith(".toml") and "asked" in kept.started
     base, options = (load_recipe(recipe), asked | overrides) if edited else (own, overrides)
     wanted = as_dict(with_overrides(base, learner or own.learner, options))
@@ -101,14 +111,22 @@ def going_on(kept: Run, recipe: str, learner: str | None, overrides: dict[str, A
         wanted["name"] = name
     was = as_dict(own)
     if "training.steps" not in overrides and "steps" in was["training"]:
-        wanted["training"]["steps"] = was["training"]["steps"]  # which an earlier --resume may have changed
+        wanted["training"]["steps"] = was["training"]["steps"]  # an earlier --resume may have changed it
     settings = ({"training": asdict(training_of(recipe_from_dict(table)))} for table in (was, wanted))
     check_same_course(kept.folder, was | next(settings), wanted | next(settings), "")
     return recipe_from_dict(wanted)
 
 
 def trained_run(run: Run, chosen: Recipe, experiment: Experiment, resume: bool, seconds: float | None = None) -> Fitted:
-    """Train a run, with its figures on the screen; seconds: see `training.fit`."""
+    """Trains a run and shows its progress.
+
+    Args:
+        run: the run.
+        chosen: its recipe.
+        experiment: the parts of the recipe.
+        resume: whether the run continues.
+        seconds: the time limit, see `training.fit`.
+    """
     if experiment.preparation is not None and run.preparation is None:
         run.keep(experiment.preparation)
     console, training = screen(), experiment.training
@@ -132,7 +150,7 @@ def _train(run: Run, chosen: Recipe, experiment: Experiment, resume: bool) -> in
     fitted, console, folder = trained_run(run, chosen, experiment, resume), screen(), run.folder
     if fitted.interrupted:
         at = int(fitted.state.step)
-        console.print(f"stopped at meta-step {at}, saved; go on with --resume --out {folder}", soft_wrap=True)
+        console.print(f"stopped at meta-step {at}, saved; continue with --resume --out {folder}", soft_wrap=True)
         return 128 + fitted.interrupted
     console.print(f"done: {folder}; next: metaprior evaluate {folder}", soft_wrap=True)
     return 0

@@ -1,4 +1,4 @@
-"""metaprior truth: is a learner's posterior true? Learners against exact answers."""
+"""metaprior truth: compare learners' posteriors with exact answers."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,16 @@ from rich.table import Table
 from metaprior.cli.screen import screen
 from metaprior.core.files import write_atomically
 from metaprior.core.runtime import configure
-from metaprior.evaluation.plots import check_pictures, pit_histogram, save
+from metaprior.evaluation.plots import check_plots, pit_histogram, save
 from metaprior.referees.truth import Verdict, referee
 
 COLUMNS = {
-    "prior mean": ("prior_mean", "rms gap to the exact empirical-Bayes optimum"),
-    "posterior mean": ("posterior_mean", "rms gap in exact posterior sds"),
-    "sd ratio": ("sd_ratio", "posterior sd over the exact one, geometric mean"),
-    "log marginal": ("log_marginal", "log p(support) less the exact one, nats a task"),
-    "NLL": ("nll", "of the queries, over the exact predictive's, nats a point"),
-    "KS": ("ks", "greatest gap of the queries' PIT from uniform"),
+    "prior mean": ("prior_mean", "root mean square difference from the exact empirical-Bayes optimum"),
+    "posterior mean": ("posterior_mean", "root mean square difference, in exact posterior standard deviations"),
+    "sd ratio": ("sd_ratio", "posterior standard deviation divided by the exact one, geometric mean"),
+    "log marginal": ("log_marginal", "log p(support) minus the exact one, in nats per task"),
+    "NLL": ("nll", "of the queries, minus that of the exact predictive, in nats per query"),
+    "KS": ("ks", "largest difference of the distribution of the queries' PIT from the uniform one"),
 }
 
 
@@ -33,33 +33,34 @@ def truth(
     family: Literal["gaussian", "bernoulli", "poisson"] = "gaussian",
     out: Path = Path("truth"),
 ) -> int:
-    """Hold learners' posteriors against exact ones: of the conjugate hierarchy, or of NUTS.
+    """Compare learners' posteriors with exact ones (linear-Gaussian hierarchy) or with NUTS.
 
     "gaussian" trains each learner on tasks of the conjugate linear-Gaussian hierarchy. "bernoulli" and "poisson" (which
-    need the extra `truth`) compare posteriors of new tasks with those of NUTS twice: each learner given the true prior,
-    and after it learned one from `seen` tasks, beside NUTS for the whole hierarchy on the same tasks.
+    need the extra `truth`) compare posteriors of new tasks with those of NUTS twice: with the true prior, and with a
+    prior that each learner has learned from `seen` tasks, where NUTS sees the whole hierarchy of the same tasks.
 
     Args:
-        learners: which ones (default: all that state options for it).
-        steps: meta-steps each.
-        tasks: new tasks to judge by.
-        shot: observations a task shows.
-        seen: tasks that the prior is learned from ("bernoulli", "poisson"; "gaussian" draws fresh ones without end).
-        seed: of everything random.
-        family: of the observations.
-        out: folder for the figures (truth.json) and each learner's PIT histogram.
+        learners: the learners; if none is given, all with options for this comparison.
+        steps: the number of meta-steps of each learner.
+        tasks: the number of new tasks.
+        shot: the number of observations of each task.
+        seen: the number of tasks to learn the prior from ("bernoulli" and "poisson"; "gaussian" draws new tasks at each
+            meta-step).
+        seed: the seed of everything random.
+        family: the family of the observations.
+        out: the folder for the results: truth.json and each learner's PIT histogram, or FAMILY.json.
     """
     configure()
-    check_pictures(out, "--out")
+    check_plots(out, "--out")
     console = screen()
     if family != "gaussian":
         return _by_nuts(console, family, learners, steps, tasks, shot, seen, seed, out)
 
     def tell(name: str, verdict: Verdict) -> None:
-        console.print(f"{name}: NLL {verdict.nll:+.4f} over the exact predictive")
+        console.print(f"{name}: NLL {verdict.nll:+.4f} relative to the exact predictive")
 
     verdicts = referee(learners or None, steps=steps, tasks=tasks, seed=seed, shot=shot, report=tell)
-    table = Table(title=f"against exact answers, {tasks} new tasks", title_justify="left", header_style="bold")
+    table = Table(title=f"comparison with exact answers, {tasks} new tasks", title_justify="left", header_style="bold")
     table.add_column("learner")
     for column in COLUMNS:
         table.add_column(column, justify="right")
@@ -96,12 +97,16 @@ def _by_nuts(
     learned = learned_against_nuts(family, learners or None, steps=steps, seed=seed, **sizes)
     columns = ("bias", "sd ratio", "coverage of 90 %")
     rows = {name: tuple(row) for name, row in given.items()}
-    console.print(_figures(f"{family}, the true prior given: {tasks} new tasks against NUTS", columns, rows))
-    console.print("bias: rms gap of the means, in NUTS sds; sd ratio: sds over those of NUTS")
+    console.print(_figures(f"{family}, with the true prior: comparison with NUTS on {tasks} new tasks", columns, rows))
+    console.print(
+        "bias: root mean square difference of the means, in standard deviations (sd) of NUTS; sd ratio: sd divided by "
+        "that of NUTS"
+    )
     rows = {name: (*prior, *posterior) for name, (prior, posterior) in learned.items()}
     both = (*(f"prior's {column}" for column in columns), *columns)
-    console.print(_figures(f"{family}, the prior learned from {seen} tasks, against NUTS on all", both, rows))
-    console.print("the prior's bias is in prior sds, its coverage that of NUTS' intervals for it")
+    title = f"{family}, with a prior learned from {seen} tasks: comparison with NUTS on the whole hierarchy"
+    console.print(_figures(title, both, rows))
+    console.print("the prior's bias is in sds of the prior; its coverage is the share inside NUTS' 90 % intervals")
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{family}.json"
     figures = {"given": {name: row._asdict() for name, row in given.items()}} | {

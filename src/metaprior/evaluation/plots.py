@@ -50,7 +50,7 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(partial)
 
 
-def check_pictures(folder: Path, option: str) -> None:
+def check_plots(folder: Path, option: str) -> None:
     """Checks that plots can be written, before anything is computed for them.
 
     Args:

@@ -1,4 +1,4 @@
-"""Whether a run that goes on is the one that began: its settings, its data, and what the last bits depend on."""
+"""Checks whether a resumed run has the settings, the data and the environment that it was started with."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ from metaprior.kernels.native import kernels
 
 
 class OtherSettings(ValueError):
-    """A run was to go on with other settings than those it was started with."""
+    """A run cannot be resumed with other settings than those it was started with."""
 
 
 def environment() -> dict[str, Any]:
-    """What the last bits of a training depend on besides its settings."""
+    """Returns what the exact bits of training depend on besides the settings, such as versions and devices."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices = jax.devices()
     return {
@@ -36,8 +36,15 @@ def environment() -> dict[str, Any]:
 
 
 def digest(splits: Splits) -> str:
-    """A hash of the data that training and validation tasks are drawn from, where sources are pytrees of arrays."""
-    # Of what is no array, as the size of a support, its text counts, but no address in memory.
+    """Returns a hash of the data that training and validation tasks are drawn from.
+
+    Args:
+        splits: task sources that are pytrees of arrays.
+
+    Returns:
+        16 hexadecimal digits of the SHA-256.
+    """
+    # Static parts, such as the size of a support, count by their text, without addresses in memory.
     structure = re.sub(r" at 0x[0-9a-f]+", "", str(jax.tree.structure((splits.train, splits.validation))))
     found = hashlib.sha256(structure.encode())
     for leaf in jax.tree.leaves((splits.train, splits.validation)):
@@ -50,7 +57,11 @@ def digest(splits: Splits) -> str:
 
 
 def recipe_digest(recipe: dict[str, Any]) -> str:
-    """A hash of a recipe's tables, but for the number of meta-steps, which a resume may change."""
+    """Returns a hash of a recipe's tables, without the number of meta-steps, which may change on resuming.
+
+    Args:
+        recipe: the recipe as plain tables.
+    """
     training = recipe.get("training")
     if isinstance(training, dict):
         recipe = recipe | {"training": {k: v for k, v in training.items() if k != "steps"}}
@@ -58,12 +69,22 @@ def recipe_digest(recipe: dict[str, Any]) -> str:
 
 
 def text_digest(text: str) -> str:
-    """A short hash of a text."""
+    """Returns a short hash of a text: 16 hexadecimal digits of the SHA-256.
+
+    Args:
+        text: the text.
+    """
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """'name: old -> new' of each entry that differs, tables inside tables by dotted names."""
+    """Lists the entries in which two tables differ, as 'name: old -> new'.
+
+    Args:
+        old: the first table.
+        new: the second table.
+        prefix: is put before each name. Entries of nested tables have dotted names.
+    """
     found = []
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name), new.get(name)
@@ -75,7 +96,19 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def check_same_course(folder: Path, old: dict[str, Any], new: dict[str, Any], prefix: str = "training.") -> None:
-    """Raise OtherSettings, saying what differs, unless only the number of meta-steps does and the rate ignores it."""
+    """Checks that a run is resumed with its settings.
+
+    Only the number of meta-steps may change, and only if the learning rate's schedule does not depend on it.
+
+    Args:
+        folder: the run's folder, for the error message.
+        old: the settings that the run was started with.
+        new: the settings to resume with.
+        prefix: the dotted name of the tables; "" if they are whole recipes.
+
+    Raises:
+        OtherSettings: other settings differ. The message lists them.
+    """
     changed = differences(old, new, prefix)
     table = new if prefix else new.get("training", {})
     if table.get("schedule", "constant") == "constant":
@@ -83,12 +116,11 @@ def check_same_course(folder: Path, old: dict[str, Any], new: dict[str, Any], pr
     if changed:
         length = any(line.startswith("training.steps: ") for line in changed)
         why = (
-            f"The rate's {table['schedule']} schedule depends on training.steps, so another length is another course."
+            f"The learning rate's {table['schedule']} schedule depends on training.steps, so it cannot change."
             if length
             else "Only training.steps may change."
         )
         raise OtherSettings(
-            f"--resume: {folder} goes on with the settings that it was started with, but these differ (old -> new):\n  "
-            + "\n  ".join(changed)
-            + f"\n{why} Leave them out, or train anew in another folder."
+            f"--resume: {folder} must be resumed with the settings that it was started with, but these differ (old -> "
+            "new):\n  " + "\n  ".join(changed) + f"\n{why} Leave these options out, or train again in another folder."
         )

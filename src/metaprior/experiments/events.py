@@ -1,8 +1,8 @@
-"""Figures for TensorBoard, as a file of events.
+"""Metrics for TensorBoard, written to an event file.
 
-tensorboardX's own writer hands events to a thread that waits by the wall clock: where the clock is set back, it waits
-for hours, and training with it. And its files are named by the second, so that a quick restart writes over the file
-before. Its records and messages are used here, without the thread.
+This uses tensorboardX's records and messages, but not its writer, which has two problems. It passes events to a thread
+that waits by the wall clock: if the clock is set back, the thread and the training wait for hours. And its file names
+have a resolution of one second, so a quick restart overwrites the previous file.
 """
 
 import socket
@@ -14,18 +14,20 @@ from metaprior.core.extras import extra
 
 
 class Events:
-    """An event file of its own in `folder`, after those that are there.
+    """A new event file, whose name sorts after those that are in the folder.
 
-    after: the meta-step to go on from; TensorBoard then drops what earlier files hold beyond it.
+    Args:
+        folder: the folder of the event files.
+        after: the meta-step that training continues from. TensorBoard then ignores later events in earlier files.
     """
 
     def __init__(self, folder: Path, after: int | None = None):
-        with extra("cli", "Writing figures for TensorBoard"):
+        with extra("cli", "Writing metrics for TensorBoard"):
             from tensorboardX.proto import event_pb2
             from tensorboardX.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files by their names' order, whatever the clock said when they were made.
+        # TensorBoard reads the files in the order of their names, so a new number must be the largest.
         numbers = [int(part) for file in folder.glob("*tfevents*") if (part := file.name.split(".")[3]).isdecimal()]
         number = max([int(time.time()), *(n + 1 for n in numbers)])
         self._messages: Any = event_pb2
@@ -37,8 +39,12 @@ class Events:
         self._file.flush()
 
     def write(self, row: dict[str, float]) -> None:
-        """A row of figures at row["step"], on its way to the disk when this returns."""
-        with extra("cli", "Writing figures for TensorBoard"):
+        """Writes the metrics of a chunk and flushes the file.
+
+        Args:
+            row: the metrics by name, with the meta-step as "step".
+        """
+        with extra("cli", "Writing metrics for TensorBoard"):
             from tensorboardX.summary import scalar
 
         for name, value in row.items():
@@ -47,6 +53,7 @@ class Events:
         self._file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
     def _put(self, **content: Any) -> None:

@@ -1,9 +1,9 @@
-"""A recipe: everything an experiment is made of, as data. One TOML file a published experiment, in `recipes/`.
+"""Recipes: a complete experiment as data. There is one TOML file per published experiment in `recipes/`.
 
-Tables: [tasks], [network], [likelihood] (a `name` and the factory's options), `learner` (the default one),
-[learners.NAME] (options of each learner in this experiment), [augmentation] (of training images), [training],
-[evaluation], [[published.NAME]] (papers' figures, see `results.published_in`). [tasks.NAME], [likelihood.NAME] and
-[training.NAME] are what a learner has otherwise.
+A recipe has `learner` (the default one) and the tables [tasks], [network] and [likelihood] (a `name` and the factory's
+options), [learners.NAME] (the options of each learner in this experiment), [augmentation] (of training images),
+[training], [evaluation] and [[published.NAME]] (papers' figures, see `results.published_in`). [tasks.NAME],
+[likelihood.NAME] and [training.NAME] hold the options that differ for the learner NAME.
 """
 
 import re
@@ -25,10 +25,11 @@ from metaprior.networks import NETWORKS
 from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, Preparation, around, augmented, preparation_of
 from metaprior.training.loop import Training
 
-TABLES = ("tasks", "network", "likelihood", "augmentation", "training", "evaluation")  # whose options can be set
+TABLES = ("tasks", "network", "likelihood", "augmentation", "training", "evaluation")  # options of these can be set
 
 NUMBERS = ("number", "count")
-TARGETS = {"categorical": ("class",), "bernoulli": ("class",), "poisson": ("count",)}  # of likelihoods not of numbers
+# The kinds of target that a likelihood accepts, for likelihoods that do not accept all numbers.
+TARGETS = {"categorical": ("class",), "bernoulli": ("class",), "poisson": ("count",)}
 
 
 RECIPES = "metaprior.experiments.recipes"
@@ -36,9 +37,15 @@ RECIPES = "metaprior.experiments.recipes"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a run is judged: test tasks (None: each group once, or 600 where tasks have no groups), inner steps (None:
-    the learner's own), the seed of the test tasks, metrics of the learner's loss to report besides, and whether to
-    judge after each inner step too (as dear as each is)."""
+    """How a run is evaluated.
+
+    Attributes:
+        tasks: the number of test tasks. None means one per group, or 600 if tasks have no groups.
+        steps: the number of inner steps. None means the learner's default.
+        seed: the seed of the test tasks.
+        metrics: names of metrics of the learner's loss to report in addition.
+        course: whether to evaluate after each inner step too, which takes time for each of them.
+    """
 
     tasks: Count | None = None
     steps: Whole | None = None
@@ -52,7 +59,21 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment as data; `build` makes its parts."""
+    """An experiment as data. `build` makes its parts.
+
+    Attributes:
+        name: its name.
+        description: one sentence about it.
+        learner: the name of the default learner.
+        tasks: the task source's `name` and options.
+        network: the network's `name` and options.
+        likelihood: the likelihood's `name` and options.
+        learners: the options of each learner, by its name.
+        augmentation: the options of `augmented`.
+        training: the fields of `Training`.
+        evaluation: the fields of `Evaluation`.
+        published: papers' figures by the learner's name (see `results.published_in`).
+    """
 
     name: str
     description: str = ""
@@ -73,7 +94,17 @@ class Recipe:
 
 
 class Experiment(NamedTuple):
-    """A recipe made real."""
+    """The parts of an experiment, made from its recipe.
+
+    Attributes:
+        learner: the learner.
+        model: the network.
+        likelihood: the likelihood.
+        splits: the task sources.
+        training: the settings of the outer loop.
+        evaluation: the settings of the evaluation.
+        preparation: the preparation of a table, or None if tasks do not come from a table.
+    """
 
     learner: Learner
     model: Model
@@ -85,24 +116,31 @@ class Experiment(NamedTuple):
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the library."""
+    """Returns the names of the library's recipes, sorted."""
     found = [f.name for f in files(RECIPES).iterdir()]
     return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe by its name, or from a TOML file by its path."""
+    """Loads a recipe.
+
+    Args:
+        name: the name of one of the library's recipes, or the path of a TOML file.
+
+    Raises:
+        ValueError: there is no such recipe or file, the file is not valid TOML, or an option is unknown or not valid.
+    """
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
-            raise ValueError(f"recipe: no file {name}; give the path of a TOML file or a built-in name")
+            raise ValueError(f"recipe must be the path of a TOML file or a built-in name, got {name}: no such file.")
         return _from_file(path)
     lookup("recipe", name, dict.fromkeys(recipe_names()))
     return recipe_from_dict({"name": name} | tomllib.loads((files(RECIPES) / f"{name}.toml").read_text()))
 
 
 def _from_file(path: Path) -> Recipe:
-    """The recipe of a TOML file; what is wrong in it is said with the file and the line."""
+    """Loads the recipe of a TOML file. Errors name the file and the line."""
     text = ""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -118,7 +156,7 @@ def _from_file(path: Path) -> Recipe:
 
 
 def _line(text: str, option: str) -> str:
-    """', line n' where the option of a dotted name is set in a TOML text, or else its table opened."""
+    """Returns ', line n', where a TOML text sets the option of a dotted name or, failing that, opens its table."""
     *tables, key = option.split(".")
     lines = text.splitlines()
     for pattern in (rf"\s*{re.escape(key)}\s*=", rf"\s*\[.*\b{re.escape(key)}\b", *(rf"\s*\[.*{t}" for t in tables)):
@@ -129,9 +167,14 @@ def _line(text: str, option: str) -> str:
 
 
 def check_options(recipe: Recipe, *, tasks: bool = True) -> None:
-    """An OptionError if an option is unknown, or of the wrong type or range; nothing is built.
+    """Checks a recipe's options without building anything.
 
-    tasks: look at [tasks] too, which a caller with sources of its own need not have.
+    Args:
+        recipe: the recipe.
+        tasks: whether to check [tasks] too. A caller that gives its own task sources does not need this table.
+
+    Raises:
+        OptionError: an option is unknown, or has a wrong type or range.
     """
     training_of(recipe)
     evaluation_of(recipe)
@@ -148,24 +191,45 @@ def check_options(recipe: Recipe, *, tasks: bool = True) -> None:
 
 
 def recipe_from_dict(table: dict[str, Any]) -> Recipe:
-    """A recipe from its tables; an unknown table is a ValueError."""
+    """Makes a recipe from its tables.
+
+    Args:
+        table: the tables by name.
+
+    Raises:
+        ValueError: a table is unknown, or a value has a wrong type.
+    """
     accept(dict, table, "recipe")
     _check("recipe", table, [f.name for f in fields(Recipe)])
     return Recipe(**table)
 
 
 def recipe_of(run: Any) -> Recipe:
-    """The recipe of a run (see `runs.Run`); an error in it names the run's folder."""
+    """Returns the recipe of a run.
+
+    Args:
+        run: the run, a `runs.Run`.
+
+    Raises:
+        ValueError: the recipe is not valid in this version. The message names the run's folder.
+    """
     try:
         return recipe_from_dict(run.recipe)
     except OptionError as error:
-        raise ValueError(f"{run.folder}: recipe.json is not one of this version: {error}") from None
+        raise ValueError(f"{run.folder}: recipe.json is not valid in this version: {error}") from None
 
 
 def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The recipe with another learner and with options set by dotted name, e.g. {"training.steps": 100}.
+    """Returns a recipe with another learner or other options.
 
-    "learner.rate" is an option of whichever learner the recipe trains.
+    Args:
+        recipe: the recipe.
+        learner: the learner's name, or None to keep the recipe's.
+        overrides: options by dotted name, e.g. {"training.steps": 100}. "learner.rate" sets an option of the learner
+            that the recipe trains.
+
+    Raises:
+        ValueError: the learner or a table is unknown.
     """
     learner = recipe.learner if learner is None else learner
     lookup("learner", learner, LEARNERS)
@@ -181,13 +245,18 @@ def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[s
         else:
             known = ["learner", *TABLES]
             raise ValueError(
-                f"--set {name}: needs TABLE.OPTION=VALUE with TABLE one of {', '.join(known)}{nearest(table, known)}"
+                f"--set must be TABLE.OPTION=VALUE with TABLE one of {', '.join(known)}, got {name}"
+                f"{nearest(table, known) or '.'}"
             )
     return recipe_from_dict(tables)
 
 
 def parse_value(text: str) -> Any:
-    """A TOML value: 3, 0.1, true, [40, 40]; anything else is a word."""
+    """Reads a TOML value, such as 3, 0.1, true or [40, 40].
+
+    Args:
+        text: the text. If it is not a TOML value, it is returned unchanged.
+    """
     try:
         found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -196,27 +265,51 @@ def parse_value(text: str) -> Any:
 
 
 def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """{"training.steps": 100} from ("training.steps=100",)."""
+    """Reads options from the command line.
+
+    Args:
+        pairs: such as ("training.steps=100",).
+
+    Returns:
+        The options by dotted name, such as {"training.steps": 100}.
+
+    Raises:
+        ValueError: an element has no '='.
+    """
     for pair in pairs:
         if "=" not in pair:
-            raise ValueError(f"--set {pair}: needs TABLE.OPTION=VALUE, e.g. training.steps=100")
+            raise ValueError(f"--set must be TABLE.OPTION=VALUE, e.g. training.steps=100, got {pair}.")
     return {name: parse_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def own_table(table: dict[str, Any], learner: str) -> dict[str, Any]:
-    """A table's common entries, and over them what its subtable of the learner's name says."""
+    """Returns a table's common options, overridden by those of its subtable for a learner.
+
+    Args:
+        table: the table.
+        learner: the learner's name.
+    """
     own = accept(dict, table.get(learner, {}), f"the subtable of {learner}")
     return {k: v for k, v in table.items() if not (isinstance(v, dict) and k in LEARNERS)} | own
 
 
 def training_of(recipe: Recipe) -> Training:
-    """The outer loop's settings."""
+    """Returns the settings of the outer loop.
+
+    Args:
+        recipe: the recipe.
+    """
     table = own_table(recipe.training, recipe.learner)
     _check("training", table, [f.name for f in fields(Training)])
     return Training(**table)
 
 
 def evaluation_of(recipe: Recipe) -> Evaluation:
+    """Returns the settings of the evaluation.
+
+    Args:
+        recipe: the recipe.
+    """
     _check("evaluation", recipe.evaluation, [f.name for f in fields(Evaluation)])
     return Evaluation(**recipe.evaluation)
 
@@ -230,11 +323,18 @@ def build(
     preparation: Preparation | None = None,
     **posterior_options: Any,
 ) -> Experiment:
-    """The learner, model, likelihood and task sources of a recipe.
+    """Makes the learner, network, likelihood and task sources of a recipe.
 
-    posterior: "point", "implicit" or "laplace", with its options (None: the learner's own). steps: inner steps when
-    adapting to a new task. splits: task sources to use in place of the recipe's. preparation: that of an earlier run on
-    the same table, in place of one fitted here.
+    Args:
+        recipe: the recipe.
+        posterior: "point", "implicit" or "laplace", or None for the learner's own.
+        steps: the number of inner steps on a new task, or None for the recipe's.
+        splits: task sources to use instead of the recipe's.
+        preparation: the table's preparation from an earlier run, to use instead of fitting a new one.
+        **posterior_options: the options of `posterior`.
+
+    Raises:
+        ValueError: the recipe's options are not valid, or its parts do not fit together.
     """
     check_options(recipe, tasks=splits is None)
     check_support(recipe)
@@ -244,14 +344,14 @@ def build(
     likelihood = component("likelihood", own_table(recipe.likelihood, recipe.learner), LIKELIHOODS)
     if preparation is not None and (target := preparation.target).kind not in TARGETS.get(str(kind), NUMBERS):
         raise ValueError(
-            f"likelihood: {kind} does not fit target {target.name!r}, which was prepared as a {target.kind}; set the "
-            "likelihood that the run was trained with"
+            f"likelihood must fit target {target.name!r}, which was prepared as a {target.kind}, got {kind}. Use the "
+            "likelihood that the run was trained with."
         )
     network = dict(recipe.network)
     way = most_ways(recipe, preparation)
     if preparation is not None and kind == "bernoulli":
         if way != 2:
-            raise ValueError(f"likelihood: bernoulli needs 2 classes, but the target has {way}; use categorical")
+            raise ValueError(f"likelihood must be categorical for a target with {way} classes, got bernoulli.")
     elif way is not None and "outputs" in option_names(lookup("network", network["name"], NETWORKS)):
         network.setdefault("outputs", way)
         if preparation is not None and "way" not in option_names(LEARNERS[recipe.learner]) and network["outputs"] < way:
@@ -270,9 +370,13 @@ def build(
 def task_sources(
     table: dict[str, Any], likelihood: str | None = None, preparation: Preparation | None = None
 ) -> Splits:
-    """The sources of a [tasks] table: the named one, inside what its `labelled` and `unlabelled` ask for.
+    """Makes the task sources of a [tasks] table, with hidden labels if it has `labelled` or `unlabelled`.
 
-    likelihood: its name says what a table's target holds: classes, counts (which are not standardised) or numbers.
+    Args:
+        table: the table.
+        likelihood: the likelihood's name. It determines whether the target of a data file is read as classes, counts
+            (which are not standardised) or numbers.
+        preparation: the data file's preparation from an earlier run, to use instead of fitting a new one.
     """
     outer = {name: value for name, value in table.items() if name in option_names(around)}
     inner = {k: v for k, v in table.items() if k not in outer}
@@ -284,25 +388,37 @@ def task_sources(
 
 
 def check_support(recipe: Recipe) -> None:
-    """A ValueError where the recipe's tasks show a support that its learner cannot read."""
+    """Checks that the recipe's learner can read the supports of its tasks.
+
+    Args:
+        recipe: the recipe.
+
+    Raises:
+        ValueError: the supports hold class attributes or unlabelled examples, which the learner cannot read.
+    """
     tasks, name = own_table(recipe.tasks, recipe.learner), recipe.learner
     if tasks.get("name") in DESCRIBED_SOURCES and not traits_of(name).reads_attributes:
         raise ValueError(
-            f"learner: came {name}, but the tasks of {tasks['name']} show class attributes in place of examples; needs "
-            f"one of {', '.join(learners_having('reads_attributes'))}"
+            f"learner must be one of {', '.join(learners_having('reads_attributes'))}, as the supports of "
+            f"{tasks['name']} hold class attributes instead of examples, got {name}."
         )
     shown = tasks.get("labelled", 1) < 1 and tasks.get("unlabelled", "shown") != "left_out"
     if shown and not traits_of(name).reads_unlabelled:
         raise ValueError(
-            f"tasks.labelled: came {tasks['labelled']}, but {name} would take an unknown label for a class; needs one "
-            f"of {', '.join(learners_having('reads_unlabelled'))}, or tasks.unlabelled = 'left_out'"
+            f"tasks.labelled must be 1 for {name}, which cannot read unlabelled examples, got {tasks['labelled']}. Use "
+            f"one of {', '.join(learners_having('reads_unlabelled'))}, or tasks.unlabelled = 'left_out'."
         )
 
 
 def most_ways(recipe: Recipe, preparation: Preparation | None = None) -> int | None:
-    """The largest number of classes in a task of the recipe, in training or later; None where tasks have no classes.
+    """Returns the largest number of classes in a task of the recipe, in training or evaluation.
 
-    The classes of a table are those of its preparation.
+    Args:
+        recipe: the recipe.
+        preparation: the preparation of a table, which lists the table's classes.
+
+    Returns:
+        The number, or None if tasks have no classes.
     """
     tasks = own_table(recipe.tasks, recipe.learner)
     ways = [tasks[name] for name in ("way", "train_way") if name in tasks]
@@ -320,10 +436,23 @@ def recipe_learner(
     way: int | None = None,
     **posterior_options: Any,
 ) -> Learner:
-    """The recipe's learner over a given model and likelihood.
+    """Makes the recipe's learner for a given network and likelihood.
 
-    way: the largest number of classes, see `most_ways`. softmax_temperature: of its probabilities. Where a table says
-    what classes there are, those that a support does not show keep their prior mass, which no temperature changes.
+    With the classes of a table, classes that are not in a support keep their prior probability, which the temperature
+    does not change.
+
+    Args:
+        recipe: the recipe.
+        model: the network.
+        likelihood: the likelihood.
+        posterior: "point", "implicit" or "laplace", or None for the learner's own.
+        steps: the number of inner steps on a new task, or None for the recipe's.
+        way: the largest number of classes. The default is `most_ways(recipe)`.
+        softmax_temperature: the temperature of the predicted probabilities, or None for 1.
+        **posterior_options: the options of `posterior`.
+
+    Raises:
+        ValueError: the learner has no inner steps, or no parameters of a task for a posterior.
     """
     options = dict(recipe.learners.get(recipe.learner, {}))
     known = option_names(LEARNERS[recipe.learner])
@@ -332,12 +461,14 @@ def recipe_learner(
         options.setdefault("way", way)
     if steps is not None:
         if "test_steps" not in known:
-            raise ValueError(f"--steps: {recipe.learner} takes no inner steps, so there is no number of them to set")
+            raise ValueError(f"--steps must be left out: {recipe.learner} has no inner steps.")
         options["test_steps"] = steps
     if posterior is not None and "posterior" in known:
         options["posterior"] = construct("posterior", posterior, POSTERIORS, **posterior_options)
     elif posterior is not None:
-        raise ValueError(f"--posterior {posterior}: {recipe.learner} infers no task parameters to put a posterior on")
+        raise ValueError(
+            f"--posterior must be left out: {recipe.learner} infers no parameters of a task, got {posterior}."
+        )
     elif "posterior" in options:
         options["posterior"] = posterior_rule(options["posterior"])
     learner = make_learner(recipe.learner, model, likelihood, **options)
@@ -345,22 +476,34 @@ def recipe_learner(
 
 
 def keeps_unseen(recipe: Recipe) -> bool:
-    """Whether its learner rules out classes that a support does not show, although the tasks may ask for them.
+    """Whether unseen classes must keep their prior probability.
 
-    Episodes have a number of ways, all of which are shown; the classes of a table are the table's.
+    This is so if the learner rules out classes that are not in a support, although queries may have them. The support
+    of an episode shows all of its classes. The support of a table's group may show only some of the table's classes.
+
+    Args:
+        recipe: the recipe.
     """
     return traits_of(recipe.learner).rules_out_unseen and most_ways(recipe) is None
 
 
 def distance_of(recipe: Recipe) -> str:
-    """The distance by which its learner compares embeddings."""
+    """Returns the distance by which the recipe's learner compares embeddings.
+
+    Args:
+        recipe: the recipe.
+    """
     parameters = parameters_of(LEARNERS[recipe.learner])
     default = parameters["distance"].default if "distance" in parameters else traits_of(recipe.learner).distance
     return recipe.learners.get(recipe.learner, {}).get("distance", default)
 
 
 def posterior_rule(given: Any) -> Any:
-    """The posterior that a recipe says as a name, "laplace", or as a table, {name = "laplace", draws = 8}."""
+    """Makes the posterior that a recipe states.
+
+    Args:
+        given: a name, such as "laplace", or a table, such as {name = "laplace", draws = 8}.
+    """
     table = {"name": given} if isinstance(given, str) else accept(dict, given, "learner.posterior")
     return component("learner.posterior", table, POSTERIORS)
 
@@ -369,31 +512,46 @@ KINDS = {"learner": LEARNERS, "network": NETWORKS, "tasks": SOURCES}
 
 
 def register(kind: str, name: str, factory: Callable[..., Any]) -> None:
-    """Make a learner, a network or a source of tasks of your own known by name to recipes and to `make_learner`.
+    """Registers your learner, network or task source under a name for recipes and `make_learner`.
 
-    A package may declare an entry point instead, in the group `metaprior.learners`, `metaprior.networks` or
-    `metaprior.tasks`; the command line then knows it too.
+    A package can declare an entry point instead, in the group `metaprior.learners`, `metaprior.networks` or
+    `metaprior.tasks`. It is then available on the command line too.
 
     Args:
         kind: "learner", "network" or "tasks".
-        name: as recipes call it.
-        factory: (model, likelihood, *, ...) -> Learner, whose traits `@metaprior.learners.traits(...)` may state;
+        name: the name in recipes.
+        factory: (model, likelihood, *, ...) -> Learner, with traits from `@metaprior.learners.traits(...)` if needed;
             (*, ...) -> Model; or (*, ...) -> Splits.
 
     Raises:
-        ValueError: another kind, a name that is taken, or a learner that takes other arguments.
+        ValueError: the kind is unknown, the name is taken, or a learner's factory takes other arguments.
     """
     lookup("kind", kind, KINDS).register(name, factory)
 
 
 def component(kind: str, table: dict[str, Any], registry: dict[str, Any]) -> Any:
-    """registry[table["name"]] called with the table's other entries."""
+    """Calls registry[table["name"]] with the table's other entries.
+
+    Args:
+        kind: the name of the table, for error messages.
+        table: the table.
+        registry: the factories by name.
+    """
     factory, options = named(kind, table, registry)
     return factory(**options)
 
 
 def named(kind: str, table: dict[str, Any], registry: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The factory that a table names, and its options as that wants them."""
+    """Returns the factory that a table names, and its checked options.
+
+    Args:
+        kind: the name of the table, for error messages.
+        table: the table.
+        registry: the factories by name.
+
+    Raises:
+        OptionError: the table has no `name`, or an option is unknown or not valid.
+    """
     if "name" not in table:
         raise OptionError(f"{kind}.name is missing: [{kind}] needs one of {', '.join(sorted(registry))}.")
     factory = lookup(f"{kind}.name", table["name"], registry)
@@ -401,7 +559,11 @@ def named(kind: str, table: dict[str, Any], registry: dict[str, Any]) -> tuple[A
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain tables, to be written beside a run's results."""
+    """Returns a recipe as plain tables, which can be written as JSON.
+
+    Args:
+        recipe: the recipe.
+    """
     return asdict(recipe)
 
 

@@ -1,8 +1,9 @@
-"""Results as data: a JSON file a judged run, published figures in the recipes, and the status that follows from both.
+"""Results as data: one JSON file per evaluated run, and a status computed from it and the published figures.
 
     results/SUITE/RUN.json
 
-A result is the report of `evaluate` and all that it depends on. Its status is computed, never written down.
+A result is the report of `evaluate` and everything that it depends on. Published figures are in the recipes. The status
+is always computed, never stored.
 """
 
 import json
@@ -30,29 +31,40 @@ from metaprior.experiments.recipe import (
     with_overrides,
 )
 
-LOWER = ("nll", "mse", "rmse", "ece", "mce", "brier")  # the less the better; of other figures the more
-OF_CALIBRATION = ("nll", "brier", "ece", "mce")  # papers give them without a temperature fitted afterwards
+LOWER = ("nll", "mse", "rmse", "ece", "mce", "brier")  # lower is better; for other figures higher is better
+OF_CALIBRATION = ("nll", "brier", "ece", "mce")  # papers report them without a temperature fitted afterwards
 SHARES = ("accuracy", "verification", "instance_")  # figures from 0 to 1
-# Options of [tasks] that say how a learner is trained or how precisely it is judged, not what it is asked.
+# Options of [tasks] that affect how a learner is trained or how precisely it is evaluated, not the test problem.
 FREE = ("query", "test_query", "train_way")
-CLOSE = 1e-9  # 0.9836 + 0.0021 is 0.9857, whatever binary fractions make of it
+CLOSE = 1e-9  # allows for rounding: 0.9836 + 0.0021 counts as 0.9857
 
 
 @dataclass(frozen=True)
 class Result:
-    """A judged run.
+    """The result of an evaluated run.
 
     Attributes:
-        learner, recipe: their names; recipe is None where no recipe trained it.
-        report: what `evaluate` found.
-        recipe_hash: of the resolved recipe (see `recipe_hash`).
-        overrides: options over the recipe in training. judged: those over it in judging.
-        split, posterior, calibrated: as `evaluate` was asked.
-        steps: meta-steps done. asked: those that training was to have; more than `steps` if it was cut short.
-        seed: of training. minutes: of training steps. device: what trained. commit: of the code.
-        command: lines that make it. run: the run's id and the checkpoint judged; None where no run was kept.
-        title, table, note: how its row is shown, in which table, and what else there is to say.
-        digits: decimals of figures that were written down with fewer than is usual.
+        learner: the learner's name.
+        recipe: the recipe's name or path, or None if no recipe trained the learner.
+        report: the report of `evaluate`.
+        recipe_hash: the hash of the resolved recipe (see `recipe_hash`).
+        overrides: options by dotted name that replaced the recipe's in training.
+        judged: options by dotted name that replaced the recipe's in evaluation.
+        split: the split that was evaluated.
+        posterior: the posterior that was evaluated, or None for the learner's own.
+        calibrated: whether the learner was calibrated on validation tasks first.
+        steps: the number of completed meta-steps.
+        asked: the planned number of meta-steps, more than `steps` if training was cut short.
+        seed: the seed of training.
+        minutes: the time of the training steps.
+        device: the device that trained.
+        commit: the commit of the code.
+        command: the command lines that reproduce the result.
+        run: the run's id and the evaluated checkpoint, or None if no run was kept.
+        title: the label of the result's row.
+        table: the title of the table that the row belongs to.
+        note: further remarks.
+        digits: decimals of figures that were recorded with fewer than usual, by name.
     """
 
     learner: str
@@ -79,23 +91,34 @@ class Result:
 
     @property
     def cut(self) -> bool:
-        """Whether training ended before the meta-steps that it was to have."""
+        """Whether training ended before its planned number of meta-steps."""
         return self.steps is not None and self.asked is not None and self.steps < self.asked
 
     def source(self) -> Recipe | None:
-        """The recipe as it stands, with the run's learner; None where there is none of that name or path."""
+        """Returns the current recipe with the result's learner, or None if there is no such recipe any more."""
         if self.recipe is None or not (self.recipe in recipe_names() or Path(self.recipe).is_file()):
             return None
         return with_overrides(load_recipe(self.recipe), self.learner)
 
     def save(self, path: Path) -> None:
-        """Write it whole or not at all."""
+        """Writes the result to a JSON file, atomically.
+
+        Args:
+            path: the file. Its folder is created if needed.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 class Published(NamedTuple):
-    """A paper's figures for a learner on a recipe's tasks: an entry of [[published.NAME]]."""
+    """A paper's figures for a learner on a recipe's tasks: an entry of [[published.NAME]].
+
+    Attributes:
+        figures: the figures, with the names and units of a report.
+        when: the options by dotted name that the figures belong to, if they are not the recipe's.
+        split: the split that was evaluated.
+        source: the paper.
+    """
 
     figures: dict[str, Figure]
     when: dict[str, Any]
@@ -104,12 +127,13 @@ class Published(NamedTuple):
 
 
 class Status(NamedTuple):
-    """What a result is beside a published figure.
+    """The comparison of a result with a published figure.
 
-    kind: "reached" (as good or better), "within the interval" (either figure lies in the other's 95 % interval),
-    "below" (worse than that), or "not comparable".
-    reason: why not comparable, or how much of the recipe's training it had.
-    cut: training was cut short, so the kind is a state on the way and no verdict.
+    Attributes:
+        kind: "reached" (as good or better), "within the interval" (worse, but one figure lies in the other's 95 %
+            interval), "below" (worse than that), or "not comparable".
+        reason: why they are not comparable, or how much of the recipe's training was done.
+        cut: whether training was cut short, so that `kind` is an intermediate state and not final.
     """
 
     kind: str
@@ -124,10 +148,13 @@ class Status(NamedTuple):
 
 
 def read_result(path: Path) -> Result:
-    """A result from its file.
+    """Reads a result from its file.
+
+    Args:
+        path: the JSON file.
 
     Raises:
-        ValueError: other or damaged text, with the path.
+        ValueError: the file is damaged or not a result. The message begins with the path.
     """
     try:
         table = dict(accept(dict, json.loads(path.read_text(encoding="utf-8")), "a result"))
@@ -136,7 +163,7 @@ def read_result(path: Path) -> Result:
             if name not in known:
                 raise ValueError(f"{name} is not part of a result{nearest(name, list(known))}")
         if lacking := [name for name in ("learner", "recipe", "report") if name not in table]:
-            raise ValueError(f"it lacks {', '.join(lacking)}")
+            raise ValueError(f"the result has no {', '.join(lacking)}")
         report = Report.from_json(json.dumps(table.pop("report")))
         for name, value in table.items():
             accept(known[name], value, name)
@@ -146,19 +173,36 @@ def read_result(path: Path) -> Result:
 
 
 def read_suite(folder: Path) -> dict[str, Result]:
-    """The results of a suite's folder, by the names of their files."""
+    """Reads the results of a suite.
+
+    Args:
+        folder: the folder of its results.
+
+    Returns:
+        The results by the names of their files, without the suffix.
+    """
     return {path.stem: read_result(path) for path in sorted(folder.glob("*.json"), key=natural)}
 
 
 def natural(path: Path) -> list[tuple[int, str]]:
-    """A key by which a-900 sorts before a-1000."""
+    """Returns a sort key with which a-900 precedes a-1000.
+
+    Args:
+        path: the file.
+    """
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.stem)]
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """A hash of what a recipe trains and judges.
+    """Returns a hash of a recipe's training and evaluation.
 
-    Its description, published figures and the options of other learners do not count.
+    Its description, its published figures and the options of other learners do not affect the hash.
+
+    Args:
+        recipe: the recipe.
+
+    Returns:
+        16 hexadecimal digits of the SHA-256.
     """
     table = {name: value for name, value in as_dict(recipe).items() if name not in ("description", "published")}
     table["learners"] = table["learners"].get(recipe.learner, {})
@@ -167,13 +211,17 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def published_in(recipe: Recipe, learner: str) -> list[Published]:
-    """A learner's entries of [[published.NAME]].
+    """Reads a learner's entries of [[published.NAME]] in a recipe.
 
     Figures have the names and units of a report: `accuracy = 0.987`, or `{mean = 0.987, interval = 0.004}` with the
-    half-width of the 95 % interval. `when` has the options that the figure is of, where they are not the recipe's own.
+    half-width of the 95 % interval. `when` holds the options that the figures belong to, if they are not the recipe's.
+
+    Args:
+        recipe: the recipe.
+        learner: the learner's name.
 
     Raises:
-        ValueError: something else, by its name.
+        ValueError: an entry is not valid. The message names it.
     """
     found = []
     for entry in accept(list, recipe.published.get(learner, []), f"published.{learner}"):
@@ -196,12 +244,12 @@ def published_in(recipe: Recipe, learner: str) -> list[Published]:
 
 
 def published_for(recipe: Recipe, base: Recipe, split: str = "test") -> Published | str:
-    """The published figures that a recipe's learner compares with, or the reason why there are none.
+    """Returns the published figures to compare a recipe's learner with, or the reason why there are none.
 
     Args:
-        recipe: what was judged, with all options set.
-        base: the recipe before any option was set, to whose tasks a figure belongs that has no `when`.
-        split: of the tasks.
+        recipe: the recipe of the evaluation, with all options set.
+        base: the recipe without overrides. A published entry without `when` belongs to its tasks.
+        split: the split that was evaluated.
     """
     entries = published_in(recipe, recipe.learner)
     if not entries:
@@ -213,10 +261,10 @@ def published_for(recipe: Recipe, base: Recipe, split: str = "test") -> Publishe
     for entry in entries:
         wanted = with_overrides(base, recipe.learner, entry.when)
         other = [
-            f"{option} is {ours!r}, the published figure is of {theirs!r}" for option in sorted(options)
+            f"{option} is {ours!r}, the published figure is for {theirs!r}" for option in sorted(options)
             if (ours := option_of(recipe, option)) != (theirs := option_of(wanted, option))
         ]  # fmt: skip
-        other += [f"judged on split {split!r}, published on {entry.split!r}"] if entry.split != split else []
+        other += [f"evaluated on split {split!r}, published for {entry.split!r}"] if entry.split != split else []
         reasons.append(other)
         if not other:
             fits.append(entry)
@@ -224,16 +272,27 @@ def published_for(recipe: Recipe, base: Recipe, split: str = "test") -> Publishe
 
 
 def option_of(recipe: Recipe, name: str) -> Any:
-    """The value of an option by its dotted name, None where the recipe leaves it to the component."""
+    """Returns the value of a recipe's option, or None if the recipe does not set it.
+
+    Args:
+        recipe: the recipe.
+        name: the option's dotted name.
+    """
     table, _, option = name.partition(".")
     tables = recipe.learners.get(recipe.learner, {}) if table == "learner" else getattr(recipe, table)
     return own_table(tables, recipe.learner).get(option)
 
 
 def status_of(ours: Figure, published: Figure, *, lower: bool = False) -> str:
-    """ "reached", "within the interval" or "below".
+    """Compares a figure with a published one.
 
-    lower: whether less is better. An unknown interval counts as none, and a figure that is not finite is below.
+    Args:
+        ours: the figure. If it is not finite, it is "below".
+        published: the published figure. A missing interval, here or in `ours`, counts as 0.
+        lower: whether lower is better.
+
+    Returns:
+        "reached", "within the interval" or "below".
     """
     if not math.isfinite(ours.mean):
         return "below"
@@ -244,7 +303,14 @@ def status_of(ours: Figure, published: Figure, *, lower: bool = False) -> str:
 
 
 def statuses(result: Result) -> dict[str, tuple[Figure, Status]]:
-    """By figure, the published one and the status beside it; {"": ...} with the reason where nothing compares."""
+    """Compares a result with the published figures.
+
+    Args:
+        result: the result.
+
+    Returns:
+        The published figure and the status by the figure's name, or {"": ...} with the reason if nothing is comparable.
+    """
     base, nothing = result.source(), Figure(math.nan, None)
     found: Published | str = "no published figure"
     if base is not None:
@@ -261,29 +327,44 @@ def statuses(result: Result) -> dict[str, tuple[Figure, Status]]:
         for name, theirs in found.figures.items()
         if name in report and not (result.calibrated and name in OF_CALIBRATION)
     }
-    missing = f"the published figures are of {', '.join(found.figures)}"
+    missing = f"the only published figures are {', '.join(found.figures)}"
     return compared or {"": (nothing, Status("not comparable", missing, result.cut))}
 
 
 def figures_of(result: Result) -> dict[str, Figure]:
-    """All figures of a report, those without an interval among them."""
+    """Returns all figures of a result's report, including those without an interval.
+
+    Args:
+        result: the result.
+    """
     return result.report.figures | {n: Figure(v, None) for n, v in result.report.pooled.items() if v is not None}
 
 
 def how_much_less(result: Result, base: Recipe) -> str:
-    """'after 2.5 % of the recipe's tasks, judged on 200 of 600', where a run had less than its recipe; or ''."""
+    """Returns how much less training or evaluation a result had than its recipe asks for.
+
+    Args:
+        result: the result.
+        base: the recipe without overrides.
+
+    Returns:
+        A text such as 'after 2.5 % of the recipe's tasks, evaluated on 200 of 600 tasks', or ''.
+    """
     parts, own, judged = [], training_of(base), evaluation_of(base)
     if result.steps is not None:
         batch = training_of(with_overrides(base, None, result.overrides)).meta_batch
         share = result.steps * batch / (own.steps * own.meta_batch)
         parts += [] if share >= 1 - CLOSE else [f"after {100 * share:.2g} % of the recipe's tasks"]
     if result.split == "test" and judged.tasks is not None and result.report.tasks < judged.tasks:
-        parts.append(f"judged on {result.report.tasks} of {judged.tasks} tasks")
+        parts.append(f"evaluated on {result.report.tasks} of {judged.tasks} tasks")
     return ", ".join(parts)
 
 
 def commit() -> str | None:
-    """The commit of this code, with '-changed' where files differ from it; None where it is no checkout of its own."""
+    """Returns the commit of this code, or None if the code is not in a git checkout of the project.
+
+    '-changed' is appended if files differ from the commit.
+    """
     here = Path(__file__)
     package = here.parents[1]
 
@@ -292,7 +373,7 @@ def commit() -> str | None:
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout
 
     try:
-        git("ls-files", "--error-unmatch", str(here))  # an environment inside another repository is none of ours
+        git("ls-files", "--error-unmatch", str(here))  # fails for an environment inside another repository
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".").strip()
         return git("rev-parse", "--short=12", "HEAD").strip() + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):

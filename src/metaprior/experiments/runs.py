@@ -1,9 +1,10 @@
-"""A run is a folder: its recipe, its figures as JSON lines and TensorBoard events, its checkpoints and pictures.
+"""Run folders: each holds a run's recipe, metrics (JSON lines and TensorBoard events), checkpoints, reports and plots.
 
-    recipe.json   training.json   preparation.json (of a table)   state.json   lock
+    recipe.json   training.json   preparation.json (for a table)   state.json   lock
     metrics.jsonl   tensorboard/   checkpoints/{last,best}/STEP   report-*.json   plots/
 
-One process trains a run, and holds its lock; any number may read it meanwhile. `Run.open` reads and changes nothing.
+One process trains a run and holds its lock. Any number of processes may read it at the same time. `Run.open` only reads
+and changes nothing.
 """
 
 import json
@@ -43,15 +44,21 @@ from metaprior.training.checkpoint import (
 from metaprior.training.loop import Restored, Training, TrainState
 
 Row = dict[str, float]
-RESTORE = "put back the file that the training wrote, or train again"
+RESTORE = "Restore the file that the training wrote, or train again."
 
 
 class RunExists(ValueError):
-    """A new run was to be written where one lies already."""
+    """A new run cannot be written where there is one already."""
 
 
 class Chosen(NamedTuple):
-    """Parameters of a checkpoint: `which` is "best" or "last", `step` its meta-step."""
+    """The parameters of a checkpoint.
+
+    Attributes:
+        params: the parameters.
+        which: "best" or "last".
+        step: the checkpoint's meta-step.
+    """
 
     params: PyTree
     which: str
@@ -59,12 +66,23 @@ class Chosen(NamedTuple):
 
 
 class Run:
-    """A run's folder. `create` and `resume` lock it for training, as a `training.Recorder`; `open` only reads."""
+    """A run's folder.
+
+    `create` and `resume` lock it for training, and the run is then a `training.Recorder`. `open` only reads.
+
+    Args:
+        folder: the folder.
+        lock: the lock on the folder, or None if it is only read.
+
+    Attributes:
+        folder: the folder.
+        used: the checkpoint that `params` returned last, or None.
+    """
 
     def __init__(self, folder: Path, lock: Lock | None = None):
         self.folder = folder
         self._lock = lock
-        self._made: list[Path] = []  # folders that `create` made
+        self._made: list[Path] = []  # the folders that `create` made
         self.used: Chosen | None = None
         self._events: Events | None = None
         self._last, self._best = (
@@ -74,28 +92,29 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path | str, recipe: dict[str, Any], asked: dict[str, Any] | None = None) -> "Run":
-        """A new run in a folder that is empty or not there yet, locked for training.
+        """Creates a run and locks it for training.
 
         Args:
-            folder: where.
+            folder: an empty folder, or one that does not exist yet.
             recipe: the resolved recipe, as plain tables.
-            asked: the options by name that the user set over the recipe, to tell them from the recipe's own later.
+            asked: the options by name that the user set in addition to the recipe. They are stored separately, so that
+                they can be distinguished from the recipe's options later.
 
         Raises:
-            RunExists: the folder is there and not empty.
+            RunExists: the folder is not empty.
             ValueError: the folder cannot be made or written to.
-            Locked: another process is making a run there at this moment.
+            Locked: another process is creating a run there.
         """
         folder = Path(folder)
         made = []
         try:
-            # A start that was killed before it wrote the recipe, which is last, left no run.
+            # The recipe is written last. A start that was killed before that left no run.
             remove_partials(folder)
             there = folder.exists()
             if there and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {"lock", "training.json"}):
                 raise RunExists(
-                    f"--out {folder}: exists already and is not empty; go on with it by --resume, or name another "
-                    "folder"
+                    f"--out must be an empty or a new folder, got {folder}, which is not empty. Continue its run with "
+                    "--resume, or give another folder."
                 )
             for path in reversed([folder, *folder.parents]):
                 if not path.exists():
@@ -113,32 +132,46 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path | str) -> "Run":
-        """An existing run, to be read: nothing in it is changed, so it may be in training."""
+        """Opens an existing run for reading. Nothing in it is changed, so it may be in training.
+
+        Args:
+            folder: the run's folder.
+
+        Raises:
+            ValueError: there is no run in the folder.
+        """
         folder = Path(folder)
         if not (folder / "recipe.json").is_file():
-            raise ValueError(f"run: {folder} holds no run (no recipe.json in it); give the folder that `train` wrote")
+            raise ValueError(
+                f"run must be the folder of a run, got {folder}, which has no recipe.json. Give the folder that "
+                "`metaprior train` wrote."
+            )
         return cls(folder)
 
     def warn_if_edited(self) -> None:
-        """A warning where recipe.json is another than the run was trained by."""
+        """Warns if recipe.json was edited after the run was started."""
         if self.edited:
             _warn(
-                f"{self.folder / 'recipe.json'}: was edited since the run was started, and is read as it stands now, "
-                "though the parameters were trained by what stood there before"
+                f"{self.folder / 'recipe.json'} was edited after the run was started. The edited recipe is used, but "
+                "the parameters were trained with the original one"
             )
 
     @classmethod
     def resume(cls, folder: Path | str) -> "Run":
-        """An existing run, to be trained on: locked for this process.
+        """Opens an existing run for further training and locks it for this process.
+
+        Args:
+            folder: the run's folder.
 
         Raises:
-            ValueError: there is no run, or its folder cannot be written to.
-            Locked: another process trains it; the message names it.
+            ValueError: there is no run in the folder, or the folder cannot be written to.
+            OtherSettings: recipe.json was edited after the run was started.
+            Locked: another process is training the run. The message names it.
         """
         run = cls.open(folder)
         if run.edited:
             where = run.folder / "recipe.json"
-            raise OtherSettings(f"--resume: {where} was edited since the run was started; {RESTORE}")
+            raise OtherSettings(f"--resume: {where} was edited after the run was started. {RESTORE}")
         try:
             run._lock = Lock(run.folder / "lock", str(run.folder))
         except OSError as error:
@@ -147,11 +180,11 @@ class Run:
 
     @property
     def edited(self) -> bool:
-        """Whether recipe.json is another than the run was started with, but for the length of the training."""
+        """Whether recipe.json was edited after the run was started, other than its number of meta-steps."""
         return self.started.get("recipe", own := recipe_digest(self.recipe)) != own
 
     def close(self) -> None:
-        """End training: the lock is free for others. The end of the process does the same."""
+        """Ends training and releases the lock. The end of the process does the same."""
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -166,7 +199,7 @@ class Run:
         self.close()
 
     def discard(self) -> None:
-        """Remove a new run of which nothing has been recorded, and the folders that `create` made for it."""
+        """Removes a new run without any metrics or checkpoints, and the folders that `create` made for it."""
         if self._lock is None or self.metrics() or self._last.steps():
             return
         self.close()
@@ -179,18 +212,21 @@ class Run:
 
     @property
     def started(self) -> dict[str, Any]:
-        """How the run was started: `training` (its settings), `asked` (options over the recipe), `under` (see
-        `environment`; one entry a start or resume), `id` (of the run, also in its checkpoints), `recipe` and
-        `preparation` (hashes of what it was started with). Empty for runs of a version that kept none."""
+        """How the run was started, or an empty table for runs of versions that did not store it.
+
+        `training` holds the settings, `asked` the options that the user set in addition to the recipe, `under` the
+        environment (see `environment`) of each start and resume, `id` the run's id, which its checkpoints hold too, and
+        `recipe` and `preparation` the hashes of the original files.
+        """
         return _started(self.folder)
 
     @property
     def preparation(self) -> Preparation | None:
-        """What turned the table of training into what the learner saw; None for tasks that are no tables."""
+        """How the training table was converted to the learner's inputs and targets, or None if there is no table."""
         path, kept = self.folder / "preparation.json", self.started.get("preparation")
         if not path.is_file():
             if kept is not None:
-                raise ValueError(f"{path}: is missing; {RESTORE}")
+                raise ValueError(f"{path} is missing. {RESTORE}")
             return None
         try:
             text = path.read_text(encoding="utf-8")
@@ -198,21 +234,28 @@ class Run:
         except OSError as error:
             raise ValueError(explained(error, path)) from error
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; {RESTORE}") from error
+            raise ValueError(f"{path}: {str(error).rstrip('.')}. {RESTORE}") from error
         if kept is not None and kept != text_digest(text):
-            raise ValueError(f"{path}: was edited since the run was trained on it; {RESTORE}")
+            raise ValueError(f"{path} was edited after the run was trained with it. {RESTORE}")
         return found
 
     def keep(self, preparation: Preparation) -> None:
-        """Keep the table's preparation for all that reads the run later."""
+        """Saves the preparation of a table in the run's folder, for evaluation and predictions.
+
+        Args:
+            preparation: the preparation.
+        """
         write_atomically(self.folder / "preparation.json", preparation.to_json())
 
     def metrics(self) -> list[Row]:
-        """The rows of metrics.jsonl by step, one a step (the latest written); what a kill cut short is left out."""
+        """Returns the rows of metrics.jsonl in the order of meta-steps.
+
+        If a meta-step has several rows, the last written one counts. Incomplete lines are left out.
+        """
         path = self.folder / "metrics.jsonl"
         rows: dict[int, Row] = {}
         for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-            # A line that a kill or a full disk cut short.
+            # A line is incomplete if the process was killed or the disk was full.
             with suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError):
                 row = json.loads(line)
                 if all(isinstance(value, int | float) for value in row.values()):
@@ -222,32 +265,43 @@ class Run:
     def begin(
         self, like: TrainState, training: Training, resume: bool = False, splits: Splits | None = None
     ) -> Restored:
-        """Start or go on: where the run stands, with what a kill left behind cleaned up.
+        """Starts or resumes training, and cleans up after a killed process.
 
-        Figures, events and checkpoints beyond the newest whole state are dropped, and damaged checkpoints are moved
-        aside. `like` itself is the state if nothing was saved yet. Warns if anything differs that the last bits depend
-        on: see `environment`, and the data of the tasks, where `splits` is given.
+        Metrics, events and checkpoints after the newest intact state are removed, and damaged checkpoints are moved
+        aside. A warning says if anything changed that the exact bits of training depend on: see `environment`, and the
+        data of the tasks.
+
+        Args:
+            like: a state with the structure, types and shapes of the run's. It is the state to start from if nothing
+                was saved yet.
+            training: the settings.
+            resume: whether the run may have been trained before.
+            splits: the task sources, to check their data.
+
+        Returns:
+            The state to continue from.
 
         Raises:
-            RunExists: the run was trained before, and resume is false.
-            OtherSettings: settings differ from those the run was started with.
-            CheckpointMismatch, CheckpointError: checkpoints of other shapes, or none that can be read.
+            RunExists: the run was trained before, and `resume` is false.
+            OtherSettings: the settings differ from those that the run was started with.
+            CheckpointMismatch: the checkpoints have other shapes.
+            CheckpointError: no checkpoint can be read.
         """
         self._training()
         if not resume and (self.metrics() or self._last.steps()):
-            raise RunExists(f"{self.folder}: has been trained already; go on with it by resume=True.")
+            raise RunExists(f"{self.folder} has been trained already. Continue with resume=True.")
         started, settings = self.started, training.table()
         check_same_course(self.folder, started.get("training", settings), settings)
         restored, step, damaged = self._restored(like)
         if training.steps < step:
             raise OtherSettings(
-                f"training.steps must be at least {step}, where {self.folder} stands, got {training.steps}."
+                f"training.steps must be at least {step}, the current meta-step of {self.folder}, got {training.steps}."
             )
         for checkpoints in (self._last, self._best):
             checkpoints.drop(step, damaged[checkpoints.folder.name])
         for which, found in damaged.items():
             for at, why in found.items():
-                _warn(f"{self.folder}: the checkpoint {which}/{at} cannot be read ({why}); it was moved aside")
+                _warn(f"{self.folder}: the checkpoint {which}/{at} cannot be read ({why}). It was moved aside")
         remove_partials(self.folder)
         if (figures := self.folder / "metrics.jsonl").exists():
             write_atomically(figures, "".join(json.dumps(row) + "\n" for row in restored.history))
@@ -256,11 +310,22 @@ class Run:
         return restored
 
     def restore(self, like: TrainState) -> Restored:
-        """Where the run stands, as `begin` would find it; changes nothing."""
+        """Returns the state that `begin` would continue from, without changing anything.
+
+        Args:
+            like: a state with the structure, types and shapes of the run's.
+        """
         return self._restored(like)[0]
 
     def record(self, row: Row) -> None:
-        """Keep a chunk's figures. Those of a state that a kill kept from being saved are dropped by `begin`."""
+        """Saves the metrics of a chunk. If the process is killed before the state is saved, `begin` removes them.
+
+        Args:
+            row: the metrics by name, with the meta-step as "step".
+
+        Raises:
+            NotSaved: they cannot be written.
+        """
         self._training()
         try:
             with (self.folder / "metrics.jsonl").open("a") as file:
@@ -270,14 +335,21 @@ class Run:
             self._events.write(row)
         except OSError as error:
             raise NotSaved(
-                f"could not write figures ({explained(error, self.folder).rstrip('.')}). Checkpoints are whole: go on "
-                "with --resume once that is mended."
+                f"could not write metrics ({explained(error, self.folder).rstrip('.')}). Checkpoints are intact. Fix "
+                "the problem, then continue with --resume."
             ) from error
 
     def save(self, state: TrainState, best: bool = False) -> None:
-        """Keep the state, once; best: its parameters are the best so far.
+        """Saves a checkpoint of the state.
 
-        The figures reach the disk before the checkpoint: a state that is there has all its rows.
+        The metrics are written to the disk before the checkpoint, so a saved state always has all its metrics.
+
+        Args:
+            state: the state.
+            best: whether its parameters have the lowest validation nll so far.
+
+        Raises:
+            NotSaved: it cannot be written.
         """
         self._training()
         step = int(state.step)
@@ -294,21 +366,34 @@ class Run:
         self._last.save(step, state)
 
     def params(self, like: TrainState, which: str = "best") -> PyTree:
-        """The parameters of `chosen`, which `used` tells of afterwards."""
+        """Returns the parameters of `chosen`, and stores in `used` which ones they are.
+
+        Args:
+            like: a state with the structure, types and shapes of the run's.
+            which: "best" or "last".
+        """
         self.used = self.chosen(like, which)
         return self.used.params
 
     @property
     def newest(self) -> int | None:
-        """The meta-step of the newest checkpoint of those that validated best, or else of all; None without any."""
+        """The meta-step of the newest best checkpoint or, failing that, of the newest one. None without any."""
         steps = self._best.steps() or self._last.steps()
         return steps[-1] if steps else None
 
     def chosen(self, like: TrainState, which: str = "best") -> Chosen:
-        """The parameters that validated best, or the last ones; `like` has the state's shapes.
+        """Returns the parameters with the lowest validation nll, or the last ones.
 
-        Without a validated checkpoint the last one is taken. Where the wanted one is damaged or missing, a warning says
-        which one is used in its place.
+        Without a validated checkpoint, the last one is used. If the requested checkpoint is damaged or missing, a
+        warning says which one is used instead.
+
+        Args:
+            like: a state with the structure, types and shapes of the run's.
+            which: "best" or "last".
+
+        Raises:
+            CheckpointMismatch: the checkpoints have other shapes.
+            CheckpointError: there is no checkpoint, or none can be read.
         """
         self._check(like)
         damaged: dict[int, str] = {}
@@ -317,26 +402,26 @@ class Run:
             damaged = found.damaged
             if found.step is not None:
                 if damaged:
-                    _warn(f"{self._lost(damaged)}; an earlier one, of meta-step {found.step}, is used in its place")
+                    _warn(f"{self._lost(damaged)}. An earlier one, of meta-step {found.step}, is used instead")
                 return Chosen(found.tree, "best", found.step)
         last = self._last.restore(like)
         if last.step is None:
             if last.damaged:
                 raise unreadable(self._last.folder, last.damaged)
-            raise CheckpointError(f"{self.folder}: holds no checkpoint yet; go on with its training by --resume")
+            raise CheckpointError(f"{self.folder} has no checkpoint yet. Continue its training with --resume.")
         if which == "best":
             validated = [row for row in self.metrics() if isfinite(row.get("validation/nll", float("nan")))]
-            lost = self._lost(damaged) if damaged else f"{self.folder}: the checkpoint that validated best is missing"
+            lost = self._lost(damaged) if damaged else f"{self.folder}: the best checkpoint is missing"
             if damaged or any(row["step"] <= last.step for row in validated):
-                _warn(f"{lost}; the last one, of meta-step {last.step}, is used in its place")
+                _warn(f"{lost}. The last one, of meta-step {last.step}, is used instead")
         elif last.damaged:
-            _warn(f"{self._lost(last.damaged, 'last')}; an earlier one, of meta-step {last.step}, is used in its place")
+            _warn(f"{self._lost(last.damaged, 'last')}. An earlier one, of meta-step {last.step}, is used instead")
         return Chosen(last.tree.params, "last", last.step)
 
     def _lost(self, damaged: dict[int, str], which: str = "best") -> str:
         step = max(damaged)
-        name = "that validated best" if which == "best" else "saved last"
-        return f"{self.folder}: the checkpoint {name} (meta-step {step}) cannot be read ({damaged[step]})"
+        name = "best" if which == "best" else "last"
+        return f"{self.folder}: the {name} checkpoint (meta-step {step}) cannot be read ({damaged[step]})"
 
     def _restored(self, like: TrainState) -> tuple[Restored, int, dict[str, dict[int, str]]]:
         self._check(like)
@@ -346,18 +431,18 @@ class Run:
         step, state = (0, like) if last.step is None else (last.step, last.tree)
         rows = [row for row in self.metrics() if row["step"] <= step]
         best = self._best.restore(like.params, most=step)
-        # What there is to beat is what is kept, not what was once measured of a checkpoint that is lost.
+        # The nll to improve on is that of the best checkpoint that still exists, not that of a lost one.
         lowest = next((row["validation/nll"] for row in rows if row["step"] == best.step), float("inf"))
         return Restored(state, best.tree, lowest, rows), step, {"last": last.damaged, "best": best.damaged}
 
     def _note(self, started: dict[str, Any], settings: dict[str, Any], step: int, now: dict[str, Any]) -> None:
-        """Write down the settings and under what the run goes on; warn if that has changed."""
+        """Stores the settings and the environment of a start or resume, and warns if the environment has changed."""
         under = started.get("under", [])
         common = under[-1].keys() & now.keys() if under else ()
         if changed := differences({k: under[-1][k] for k in common}, {k: now[k] for k in common}):
             _warn(
-                f"{self.folder}: goes on under other conditions than before ({'; '.join(changed)}), so its last bits "
-                "may differ from those of a run that never stopped"
+                f"{self.folder}: the environment has changed ({'; '.join(changed)}), so the results may differ in the "
+                "last digits from those of an uninterrupted run"
             )
         if (path := self.folder / "preparation.json").is_file():
             started = {"preparation": text_digest(path.read_text(encoding="utf-8"))} | started
@@ -370,7 +455,7 @@ class Run:
 
     def _training(self) -> None:
         if self._lock is None:
-            raise ValueError(f"{self.folder}: is opened for reading; use Run.resume(folder) to train it.")
+            raise ValueError(f"{self.folder} is open for reading only. Use Run.resume(folder) to train it.")
 
     def _check(self, like: TrainState) -> None:
         if (self.folder / "state.json").is_file():
@@ -382,20 +467,20 @@ def _started(folder: Path) -> dict[str, Any]:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run."""
+    """Reads the object in a JSON file of a run."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(explained(error, path)) from error
     except ValueError as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}); the run folder is damaged") from error
+        raise ValueError(f"{path} cannot be read as JSON ({error}). The run folder is damaged.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}; the run folder is damaged")
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}. The run folder is damaged.")
     return found
 
 
 def _remove(folder: Path, made: list[Path]) -> None:
-    """Remove a new run's few files, and the folders that were made for it where they are empty."""
+    """Removes the files of a new run, and the folders that were made for it if they are empty."""
     for name in ("tensorboard", "checkpoints"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("recipe.json", "preparation.json", "training.json", "state.json", "metrics.jsonl", "lock"):
@@ -411,9 +496,19 @@ def _warn(message: str) -> None:
 
 
 def told_apart(runs: Sequence[Run]) -> dict[str, Run]:
-    """Each run by its learner's name, or by its folder's where two have one learner."""
+    """Returns runs by distinct names.
+
+    Args:
+        runs: the runs.
+
+    Returns:
+        Each run by the name of its learner, or of its folder if several runs have the same learner.
+
+    Raises:
+        ValueError: there are no runs.
+    """
     if not runs:
-        raise ValueError("runs: came none, needs the folder of at least one run")
+        raise ValueError("runs must be the folders of at least one run, got none.")
     learners = [run.recipe["learner"] for run in runs]
     names: dict[str, Run] = {}
     for run, learner in zip(runs, learners, strict=True):

@@ -1,4 +1,4 @@
-"""A suite: trainings that belong together and how each is judged, as a TOML file, in `suites/`.
+"""Suites: runs that belong together, and how each is trained and evaluated. Each suite is a TOML file in `suites/`.
 
     title = "Omniglot, 5 ways, 1 shot"
     recipe = "omniglot-5way-1shot"
@@ -10,8 +10,9 @@
     set = {"training.steps" = 6500}
     judge = {"tasks.shot" = 5}
 
-A run may have `recipe`, `learner` (default: the one of the run's name, or else the recipe's own), `set` (options over
-the recipe), `judge` (options in judging alone), `split`, `posterior` and `calibrated` (as of `metaprior evaluate`).
+A run may have `recipe`, `learner` (the default is the learner with the run's name, or else the recipe's), `set`
+(options that replace the recipe's), `judge` (options for evaluation only), and `split`, `posterior` and `calibrated`
+(as in `metaprior evaluate`).
 """
 
 import tomllib
@@ -28,7 +29,17 @@ from metaprior.learners.registry import LEARNERS
 
 @dataclass(frozen=True)
 class Planned:
-    """One training of a suite, and how it is judged."""
+    """One run of a suite: how it is trained and evaluated.
+
+    Attributes:
+        recipe: the recipe's name or path.
+        learner: the learner's name, or None for the recipe's.
+        set: options by dotted name that replace the recipe's.
+        judge: options by dotted name that replace them in evaluation only.
+        split: the split to evaluate.
+        posterior: the posterior to evaluate, or None for the learner's own.
+        calibrated: whether to calibrate on validation tasks first.
+    """
 
     recipe: str
     learner: str | None = None
@@ -42,13 +53,19 @@ class Planned:
         check_fields(self, "runs.")
 
     def resolved(self) -> Recipe:
-        """The recipe that it trains."""
+        """Returns the recipe of the training, with `learner` and `set`."""
         return with_overrides(load_recipe(self.recipe), self.learner, self.set)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Runs by name; results go to a folder of the suite's `name`."""
+    """A suite.
+
+    Attributes:
+        name: its name, which is also the name of its folder of results.
+        title: its title.
+        runs: its runs by name.
+    """
 
     name: str
     title: Word
@@ -56,21 +73,24 @@ class Suite:
 
 
 def suite_names() -> list[str]:
-    """The suites that come with the library."""
+    """Returns the names of the library's suites, sorted."""
     found = [f.name for f in files("metaprior.experiments.suites").iterdir()]
     return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
 
 
 def load_suite(name: str) -> Suite:
-    """A suite by its name, or from a TOML file by its path; its recipes and their options are checked.
+    """Loads a suite, and checks its recipes and their options.
+
+    Args:
+        name: the name of one of the library's suites, or the path of a TOML file.
 
     Raises:
-        ValueError: an unknown suite, recipe, learner or option; TOML that is none.
+        ValueError: a suite, recipe, learner or option is unknown, or the file is not valid TOML.
     """
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
-            raise ValueError(f"suite: no file {name}; give the path of a TOML file or a built-in name.")
+            raise ValueError(f"suite must be the path of a TOML file or a built-in name, got {name}: no such file.")
         text, name, where = path.read_text(encoding="utf-8-sig"), path.stem, f"{path}: "
     else:
         lookup("suite", name, dict.fromkeys(suite_names()))
@@ -95,5 +115,5 @@ def _suite(name: str, table: dict[str, Any]) -> Suite:
             check_support(recipe)
         runs[run] = planned
     if not runs:
-        raise ValueError("runs is missing: a suite needs a table [runs.NAME] for each of its trainings.")
+        raise ValueError("runs is missing: a suite needs a table [runs.NAME] for each of its runs.")
     return Suite(**accept_options(Suite, table | {"name": name, "runs": runs}, "suite."))
