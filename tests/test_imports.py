@@ -130,6 +130,7 @@ def test_help_says_of_each_command_what_the_command_says():
     for name, (_, text) in COMMANDS.items():
         own = commands([name])[name]
         assert inspect.getdoc(own).startswith(text), name
+        assert "\n        " not in own.__doc__, f"{name}: a line break within an argument's text is kept in its help"
         others = [other for other in commands([name]).values() if other.__name__ == "command"]
         assert len(others) == len(COMMANDS) - 1
     assert all(one.__name__ != "command" for one in commands(["--tyro-print-completion", "bash"]).values())

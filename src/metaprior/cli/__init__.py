@@ -1,6 +1,8 @@
 """The command line: `metaprior COMMAND`, see COMMANDS."""
 
+import inspect
 import os
+import re
 import signal
 import sys
 import warnings
@@ -55,8 +57,13 @@ def commands(args: list[str]) -> dict[str, Callable[..., int]]:
 
 
 def _imported(place: str) -> Callable[..., int]:
-    module, _, name = place.partition(".")
-    return getattr(import_module(f"metaprior.cli.{module}"), name)
+    file, _, name = place.partition(".")
+    module = import_module(f"metaprior.cli.{file}")
+    for value in vars(module).values():
+        if inspect.isfunction(value) and value.__module__ == module.__name__:
+            # The parser keeps line breaks within an argument's text, which would make the help ragged.
+            value.__doc__ = re.sub(r"\n {8}(?=\S)", " ", inspect.getdoc(value) or "")
+    return getattr(module, name)
 
 
 def _summary(text: str) -> Callable[[], int]:

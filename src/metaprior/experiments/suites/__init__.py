@@ -1,1 +1,1 @@
-"""Trainings that belong together, as TOML files (see `metaprior.experiments.suite`)."""
+"""Suites of runs that belong together, as TOML files (see `metaprior.experiments.suite`)."""
