@@ -12,7 +12,7 @@ from metaprior.experiments.recipe import build, load_recipe, with_overrides
 from metaprior.learners import LEARNERS, gnn, make_learner
 from metaprior.learners.registry import learners_having, traits_of
 from metaprior.networks import mlp
-from metaprior.tasks import FixedTasks, around, ask_for, hide_labels
+from metaprior.tasks import FixedTasks, ask_for, hide_labels, with_hidden_labels
 from metaprior.tasks.hidden import known
 from metaprior.training.loop import Training, fit
 
@@ -170,7 +170,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"labelled must be a fraction above 0 .*, got 0\.0"):
         hidden(labelled=0)
     with pytest.raises(ValueError, match="unlabelled must be one of 'shown', 'askable', 'left_out', got 'gone'"):
-        around(Splits(None, None, None), unlabelled="gone")
+        with_hidden_labels(Splits(None, None, None), unlabelled="gone")
     with pytest.raises(ValueError, match="ask: came 'attention' with 1 layers"):
         graph(layers=1, ask="attention")
     with pytest.raises(ValueError, match="ask: came 'attentoin'"):

@@ -18,7 +18,7 @@ from metaprior.experiments.runs import Run
 from metaprior.studies import active, ambiguity, novelty, referee
 from metaprior.studies.active import acquire, lay_out
 from metaprior.studies.ambiguity import closeness, curves, exact, joint_log_prob
-from metaprior.studies.novelty import KINDS, strangers, uncertainty
+from metaprior.studies.novelty import KINDS, novel_images, uncertainty
 from metaprior.studies.plots import explanations as picture
 from metaprior.tasks import class_pool, linear, sinusoid, two_circles, wave_or_line
 from metaprior.tasks.synthetic.explained import ExplainedTasks
@@ -317,17 +317,17 @@ def kernel(spread):
     return Learner(lambda key, task: None, adapt, predict, None)
 
 
-def test_strangers_are_what_they_are_called(pool):
-    task, odd = strangers(pool, jax.random.key(5))
+def test_novel_images_are_of_the_kinds_they_are_named_by(pool):
+    task, novel = novel_images(pool, jax.random.key(5))
     np.testing.assert_array_equal(task.support.y, [0, 0, 1, 1, 2, 2])
     np.testing.assert_array_equal(task.query.y, np.repeat(range(3), 4))
     known, support = np.asarray(task.query.x).reshape(12, -1), np.asarray(task.support.x).reshape(3, 2, -1).mean(1)
     nearest = ((known[:, None] - support) ** 2).sum(-1)
     assert (nearest.argmin(1) == task.query.y).all()
-    other = np.asarray(odd["other classes"]).reshape(12, -1)
+    other = np.asarray(novel["other classes"]).reshape(12, -1)
     assert ((other[:, None] - support) ** 2).sum(-1).min() > 2 * nearest.min(1).max()
-    np.testing.assert_array_equal(odd["rotated"][3, ..., 0], np.rot90(task.query.x[3, ..., 0]))
-    noise = np.asarray(odd["noise"])
+    np.testing.assert_array_equal(novel["rotated"][3, ..., 0], np.rot90(task.query.x[3, ..., 0]))
+    noise = np.asarray(novel["noise"])
     low, high = known.min(), known.max()
     assert low <= noise.min() < low + 0.05
     assert high - 0.05 < noise.max() <= high

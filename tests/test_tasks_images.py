@@ -229,7 +229,7 @@ def test_read_examples_of_tables(tmp_path):
     support = read_examples(tmp_path / "s.npz")
     assert (support.x.shape, support.labels) == ((3, 2), [5, 5, 9])
     np.savez(tmp_path / "nan.npz", x=np.asarray([[1.0, np.nan]]), y=np.ones(1))
-    with pytest.raises(DataError, match=r"NaN in row 0, column \[1\]"):
+    with pytest.raises(DataError, match=r"NaN or infinity in row 0, column \[1\]"):
         read_examples(tmp_path / "nan.npz")
     (tmp_path / "nan.csv").write_text("a,b,label\n1,2,yes\n,3,no\n")
     with pytest.raises(DataError, match="column 'a', row 1"):

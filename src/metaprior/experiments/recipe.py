@@ -22,7 +22,7 @@ from metaprior.inference.posteriors import POSTERIORS
 from metaprior.learners.builders.metric import with_unseen
 from metaprior.learners.registry import LEARNERS, learners_having, make_learner, traits_of
 from metaprior.networks import NETWORKS
-from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, Preparation, around, augmented, preparation_of
+from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, Preparation, augmented, preparation_of, with_hidden_labels
 from metaprior.training.loop import Training
 
 TABLES = ("tasks", "network", "likelihood", "augmentation", "training", "evaluation")  # options of these can be set
@@ -186,7 +186,7 @@ def check_options(recipe: Recipe, *, tasks: bool = True) -> None:
     for kind, registry in parts.items():
         table = dict(getattr(recipe, kind)) if kind == "network" else own_table(getattr(recipe, kind), recipe.learner)
         if kind == "tasks":
-            table = {name: value for name, value in table.items() if name not in option_names(around)}
+            table = {name: value for name, value in table.items() if name not in option_names(with_hidden_labels)}
         named(kind, table, registry)
 
 
@@ -378,13 +378,13 @@ def task_sources(
             (which are not standardised) or numbers.
         preparation: the data file's preparation from an earlier run, to use instead of fitting a new one.
     """
-    outer = {name: value for name, value in table.items() if name in option_names(around)}
+    outer = {name: value for name, value in table.items() if name in option_names(with_hidden_labels)}
     inner = {k: v for k, v in table.items() if k not in outer}
     if "name" in inner and "preparation" in option_names(lookup("tasks", inner["name"], SOURCES)):
         kinds = {"classification": likelihood in ("categorical", "bernoulli"), "counts": likelihood == "poisson"}
         inner = (kinds if likelihood in LIKELIHOODS else {}) | inner
         inner |= {} if preparation is None else {"preparation": preparation}
-    return around(component("tasks", inner, SOURCES), **outer)
+    return with_hidden_labels(component("tasks", inner, SOURCES), **outer)
 
 
 def check_support(recipe: Recipe) -> None:

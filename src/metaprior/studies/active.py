@@ -135,7 +135,7 @@ def active(
         source: the source of the tasks.
         key: random key.
         tasks: the number of tasks.
-        start: the number of labelled examples at the start.
+        start: the number of observed examples at the start.
         pool: the number of candidates, which come from the query. The rest of the query is the test set.
         points: the number of acquisitions.
         chunk: the number of tasks in memory at once.

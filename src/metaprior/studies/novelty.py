@@ -61,7 +61,7 @@ def uncertainty(predictive: Categories) -> dict[str, Float[Array, " n"]]:
     return scores
 
 
-def strangers(source: ClassPool, key: PRNGKeyArray) -> tuple[Task, dict[str, Float[Array, "n h w c"]]]:
+def novel_images(source: ClassPool, key: PRNGKeyArray) -> tuple[Task, dict[str, Float[Array, "n h w c"]]]:
     """Draws a task, and as many novel images of each kind as it has queries.
 
     The images of other classes come from as many other classes as the task has. The pixels of noise are uniform between
@@ -81,6 +81,9 @@ def strangers(source: ClassPool, key: PRNGKeyArray) -> tuple[Task, dict[str, Flo
     x = known.query.x
     noise = jax.random.uniform(key_noise, x.shape, x.dtype, x.min(), x.max())
     return known, dict(zip(KINDS, (other.query.x, jnp.rot90(x, axes=(1, 2)), noise), strict=True))
+
+
+strangers = novel_images  # its former name
 
 
 def _half(task: Task, part: int) -> Task:
@@ -135,7 +138,7 @@ def novelty(
     def run(params: PyTree, source: ClassPool, keys: PRNGKeyArray) -> Any:
         def one(key: PRNGKeyArray) -> tuple[Array, dict[str, Float[Array, "kinds n"]]]:
             key_task, key_adapt, key_predict = jax.random.split(key, 3)
-            task, novel = strangers(source, key_task)
+            task, novel = novel_images(source, key_task)
             posterior = learner.adapt(params, task.support, key_adapt)
             predictives = [learner.predict(params, posterior, x, key_predict) for x in (task.query.x, *novel.values())]
             hit = (predictives[0].mean().argmax(-1) == task.query.y).mean()

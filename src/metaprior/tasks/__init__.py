@@ -62,7 +62,7 @@ DESCRIBED_SOURCES = ("omniglot_strokes",)
 
 
 @checked
-def around(splits: Splits, *, labelled: Fraction = 1.0, unlabelled: str = "shown") -> Splits:
+def with_hidden_labels(splits: Splits, *, labelled: Fraction = 1.0, unlabelled: str = "shown") -> Splits:
     """Wraps the splits of a source of classes so that some support labels are hidden.
 
     Args:
@@ -74,9 +74,12 @@ def around(splits: Splits, *, labelled: Fraction = 1.0, unlabelled: str = "shown
         The splits of `hide_labels`; with the defaults, `splits` themselves.
 
     Raises:
-        ValueError: a value that `hide_labels` refuses.
+        ValueError: a value that `hide_labels` rejects.
     """
     return splits if (labelled, unlabelled) == (1, "shown") else hide_labels(splits, labelled, unlabelled)
+
+
+around = with_hidden_labels  # its former name
 
 
 def preparation_of(source: object) -> Preparation | None:
@@ -149,4 +152,5 @@ __all__ = [
     "three_families",
     "two_circles",
     "wave_or_line",
+    "with_hidden_labels",
 ]

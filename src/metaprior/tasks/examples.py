@@ -138,7 +138,8 @@ def _array(x: np.ndarray, columns: Columns, path: Path) -> np.ndarray:
     if len(bad):
         row, *rest = bad[0].tolist()
         raise DataError(
-            f"{path}: x must be finite, got NaN in row {row}, column {rest}. Fill it in or leave the row out."
+            f"{path}: x must be finite, got NaN or infinity in row {row}, column {rest}. Correct it or leave the row "
+            "out."
         )
     flat = x.reshape(len(x), -1).astype(float)
     scaled = cast(flat, flat, "x", columns, "features").astype(np.float32).reshape(x.shape)

@@ -66,7 +66,7 @@ def check_enough(
         name = names[small[0]] if names is not None else f"number {small[0]}"
         raise DataError(
             f"shot + query must be at most {counts[small[0]]}, the number of {kind} of class {name}, got {shot} + "
-            f"{query}. {len(small)} classes have too few; lower shot or query, or leave those classes out."
+            f"{query}. Lower shot or query, or leave out the {len(small)} classes that have too few {kind}."
         )
 
 
@@ -184,7 +184,8 @@ def class_pool(
     classes = np.arange(len(counts), dtype=np.int32) if classes is None else np.asarray(classes, np.int32)
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != counts.sum():
         raise DataError(
-            f"images must be uint8 [{counts.sum()}, h, w, c], one per count, got {images.dtype} {images.shape}."
+            f"images must be uint8 [{counts.sum()}, h, w, c], where {counts.sum()} is the sum of counts, got "
+            f"{images.dtype} {images.shape}."
         )
     turns = 4 if rotations else 1
     if rotations and images.shape[1] != images.shape[2]:
@@ -244,7 +245,7 @@ def pool_splits(
         The three pools.
 
     Raises:
-        DataError: lists that share a class, or whatever `class_pool` refuses.
+        DataError: lists that share a class, or an argument that `class_pool` rejects.
         ValueError: another word for `train_labels`, or a deviation that is not above 0.
     """
     if train_labels not in ("task", "class"):

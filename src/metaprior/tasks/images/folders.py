@@ -138,7 +138,7 @@ def miniimagenet(
         Tasks of the training, validation and test classes.
 
     Raises:
-        DataError: no such folder, or whatever `images` refuses.
+        DataError: no such folder, or an argument that `images` rejects.
 
     References:
         Vinyals et al. 2016; the classes are those of Ravi & Larochelle 2017.

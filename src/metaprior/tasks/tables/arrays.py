@@ -143,7 +143,7 @@ def array_tasks(
             groups; see `.scaling`. Counts are never standardised, but only the option `counts` marks them. Without it,
             a Poisson likelihood would receive standardised numbers.
         classification: whether y holds labels. By default it does if it is text or truth values. Whole numbers need an
-            explicit value, because they could be either. Labels become 0..k-1, in sorted order.
+            explicit value, because they could be labels or numbers. Labels become 0..k-1, in sorted order.
         counts: whether y holds counts, for a Poisson likelihood.
         columns: the names of the features.
         categories: the names of columns that are categories although they hold numbers. pandas Categoricals always are.

@@ -107,7 +107,7 @@ def radon_all(*, standardise: bool = True, small: Literal["error", "drop"] = "dr
         Tasks of the training, validation and test counties.
 
     Raises:
-        DataError: no such file, a damaged one, or whatever `array_tasks` refuses.
+        DataError: no such file, a damaged one, or an argument that `array_tasks` rejects.
     """
     x, y, county = radon_all_table()
     named: dict[str, Any] = {"columns": ("floor", "log_uranium"), "names": ("log_radon", "county")} | options

@@ -88,7 +88,7 @@ class Column:
         """Checks that the fields are consistent.
 
         Raises:
-            ValueError: fields that are not.
+            ValueError: inconsistent fields.
         """
         _check_kind(self.name, self.kind, ("number", "truth value", "category"))
         width = {"category": len(self.levels), "truth value": 1}.get(self.kind)
@@ -159,7 +159,7 @@ class Target:
         """Checks that the fields are consistent.
 
         Raises:
-            ValueError: fields that are not.
+            ValueError: inconsistent fields.
         """
         _check_kind(self.name, self.kind, ("number", "count", "class"))
         _check_scaling(self.name, self.mean, self.deviation)
@@ -379,7 +379,7 @@ class Preparation:
             Features [n, d], and targets if `labelled`, else None.
 
         Raises:
-            DataError: whatever `encode` and `encode_target` refuse, or no target column.
+            DataError: an argument that `encode` or `encode_target` rejects, or no target column.
         """
         x = self.encode(columns)
         if not labelled:

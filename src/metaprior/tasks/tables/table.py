@@ -73,7 +73,7 @@ def table(
         Tasks of the training, validation and test groups.
 
     Raises:
-        DataError: a column that does not exist, or whatever `read_columns` and `array_tasks` refuse.
+        DataError: a column that does not exist, or an argument that `read_columns` or `array_tasks` rejects.
     """
     file = Path(path)
     if str(path) in NAMED:

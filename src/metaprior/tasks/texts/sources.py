@@ -195,7 +195,7 @@ def clinc150(*, path: str | Path | None = None, **options: Any) -> Splits:
         Tasks of the training, validation and test intents.
 
     Raises:
-        DataError: no such file, or whatever `texts` refuses.
+        DataError: no such file, or an argument that `texts` rejects.
 
     References:
         Larson et al. 2019 (CC BY 3.0).
@@ -216,7 +216,7 @@ def banking77(*, path: str | Path | None = None, **options: Any) -> Splits:
         Tasks of the training, validation and test intents.
 
     Raises:
-        DataError: no such file, or whatever `texts` refuses.
+        DataError: no such file, or an argument that `texts` rejects.
 
     References:
         Casanueva et al. 2020 (CC BY 4.0).
