@@ -364,17 +364,17 @@ def test_what_is_far_from_training_is_warned_of():
     frame = pd.DataFrame({"age": x[:, 0], "site": 7.0})
     model = shortly().fit(frame, y, group)
     for ask in (lambda rows: model.predict(rows, group[:4]), lambda rows: model.adapt(rows, y[:4])):
-        with pytest.warns(UserWarning, match=r"X: column 'age' has .* in row 0 .* deviations from what training had"):
+        with pytest.warns(UserWarning, match=r"X: column 'age' has .* in row 0 .* deviations from the training mean"):
             ask(frame[:4] + [1e4, 0])
-        with pytest.warns(UserWarning, match=r"'site' has 8 in row 0 \(4 such rows\), but the one value 7 in training"):
+        with pytest.warns(UserWarning, match=r"'site' has 8 in row 0 \(4 such rows\). In training it was always 7"):
             ask(frame[:4] + [0, 1])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             ask(frame[:4])
-    with pytest.warns(UserWarning, match="y: column 'y' has .* deviations from what training had"):
+    with pytest.warns(UserWarning, match="y: column 'y' has .* deviations from the training mean"):
         model.adapt(frame[:4], y[:4] * 1e4)
     nameless = shortly().fit(frame.to_numpy(), y, group)
-    with pytest.warns(UserWarning, match=r"column 'x\[1\]' has 8 in row 0, but the one value 7"):
+    with pytest.warns(UserWarning, match=r"column 'x\[1\]' has 8 in row 0. In training it was always 7"):
         nameless.predict([[0.0, 8.0]], [0])
     # What is not scaled has no deviations to be far in.
     assert Column("a", "number").warn_of_strange(np.full((1, 1), 1e3), Columns({"a": np.ones(1)})) is None

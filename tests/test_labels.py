@@ -48,7 +48,7 @@ def test_evaluate_names_an_argument_of_the_wrong_type(given, says):
 
 def test_evaluate_takes_parameters_and_not_what_training_ends_with():
     fitted = fit(LEARNER, SPLITS, BRIEF)
-    with pytest.raises(ValueError, match=r"params must be parameters, .* give its .best or .params"):
+    with pytest.raises(ValueError, match=r"params must be a learner's parameters, .* Give its .best or .params"):
         evaluate(LEARNER, fitted, SPLITS.test, KEY, tasks=2)
     assert evaluate(LEARNER, fitted.best, SPLITS.test, jax.random.PRNGKey(0), tasks=2.0, chunk=2).tasks == 2
 
@@ -75,7 +75,7 @@ def test_a_quantile_is_between_0_and_1(q):
 
 
 def test_target_and_group_have_names_of_their_own():
-    with pytest.raises(ValueError, match="names must be two different ones"):
+    with pytest.raises(ValueError, match="names must be two different names"):
         array_tasks(np.ones((40, 1)), np.arange(40.0), np.repeat(np.arange(10), 4), names=("y", "y"))
 
 
@@ -139,7 +139,7 @@ def test_nil_scores_do_not_depend_on_the_scale_of_weights(softmax):
 
 
 def test_only_labels_of_classes_are_hidden():
-    with pytest.raises(ValueError, match="y must be labels of classes, one an example, to be hidden, got float32"):
+    with pytest.raises(ValueError, match="y must hold one class label per example, got float32"):
         hide_labels(sinusoid(shot=4, query=4), 0.5)
     for kind in (np.uint8, bool, int):
         support = hide_labels(classes((np.arange(6) % 2).astype(kind)), 0.34, "askable").test.sample(KEY, 1).support

@@ -237,7 +237,7 @@ def test_digits_are_real_and_their_splits_share_no_image():
     assert 0 <= task.support.x.min() < task.support.x.max() == 1
     rows = [np.arange(int(s.starts[0]), int(s.starts[0] + s.counts[0])) for s in splits]
     assert sum(map(len, rows)) == len(np.unique(np.concatenate(rows))) == 1797
-    with pytest.raises(ValueError, match="lower shot or query"):
+    with pytest.raises(ValueError, match="Lower shot or query"):
         digits(shot=600)
 
 
