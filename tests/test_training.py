@@ -86,7 +86,7 @@ from dataclasses import replace
 from metaprior.core.runtime import configure
 configure(devices=2)
 from metaprior.evaluation import evaluate
-from metaprior.training import fit, init_state, run_chunk, step_mesh
+from metaprior.training.loop import fit, init_state, run_chunk, step_mesh
 from scenarios import TINY, same_bits, tiny_learner, tiny_splits
 learner, splits, training = tiny_learner(), tiny_splits(), replace(TINY, task_chunk=1)
 print("DEVICES", step_mesh(training).size)

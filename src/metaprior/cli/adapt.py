@@ -16,11 +16,11 @@ from rich.table import Table
 from metaprior.cli.screen import screen
 from metaprior.core.files import beside, check_output
 from metaprior.core.likelihoods import Categories
-from metaprior.core.types import Attributes, Batch
+from metaprior.core.types import Attributes, Batch, EncodingSource, innermost
 from metaprior.experiments.opened import load
 from metaprior.experiments.recipe import Recipe, most_ways
 from metaprior.tasks import Examples, Preparation, encode_labels, read_columns, read_examples, read_texts
-from metaprior.tasks.pool import ClassPool, innermost
+from metaprior.tasks.pool import ClassPool
 from metaprior.tasks.tables.columns import Columns, as_numbers
 
 SHOWN = 50  # rows of the table on the screen; --out writes all
@@ -72,7 +72,8 @@ def adapt(
             f"{run} was trained on class attributes, which files of examples do not hold. In Python, give "
             "learner.adapt a Batch(Attributes(...), labels)."
         )
-    preparation, encode = experiment.preparation, getattr(experiment.splits.train, "encode", None)
+    preparation, train = experiment.preparation, experiment.splits.train
+    encode = train.encode if isinstance(train, EncodingSource) else None
     if preparation is not None:
         given = _from_tables(preparation, support, query)
     elif encode is None:
@@ -85,7 +86,7 @@ def adapt(
         given = _given(run, recipe, like, *_from_texts(recipe, encode, support, query))
     key = jax.random.key(seed)
     shown = Batch(jnp.asarray(given.x), jnp.asarray(given.y))
-    adapted = jax.jit(learner.adapt)(params, shown, key)
+    adapted = jax.jit(learner.posterior)(params, shown, Batch(jnp.asarray(given.query), None), key)
     predictive = jax.jit(learner.predict)(params, adapted, jnp.asarray(given.query), key)
     if not jnp.isfinite(predictive.mean()).all():
         raise ValueError(

@@ -17,7 +17,7 @@ from metaprior.cli.screen import screen
 from metaprior.cli.tables import curve_table, report_table
 from metaprior.core.files import write_atomically
 from metaprior.core.runtime import configure
-from metaprior.core.types import Learner, group_count
+from metaprior.core.types import Embedded, Learner, OutsideSource, group_count
 from metaprior.evaluation.figures import title_of
 from metaprior.evaluation.plots import adaptation_curve, check_plots, pit_histogram, reliability_diagram, save
 from metaprior.evaluation.protocol import TASKS, Units
@@ -194,10 +194,10 @@ def _outsiders(
     """For each score, how well texts of no class are rejected, if the source has such texts."""
     judged: Any = getattr(experiment.splits, split, None)
     validation: Any = experiment.splits.validation
-    if getattr(judged, "outside", None) is None:
+    if not isinstance(getattr(experiment.splits, split, None), OutsideSource) or judged.outside is None:
         return {}
     scores = {"confidence": confidence(learner)}
-    if hasattr(params, "embedding"):
+    if isinstance(params, Embedded):
         scores["closeness"] = closeness(experiment.model, most_ways(recipe) or judged.way, distance_of(recipe))
     found = {}
     for name, score in scores.items():

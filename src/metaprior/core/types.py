@@ -114,6 +114,32 @@ class Predictive(Protocol):
         ...
 
 
+@runtime_checkable
+class NumericPredictive(Predictive, Protocol):
+    """A predictive of numbers: it also has a spread, as intervals and the report of regressions need."""
+
+    def variance(self) -> Float[Array, "n d"]:
+        """The predictive variance of each target."""
+        ...
+
+    def cdf(self, y: Array) -> Float[Array, "n d"]:
+        """P(target <= y) of each target."""
+        ...
+
+    def quantile(self, q: float) -> Float[Array, "n d"]:
+        """The q-quantile of each target, q between 0 and 1."""
+        ...
+
+
+@runtime_checkable
+class ClassPredictive(Predictive, Protocol):
+    """A predictive of classes, whose log probabilities can be divided by a temperature."""
+
+    def tempered(self, temperature: float | Scalar) -> "ClassPredictive":
+        """Probabilities in proportion to p^(1 / temperature)."""
+        ...
+
+
 class Learner(NamedTuple):
     """Four pure functions (and one optional); each can be jitted, vmapped over tasks and sharded.
 
@@ -130,6 +156,8 @@ class Learner(NamedTuple):
     knobs:   (name, value) of each positive scalar of its predictions that validation tasks can fit: the noise of a
              Gaussian likelihood, the temperature or precision of a posterior, the temperature of a softmax
     turn:    (knobs) -> the learner with these values, a mapping by name; values may be traced
+    transduce: (params, support, query, key) -> posterior, which may depend on all query inputs of the task; query is a
+             batch with weights and without targets. A learner that has it is judged by it in place of `adapt`
     """
 
     init: Callable[[PRNGKeyArray, Task], PyTree]
@@ -141,6 +169,20 @@ class Learner(NamedTuple):
     settle: Callable[[PyTree, "TaskSource", PRNGKeyArray], "Learner"] | None = None
     knobs: tuple[tuple[str, float], ...] = ()
     turn: Callable[[Mapping[str, Any]], "Learner"] | None = None
+    transduce: Callable[[PyTree, Batch, Batch, PRNGKeyArray], PyTree] | None = None
+
+    def posterior(self, params: PyTree, support: Batch, query: Batch, key: PRNGKeyArray) -> PyTree:
+        """Returns the posterior with which queries are predicted: `transduce` where there is one, else `adapt`.
+
+        Args:
+            params: The meta-learned parameters.
+            support: The labelled examples of the task.
+            query: All queries of the task; no learner sees their targets.
+            key: Random key.
+        """
+        if self.transduce is None:
+            return self.adapt(params, support, key)
+        return self.transduce(params, support, Batch(query.x, None, query.weight), key)
 
     def changed(self, change: Callable[["Learner"], "Learner"], **functions: Any) -> "Learner":
         """Returns this learner with other functions.
@@ -208,6 +250,34 @@ class GroupedSource(TaskSource, Protocol):
         ...
 
 
+@runtime_checkable
+class WrappedSource(TaskSource, Protocol):
+    """A source that changes the tasks of another one: augmented, with hidden labels, ..."""
+
+    source: TaskSource
+
+
+@runtime_checkable
+class EncodingSource(TaskSource, Protocol):
+    """A source whose inputs are made from what a user has (texts) by `encode`."""
+
+    encode: Callable[..., Any]
+
+
+@runtime_checkable
+class OutsideSource(TaskSource, Protocol):
+    """A source that also has inputs of no class [m, ...], to test rejection; None where there are none."""
+
+    outside: Any
+
+
+@runtime_checkable
+class Embedded(Protocol):
+    """Parameters of a learner that compares embeddings."""
+
+    embedding: PyTree
+
+
 class Splits(NamedTuple):
     """The three task sources of one data set; where tasks are made from classes, the classes are disjoint."""
 
@@ -216,9 +286,16 @@ class Splits(NamedTuple):
     test: TaskSource
 
 
+def innermost(source: TaskSource) -> TaskSource:
+    """The source within sources around it (augmented, with hidden labels)."""
+    while isinstance(source, WrappedSource):
+        source = source.source
+    return source
+
+
 def group_count(source: Any) -> int | None:
     """The number of groups that a source's tasks come from; None where every task is a draw of its own."""
-    return getattr(source, "group_count", None)
+    return source.group_count if isinstance(source, GroupedSource) else None
 
 
 def group_order(source: Any, key: PRNGKeyArray, n: int) -> Int[Array, " n"]:

@@ -38,6 +38,11 @@ class Setting:
         elif not self.classes:
             likelihood = Gaussian(NOISE)
         learner = make_learner(self.learner, mlp(self.outputs, self.hidden), likelihood, **options)
+        if learner.transduce is not None:
+            raise ValueError(
+                f"learner must predict each row by itself, but {self.learner} is transductive: its predictions depend "
+                "on the other rows. Use `mp.fit` and `mp.evaluate`."
+            )
         rules_out = self.classes and traits_of(self.learner).rules_out_unseen
         return with_unseen(learner, self.outputs) if rules_out else learner
 

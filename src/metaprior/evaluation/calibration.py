@@ -192,7 +192,7 @@ def _classifies(learner: Learner, params: PyTree, source: TaskSource, key: PRNGK
 
     def traced(params: PyTree, source: TaskSource, key: PRNGKeyArray) -> Array:
         support, query = draw_task(source, key, jnp.zeros((), int))
-        kinds.append(type(learner.predict(params, learner.adapt(params, support, key), query.x, key)))
+        kinds.append(type(learner.predict(params, learner.posterior(params, support, query, key), query.x, key)))
         return jnp.zeros(())
 
     jax.eval_shape(traced, params, source, key)
@@ -379,8 +379,8 @@ def _asked(
     def one(drawn: tuple[PRNGKeyArray, Array]) -> tuple[PyTree, Scalar]:
         key_task, key_adapt, key_predict = jax.random.split(drawn[0], 3)
         task = draw_task(source, key_task, drawn[1])
-        posterior = learner.adapt(params, task.support, key_adapt)
         query = counted(task.query)
+        posterior = learner.posterior(params, task.support, query, key_adapt)
         weight = weights(query)
         return of(learner.predict(params, posterior, query.x, key_predict), query.y, weight), weight.sum()
 

@@ -308,7 +308,7 @@ def prior_functions(learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyA
     @jax.jit
     @jax.vmap
     def mean(support: Any) -> jax.Array:
-        return learner.predict(params, learner.adapt(params, support, key), x, key).mean()[:, 0]
+        return learner.predict(params, learner.posterior(params, support, Batch(x, None), key), x, key).mean()[:, 0]
 
     for j, curve in enumerate(mean(tasks.support)[:show]):
         ax.plot(x[:, 0], curve, color=BLUE, alpha=0.45, linewidth=1, label="adapted to a task" if j == 0 else None)

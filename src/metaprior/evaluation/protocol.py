@@ -21,6 +21,7 @@ from metaprior.core.likelihoods import Categories, Counts, check_counts, check_l
 from metaprior.core.options import Count, checked
 from metaprior.core.types import (
     Learner,
+    NumericPredictive,
     Task,
     TaskSource,
     check_settled,
@@ -61,6 +62,10 @@ def score(predictive: Any, y: Array) -> dict[str, Array]:
         confidence, choice = p.max(-1), p.argmax(-1)
         hit = jnp.where(jnp.isnan(nll), jnp.nan, (choice == y).astype(nll.dtype))
         return {"accuracy": hit, "nll": nll, "brier": brier(p, y), "confidence": confidence}
+    if not isinstance(predictive, NumericPredictive):
+        raise ValueError(
+            f"predictive must have variance, cdf and quantile (`NumericPredictive`), got {type(predictive).__name__}."
+        )
     rest = tuple(range(1, y.ndim))
     scores = {"mse": ((predictive.mean() - y) ** 2).mean(rest), "nll": nll}
     for level in LEVELS:
@@ -152,7 +157,7 @@ def evaluate(
         task = draw_task(source, key_task, group)
         judged = counted(task.query)
         x, y = judged.x, judged.y
-        posterior = learner.adapt(params, task.support, key_adapt)
+        posterior = learner.posterior(params, task.support, judged, key_adapt)
         predictive = learner.predict(params, posterior, x, key_predict)
         scores = units.score(predictive, y) | integral_transform(predictive, y, key_pit)
         weight = jnp.ones_like(scores["nll"]) if judged.weight is None else judged.weight
@@ -176,6 +181,9 @@ def evaluate(
     members = None if groups is None else np.asarray(place)
     report = summarise(units.scaled(scores), units.scaled(steps), weight, members)
     own_figures = {name: figure_of(values, members) for name, values in others.items()}
+    if learner.transduce is not None:
+        note = "transductive: each prediction may depend on the other queries of its task"
+        report = replace(report, notes=[*report.notes, note])
     if isinstance(kind, Counts):
         note = "targets are counts, so intervals of a true predictive cover at least their level; the PIT is randomised"
         report = replace(report, notes=[*report.notes, note])

@@ -72,7 +72,7 @@ def confidence(learner: Learner) -> Score:
 
     def score(params: PyTree, support: Batch, x: PyTree, key: PRNGKeyArray) -> Float[Array, " n"]:
         key_adapt, key_predict = jax.random.split(key)
-        posterior = learner.adapt(params, support, key_adapt)
+        posterior = learner.posterior(params, support, Batch(x, None), key_adapt)
         return learner.predict(params, posterior, x, key_predict).mean().max(-1)
 
     return score
@@ -131,7 +131,7 @@ def scored(
         task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
         n = examples(task.query)
         rows = jax.random.randint(key_outside, (n,), 0, jax.tree.leaves(outside)[0].shape[0])
-        posterior = learner.adapt(params, task.support, key_adapt)
+        posterior = learner.posterior(params, task.support, task.query, key_adapt)
         choice = learner.predict(params, posterior, task.query.x, key_predict).mean().argmax(-1)
         # Queries and outsiders are scored separately: a score that sees a whole set could tell the two sets apart.
         inside = score(params, task.support, task.query.x, key_score)

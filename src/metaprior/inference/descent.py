@@ -71,15 +71,20 @@ def descend(
     first_order: bool = False,
     remat: bool = False,
     data: PyTree = None,
+    collect: Callable[..., PyTree] | None = None,
 ) -> Descent:
     """k optimiser steps on loss(phi), or on loss(phi, data[t]) where data has one leading entry a step.
+
+    With `collect`, data depend on phi (a policy's trajectories): step t descends loss(phi, collect(phi_t, data[t])),
+    where data[t] is a random key, say. What is collected is a constant to the inner gradient; the meta-gradient
+    flows through it unless `collect` stops it.
 
     first_order stops the gradient at each inner gradient (Finn et al. 2017, sec. 5.2). remat keeps 4 log4(k) phis for
     the backward pass instead of all that k steps computed, and recomputes the rest: log4(k) more forward passes.
     """
 
     def step(at: Descent, batch: PyTree) -> Descent:
-        given = () if data is None else (batch,)
+        given = _given(at, batch, data is not None, collect)
         return optimizer_step(loss, at, optimizer, *given, first_order=first_order)[0]
 
     start = Descent(phi, optimizer.init(phi))
@@ -91,6 +96,12 @@ def descend(
             start = step(start, jax.tree.map(lambda leaf, t=t: leaf[t], data))
         return start
     return jax.lax.scan(lambda at, batch: (step(at, batch), None), start, data, length=steps)[0]
+
+
+def _given(at: Descent, batch: PyTree, some: bool, collect: Callable[..., PyTree] | None) -> tuple[PyTree, ...]:
+    """What a step's loss takes besides phi."""
+    given = (batch,) if some else ()
+    return given if collect is None else (collect(at.phi, *given),)
 
 
 def _rematerialised(step: Callable, start: Descent, steps: int, data: PyTree) -> Descent:
@@ -134,11 +145,12 @@ def trajectory(
     steps: int,
     *,
     data: PyTree = None,
+    collect: Callable[..., PyTree] | None = None,
 ) -> Descent:
-    """The descents after 0, 1, ..., k steps, stacked along a new leading axis; `data` as in `descend`."""
+    """The descents after 0, 1, ..., k steps, stacked along a new leading axis; `data` and `collect` as in `descend`."""
 
     def step(at: Descent, batch: PyTree) -> tuple[Descent, Descent]:
-        given = () if data is None else (batch,)
+        given = _given(at, batch, data is not None, collect)
         after = optimizer_step(loss, at, optimizer, *given)[0]
         return after, after
 

@@ -79,7 +79,7 @@ def judge(
     keys = jax.random.split(key, tasks)
 
     def answer(support: Batch, x: Array, key: PRNGKeyArray) -> Any:
-        return learner.predict(params, learner.adapt(params, support, key), x, key)
+        return learner.predict(params, learner.posterior(params, support, Batch(x, None), key), x, key)
 
     def one(task: Any, key: PRNGKeyArray) -> dict[str, Array]:
         support, query = task

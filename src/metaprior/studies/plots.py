@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from metaprior.core.types import Learner, Task
+from metaprior.core.types import Batch, Learner, Task
 from metaprior.evaluation.plots import BLUE, GREEN, GREY, ORANGE, SERIES, inputs_over, literal, panels
 from metaprior.studies.active import Acquisition
 from metaprior.studies.novelty import Novelty
@@ -45,7 +45,10 @@ def explanations(
     )
 
     def drawing(learner: Learner) -> Any:
-        return jax.jit(lambda params, support, x: learner.predict(params, learner.adapt(params, support, key), x, key))
+        def draw(params: Any, support: Batch, x: Any) -> Any:
+            return learner.predict(params, learner.posterior(params, support, Batch(x, None), key), x, key)
+
+        return jax.jit(draw)
 
     draw = {name: drawing(learner) for name, (learner, _) in learners.items()}
     for j, row in enumerate(axes):

@@ -2,7 +2,7 @@
 
 from metaprior.core.named import Registry
 from metaprior.core.options import Fraction, checked
-from metaprior.core.types import Splits
+from metaprior.core.types import Splits, TaskSource, innermost
 from metaprior.tasks.checks import DataError
 from metaprior.tasks.examples import Examples, check_same_form, read_examples
 from metaprior.tasks.fixed import FixedTasks
@@ -82,7 +82,7 @@ def with_hidden_labels(splits: Splits, *, labelled: Fraction = 1.0, unlabelled: 
 around = with_hidden_labels  # its former name
 
 
-def preparation_of(source: object) -> Preparation | None:
+def preparation_of(source: TaskSource) -> Preparation | None:
     """Returns the preparation of a table's tasks.
 
     Args:
@@ -91,9 +91,8 @@ def preparation_of(source: object) -> Preparation | None:
     Returns:
         The `Preparation`; None if the tasks do not come from a table.
     """
-    while (inner := getattr(source, "source", None)) is not None:
-        source = inner
-    return getattr(source, "preparation", None)
+    within = innermost(source)
+    return within.preparation if isinstance(within, ArrayTasks) else None
 
 
 __all__ = [

@@ -135,13 +135,6 @@ class ClassPool:
         return x * self.deviation + self.mean
 
 
-def innermost(source: Any) -> Any:
-    """Returns the innermost source of sources that wrap another one, such as `Augmented` and `HiddenLabels`."""
-    while hasattr(source, "source"):
-        source = source.source
-    return source
-
-
 @checked
 def class_pool(
     images: Any,

@@ -309,8 +309,9 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
         def one(key: PRNGKeyArray) -> dict[str, Array]:
             key_task, key = jax.random.split(key)
             task = jax.tree.map(lambda leaf: leaf[0], source.sample(key_task, 1))
-            predictive = judged.predict(params, judged.adapt(params, task.support, key), task.query.x, key)
             query = counted(task.query)
+            posterior = judged.posterior(params, task.support, query, key)
+            predictive = judged.predict(params, posterior, query.x, key)
             y = query.y
 
             def mean(per_example: Float[Array, " n"]) -> Array:
@@ -341,7 +342,7 @@ def likely_cause(learner: Learner, source: TaskSource, training: Training, state
     tasks = draw_tasks(training)(jnp.asarray(step), source)[0]
 
     def predicted(params: PyTree, task: Task, key: PRNGKeyArray) -> PyTree:
-        return learner.predict(params, learner.adapt(params, task.support, key), task.query.x, key)
+        return learner.predict(params, learner.posterior(params, task.support, task.query, key), task.query.x, key)
 
     one = jax.tree.map(lambda leaf: leaf[0], tasks)
     kind = jax.eval_shape(jax.jit(predicted), state.params, one, jax.random.key(0))
@@ -372,11 +373,16 @@ def fit(
     report: Callable[[dict[str, float]], None] | None = None,
     name: str = "the learner",
     seconds: NonNegative | None = None,
+    refresh: Callable[[TaskSource, PyTree, int], TaskSource] | None = None,
 ) -> Fitted:
     """Meta-train: theta that minimises the learner's loss over tasks of `splits.train`.
 
     run keeps checkpoints and figures; resume=True goes on where it stands, with the same bits as if never stopped
     (under the conditions that the run notes; others are warned of).
+    refresh(source, params, step) is called before each chunk and returns the source of its training tasks, where they
+    come from what was collected so far (a replay buffer, a policy's trajectories). It gets the last source and the
+    present params. A source of other shapes is compiled for anew. Checkpoints do not keep it, so such a training
+    cannot be resumed.
     report is called with each chunk's figures. seconds: after so many, training ends with the chunk at hand, validated
     and saved, and `Fitted.state.step` says how far it came; a resume goes on from there. Raises NonFiniteLoss with the
     last good state. Ctrl-C,
@@ -384,6 +390,9 @@ def fit(
     arguments of a wrong type, and for sources that hold no numbers or weights that cannot be.
     """
     training = training or Training()
+    if refresh is not None and resume:
+        raise ValueError("resume must be False with refresh, as checkpoints do not keep what was collected, got True.")
+    train = splits.train
     for source in (splits.train, splits.validation):
         check_source(source)
     start = time.monotonic()
@@ -400,7 +409,9 @@ def fit(
             began = time.perf_counter()
             # A chunk ends at a multiple of its size, wherever an earlier, shorter training ended.
             steps = min(training.chunk - done % training.chunk, training.steps - done)
-            after, metrics = chunk(state, splits.train, steps)
+            if refresh is not None:
+                check_source(train := refresh(train, state.params, done))
+            after, metrics = chunk(state, train, steps)
             metrics = jax.device_get(metrics)
             finite = metrics.pop("finite")
             lost = optax.tree.get(after.opt_state, "notfinite_count") if training.skip else steps - finite.sum()
@@ -408,7 +419,7 @@ def fit(
                 if run is not None:
                     run.save(state)
                 first = done + int(np.argmin(finite))
-                raise NonFiniteLoss(first + 1, name, state, likely_cause(learner, splits.train, training, state, first))
+                raise NonFiniteLoss(first + 1, name, state, likely_cause(learner, train, training, state, first))
             if not all(bool(jnp.isfinite(leaf).all()) for leaf in _floats(after.params)):
                 if run is not None:
                     run.save(state)
@@ -421,7 +432,7 @@ def fit(
             validated = better = False
             over = seconds is not None and time.monotonic() - start >= seconds
             if row["step"] % every == 0 or row["step"] == training.steps or over:
-                figures = jax.device_get(validate(state.params, splits.validation, splits.train))
+                figures = jax.device_get(validate(state.params, splits.validation, train))
                 row |= {f"validation/{k}": float(v) for k, v in figures.items()}
                 validated, better = True, row["validation/nll"] < lowest
                 if better:

@@ -143,6 +143,9 @@ def with_unseen(learner: Learner, way: int, concentration: float = 1.0) -> Learn
     def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Shown:
         return Shown(learner.adapt(params, support, key), memberships(support, way).sum(0))
 
+    def transduce(params: PyTree, support: Batch, query: Batch, key: PRNGKeyArray) -> Shown:
+        return Shown(learner.posterior(params, support, query, key), memberships(support, way).sum(0))
+
     def predict(params: PyTree, shown: Shown, x: PyTree, key: PRNGKeyArray) -> Categories:
         unseen, n = shown.number == 0, shown.number.sum()
         each = concentration / (n + way * concentration)
@@ -160,5 +163,6 @@ def with_unseen(learner: Learner, way: int, concentration: float = 1.0) -> Learn
 
     # A softmax's temperature comes first: it must not distort the prior mass of classes that are not shown.
     scaled = learner if SOFTMAX in dict(learner.knobs) else temperature_scaled(learner, 1.0)
-    return learner.changed(again, adapt=adapt, predict=predict, loss=loss, knobs=scaled.knobs,
+    return learner.changed(again, adapt=adapt, predict=predict, loss=loss,
+                           transduce=None if learner.transduce is None else transduce, knobs=scaled.knobs,
                            turn=lambda knobs: again(turned(scaled, knobs)))  # fmt: skip

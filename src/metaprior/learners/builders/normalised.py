@@ -37,6 +37,9 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
     def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Supported:
         return Supported(at(support).adapt(params, support, key), support)
 
+    def transduce(params: PyTree, support: Batch, query: Batch, key: PRNGKeyArray) -> Supported:
+        return Supported(at(support).posterior(params, support, query, key), support)
+
     def predict(params: PyTree, posterior: Supported, x: PyTree, key: PRNGKeyArray) -> PyTree:
         return at(posterior.support).predict(params, posterior.posterior, x, key)
 
@@ -62,6 +65,7 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
         None if plain.path is None else path,
         knobs=plain.knobs,
         turn=None if plain.turn is None else turned,
+        transduce=None if plain.transduce is None else transduce,
     )
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from metaprior.core.options import Fraction, Whole, checked
-from metaprior.core.types import Attributes, Splits, Task, TaskSource
+from metaprior.core.types import Attributes, Splits, Task, TaskSource, innermost
 from metaprior.tasks.images.warp import affine
-from metaprior.tasks.pool import ClassPool, innermost
+from metaprior.tasks.pool import ClassPool
 
 
 @jax.tree_util.register_dataclass
