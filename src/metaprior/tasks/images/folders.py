@@ -90,7 +90,7 @@ def images(
             f"{path} must hold each picture in a folder named by its class (or labels in the NPZ), got "
             f"{counts[names.index('')]} pictures without a class."
         )
-    parts = _shared_out(names, split, seed)
+    parts = _assign_classes(names, split, seed)
     if drop_small:
         least = (shot + query, shot + test_query, shot + test_query)
         parts = tuple(part[counts[part] >= need] for part, need in zip(parts, least, strict=True))
@@ -155,7 +155,7 @@ def miniimagenet(
     )  # fmt: skip
 
 
-def _shared_out(names: Sequence[str], split: Split | None, seed: int) -> tuple[np.ndarray, ...]:
+def _assign_classes(names: Sequence[str], split: Split | None, seed: int) -> tuple[np.ndarray, ...]:
     if split is None:
         tops = [name.split("/", 1)[0] for name in names]
         if {PARTS.get(top) for top in tops} == {0, 1, 2}:

@@ -75,12 +75,12 @@ class Column:
                 continue
             row, at = np.argwhere(strange)[0].tolist()
             rows = int(strange.any(1).sum())
-            told = f"{argument}: column {self.features[at]!r} has {raw[row, at]:g} in {columns.place(row)}"
-            told += f" ({rows} such rows)" if rows > 1 else ""
+            message = f"{argument}: column {self.features[at]!r} has {raw[row, at]:g} in {columns.place(row)}"
+            message += f" ({rows} such rows)" if rows > 1 else ""
             warnings.warn(
-                f"{told}. In training it was always {mean[at]:g}, so the effect of other values is unknown and ignored."
+                f"{message}. In training it was always {mean[at]:g}, so the effect of other values is unknown and ignored."
                 if strange is other
-                else f"{told}, {apart[row, at]:.3g} standard deviations from the training mean. Check its units.",
+                else f"{message}, {apart[row, at]:.3g} standard deviations from the training mean. Check its units.",
                 stacklevel=stacklevel,
             )
 
@@ -125,15 +125,15 @@ class Column:
         strange = np.flatnonzero(~hot.any(1))
         if len(strange):
             known, cell = levels.tolist(), cells[strange[0]]
-            told = (
+            message = (
                 f"features: column {self.name!r} has {cell!r} in {columns.place(int(strange[0]))}, a level that no "
                 f"training group has ({len(strange)} such rows). Known levels are {', '.join(known[:20])}"
                 f"{nearest(cell, known) or '.'}"
             )
             if unknown == "error" or self.kind == "truth value":
-                raise DataError(told)
+                raise DataError(message)
             if unknown == "warn":
-                warnings.warn(f"{told} Such rows count as having none of these. Merge rare levels.", stacklevel=2)
+                warnings.warn(f"{message} Such rows count as having none of these. Merge rare levels.", stacklevel=2)
         return hot[:, 1:].astype(float) if self.kind == "truth value" else hot.astype(float)
 
 
