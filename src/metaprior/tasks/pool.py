@@ -87,7 +87,7 @@ class ClassPool:
         way: classes per task.
         shot: support examples per class.
         query: query examples per class.
-        rotations: 1, or 4 if each class rotated by 90, 180 and 270 degrees is a class of its own (square images only).
+        rotations: 1, or 4 if each class rotated by 90, 180 and 270 degrees is a separate class (square images only).
         own_labels: whether a label is the number of the class in this source instead of its place in the task.
     """
 
@@ -160,7 +160,7 @@ def class_pool(
         way: classes per task.
         shot: support examples per class.
         query: query examples per class.
-        rotations: whether each class rotated by 90, 180 and 270 degrees is a class of its own (square images only).
+        rotations: whether each class rotated by 90, 180 and 270 degrees is a separate class (square images only).
         own_labels: whether a label is the number of the class instead of its place in the task.
         mean: subtracted from the images scaled to 0..1; one number or one per channel.
         deviation: divides the images after that; one number or one per channel, above 0.
@@ -225,7 +225,7 @@ def pool_splits(
         shot: support examples per class.
         query: query examples per class in training.
         test_query: query examples per class in validation and test.
-        rotations: whether rotated classes are classes of their own in training; see `class_pool`.
+        rotations: whether rotated classes are separate classes in training; see `class_pool`.
         test_rotations: the same in validation and test.
         train_way: classes per task in training. By default `way`.
         train_labels: the labels of training tasks: "task" for the place of the class in the task, "class" for the

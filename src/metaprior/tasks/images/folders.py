@@ -59,7 +59,7 @@ def images(
             0.2).
         seed: the seed of the random assignment.
         drop_small: whether to leave out classes of fewer than shot + query examples instead of raising an error.
-        rotations: whether each class rotated by 90, 180 and 270 degrees is a class of its own in training.
+        rotations: whether each class rotated by 90, 180 and 270 degrees is a separate class in training.
         test_rotations: the same in validation and test.
         normalise: whether to scale each channel by the mean and standard deviation of the training classes, which are
             computed from about 2,000 pictures.

@@ -72,7 +72,7 @@ def omniglot(
         split: 'vinyals' (1028 / 172 / 423 characters); 'maml' (1100 / 100 / 423 at random by `seed`); or 'lake' (the
             background set without the validation alphabets of Vinyals et al., those alphabets, and the evaluation set).
             Use 'lake' before `one_shot_runs`, because the other two train on characters of its runs.
-        rotations: whether characters rotated by 90, 180 and 270 degrees are classes of their own in training.
+        rotations: whether characters rotated by 90, 180 and 270 degrees are separate classes in training.
         test_rotations: the same in validation and test, as in the published protocols.
         size: the side of the images in pixels, at most 105.
         seed: the seed of the split 'maml'.

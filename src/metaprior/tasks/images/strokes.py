@@ -177,7 +177,7 @@ def omniglot_strokes(
         test_query: images per class in validation and test, at most 9.
         train_way: classes per task in training. By default `way`.
         split: how the 242 characters are assigned: three fractions, or three lists of official numbers.
-        rotations: whether quarter turns are training classes of their own, with the attributes of the rotated strokes.
+        rotations: whether quarter turns are training separate classes, with the attributes of the rotated strokes.
         size: the side of the images in pixels, at most 105.
         seed: the seed of the random assignment.
 

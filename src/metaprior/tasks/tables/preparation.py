@@ -78,7 +78,7 @@ class Column:
             message = f"{argument}: column {self.features[at]!r} has {raw[row, at]:g} in {columns.place(row)}"
             message += f" ({rows} such rows)" if rows > 1 else ""
             warnings.warn(
-                f"{message}. In training it was always {mean[at]:g}, so the effect of other values is unknown and ignored."
+                f"{message}. In training it was always {mean[at]:g}; the effect of other values is unknown and ignored."
                 if strange is other
                 else f"{message}, {apart[row, at]:.3g} standard deviations from the training mean. Check its units.",
                 stacklevel=stacklevel,
