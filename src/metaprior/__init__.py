@@ -7,20 +7,31 @@ from typing import TYPE_CHECKING, Any
 from metaprior.moved import install as _install
 
 if TYPE_CHECKING:
-    from metaprior import learners, networks, tasks
-    from metaprior.core.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
-    from metaprior.core.types import Attributes, Batch, Learner, Model, Predictive, Splits, Task, TaskSource, settled
+    from metaprior import inference, learners, networks, tasks
+    from metaprior.core.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
+    from metaprior.core.likelihoods import Likelihood as Likelihood
+    from metaprior.core.types import Attributes as Attributes
+    from metaprior.core.types import Batch, Learner, Model, Splits, Task, settled
+    from metaprior.core.types import Predictive as Predictive
+    from metaprior.core.types import TaskSource as TaskSource
     from metaprior.estimators.sklearn import MetaClassifier, MetaRegressor
-    from metaprior.evaluation.calibration import calibrate, calibrate_softmax, temperature_scaled
+    from metaprior.evaluation.calibration import calibrate
+    from metaprior.evaluation.calibration import calibrate_softmax as calibrate_softmax
+    from metaprior.evaluation.calibration import temperature_scaled as temperature_scaled
     from metaprior.evaluation.protocol import evaluate
-    from metaprior.evaluation.report import Report
+    from metaprior.evaluation.report import Report as Report
     from metaprior.experiments.opened import load
     from metaprior.experiments.recipe import register
-    from metaprior.inference.learned_optimizers import optimise
+    from metaprior.inference.learned_optimizers import optimise as optimise
     from metaprior.inference.posteriors import implicit, laplace, point
-    from metaprior.learners import LEARNERS, learned_optimizer, make_learner
+    from metaprior.learners import LEARNERS as LEARNERS
+    from metaprior.learners import learned_optimizer as learned_optimizer
+    from metaprior.learners import make_learner
     from metaprior.networks import conv4, from_equinox, from_flax, mlp
-    from metaprior.training.loop import Fitted, NonFiniteLoss, Training, TrainState, fit
+    from metaprior.training.loop import Fitted as Fitted
+    from metaprior.training.loop import NonFiniteLoss as NonFiniteLoss
+    from metaprior.training.loop import Training, fit
+    from metaprior.training.loop import TrainState as TrainState
 
     __version__: str
 
@@ -43,49 +54,38 @@ _FROM = {
 }
 _MODULE_OF = {name: module for module, names in _FROM.items() for name in names}
 
+# What most programs need. The other names above are found here, too, and in their namespaces.
 __all__ = [
-    "LEARNERS",
-    "Attributes",
     "Batch",
     "Bernoulli",
     "Categorical",
-    "Fitted",
     "Gaussian",
     "Learner",
-    "Likelihood",
     "MetaClassifier",
     "MetaRegressor",
     "Model",
-    "NonFiniteLoss",
     "Poisson",
-    "Predictive",
-    "Report",
     "Splits",
     "Task",
-    "TaskSource",
-    "TrainState",
     "Training",
     "calibrate",
-    "calibrate_softmax",
     "conv4",
     "evaluate",
     "fit",
     "from_equinox",
     "from_flax",
     "implicit",
+    "inference",
     "laplace",
-    "learned_optimizer",
     "learners",
     "load",
     "make_learner",
     "mlp",
     "networks",
-    "optimise",
     "point",
     "register",
     "settled",
     "tasks",
-    "temperature_scaled",
 ]
 
 
@@ -106,4 +106,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*globals(), *__all__, *_MODULE_OF, "__version__"})

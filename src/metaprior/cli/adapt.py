@@ -19,7 +19,15 @@ from metaprior.core.likelihoods import Categories
 from metaprior.core.types import Attributes, Batch, EncodingSource, innermost
 from metaprior.experiments.opened import load
 from metaprior.experiments.recipe import Recipe, most_ways
-from metaprior.tasks import Examples, Preparation, encode_labels, read_columns, read_examples, read_texts
+from metaprior.tasks import (
+    INVERTED_SOURCES,
+    Examples,
+    Preparation,
+    encode_labels,
+    read_columns,
+    read_examples,
+    read_texts,
+)
 from metaprior.tasks.pool import ClassPool
 from metaprior.tasks.tables.columns import Columns, as_numbers
 
@@ -160,7 +168,7 @@ def _from_examples(
 ) -> tuple[Examples, Examples]:
     image: dict[str, Any] = {"size": shape[:2], "channels": shape[-1]} if len(shape) == 3 else {}
     # In Omniglot's tasks ink is 1 and paper 0, while scans have dark ink on light paper.
-    image |= {"invert": True} if recipe.tasks["name"] == "omniglot" else {}
+    image |= {"invert": True} if recipe.tasks["name"] in INVERTED_SOURCES else {}
     shown = read_examples(support, labelled=True, **image)
     asked = _in_order(shown, read_examples(query, labelled=False, **image))
     for argument, given in (("--support", shown.x), ("--query", asked.x)):

@@ -24,6 +24,7 @@ from metaprior.evaluation.protocol import TASKS, Units
 from metaprior.evaluation.protocol import evaluate as evaluate_learner
 from metaprior.evaluation.rejection import Rejection, closeness, confidence, rejection, scored
 from metaprior.evaluation.report import Report
+from metaprior.experiments.one_shot import one_shot_runs_for
 from metaprior.experiments.opened import load
 from metaprior.experiments.recipe import (
     Experiment,
@@ -31,7 +32,6 @@ from metaprior.experiments.recipe import (
     distance_of,
     load_recipe,
     most_ways,
-    own_table,
     recipe_names,
     recipe_of,
     with_overrides,
@@ -39,7 +39,6 @@ from metaprior.experiments.recipe import (
 from metaprior.experiments.reports import judged, name_of
 from metaprior.experiments.results import published_for
 from metaprior.experiments.runs import Run
-from metaprior.tasks import FixedTasks, one_shot_source
 
 
 def evaluate(
@@ -162,30 +161,6 @@ def _compare(console: Console, run: Run, recipe: Recipe, split: str, changed: Se
     if not isinstance(published, str):
         figures = ", ".join(f"{title_of(name)} {figure}" for name, figure in published.figures.items())
         console.print(f"published: {figures} ({published.source or 'no source given'})", soft_wrap=True)
-
-
-def one_shot_runs_for(recipe: Recipe) -> FixedTasks:
-    """Returns Omniglot's official 20 runs, with the image size of a recipe.
-
-    Args:
-        recipe: the recipe of a trained run.
-
-    Raises:
-        ValueError: the run was trained on some of their characters, or with fewer than 20 classes.
-    """
-    tasks = own_table(recipe.tasks, recipe.learner)
-    if tasks.get("name") != "omniglot" or tasks.get("split") != "lake":
-        raise ValueError(
-            "--split one_shot: the run must be trained on Omniglot's split 'lake', which leaves out the characters of "
-            f"these tasks, got {tasks.get('name')} with split {tasks.get('split')!r}. Train with "
-            "--set tasks.split=lake."
-        )
-    if (way := most_ways(recipe) or 0) < 20:
-        raise ValueError(
-            f"--split one_shot: the run must be trained with at least 20 classes per task, got {way}. Train with "
-            "--set tasks.way=20 (or tasks.train_way=20)."
-        )
-    return one_shot_source(size=tasks.get("size", 28))
 
 
 def _outsiders(

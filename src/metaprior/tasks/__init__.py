@@ -60,6 +60,9 @@ SOURCES = Registry(
 # Sources whose support holds class attributes instead of examples.
 DESCRIBED_SOURCES = ("omniglot_strokes",)
 
+# Sources whose images are light ink on black, where a user's scans are dark ink on light paper.
+INVERTED_SOURCES = ("omniglot",)
+
 
 @checked
 def with_hidden_labels(splits: Splits, *, labelled: Fraction = 1.0, unlabelled: str = "shown") -> Splits:
@@ -97,6 +100,7 @@ def preparation_of(source: TaskSource) -> Preparation | None:
 
 __all__ = [
     "DESCRIBED_SOURCES",
+    "INVERTED_SOURCES",
     "SOURCES",
     "ArrayTasks",
     "Augmented",
