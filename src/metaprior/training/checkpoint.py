@@ -270,18 +270,20 @@ def _retrieved(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the tracebacks that orbax logs from its threads, since our own error reports the failure."""
-    log = logging.getLogger("absl")
+    """Silences what orbax and tensorstore print from their threads, since our own error reports the failure.
+
+    The first write that fails closes the event loop. The others end at any time after that, even before the exception
+    arrives here, so the hooks are set before the writes begin. They stay in place after a failure.
+    """
+    log, loop_log, hook = logging.getLogger("absl"), logging.getLogger("asyncio"), sys.unraisablehook
     before = log.level
     log.setLevel(logging.CRITICAL)
+    loop_log.addFilter(_retrieved)
+    sys.unraisablehook = lambda what: None if "Event loop is closed" in str(what.exc_value) else hook(what)
     try:
         yield
-    except BaseException:
-        hook = sys.unraisablehook
-        # Other writes end later, after their event loop has closed.
-        sys.unraisablehook = lambda what: None if "Event loop is closed" in str(what.exc_value) else hook(what)
-        logging.getLogger("asyncio").addFilter(_retrieved)
-        raise
+        loop_log.removeFilter(_retrieved)
+        sys.unraisablehook = hook
     finally:
         log.setLevel(before)
 
