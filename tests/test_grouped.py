@@ -180,7 +180,7 @@ def test_truth_writes_both_comparisons(tmp_path, monkeypatch, capsys):
     written = json.loads((tmp_path / "poisson.json").read_text())
     assert written["given"]["nuts"]["coverage"] == 0.89
     assert written["learned"]["truth"]["prior"]["bias"] == 0.1
-    assert "the prior learned from 30 tasks" in capsys.readouterr().out
+    assert "with a prior learned from 30 tasks" in capsys.readouterr().out
     monkeypatch.delitem(sys.modules, "metaprior.referees.nuts")
     monkeypatch.setitem(sys.modules, "numpyro", None)
     with pytest.raises(SystemExit) as exit_:
