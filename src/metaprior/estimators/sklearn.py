@@ -1,7 +1,8 @@
-"""The scikit-learn face: `fit` on rows with a group column, then `predict` with error bars for old and new groups.
+"""scikit-learn estimators: `fit` on rows with groups, then `predict` with uncertainty for known and new groups.
 
-A group (county, patient, school) is a task. `fit` learns the prior that groups share; `predict(X, groups)` gives each
-known group the posterior of its own rows, an unknown one the prior; `adapt(X, y)` is for a new group with some rows.
+A group (a county, a patient, a school) is a task. `fit` learns the prior that groups share. `predict(X, groups)` uses
+the posterior of a known group's own rows, and the prior for an unknown group. `adapt(X, y)` is for a new group with
+some rows.
 """
 
 import warnings
@@ -35,15 +36,21 @@ with extra("sklearn", "A scikit-learn estimator"):
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-TOGETHER = 32  # groups a compiled call answers for, where there are several
+TOGETHER = 32  # the number of groups per compiled call, if there are several
 CROSS_VALIDATION = (
-    "cross_val_score and GridSearchCV pass groups on with metadata routing, cross_val_predict never passes them to "
+    "cross_val_score and GridSearchCV pass groups on with metadata routing, but cross_val_predict never passes them to "
     "predict: see docs/estimators.md"
 )
 
 
 class Group(NamedTuple):
-    """What a group has shown, and which rows are asked for."""
+    """A group's support, and the rows to predict.
+
+    Attributes:
+        x: features of the support [n, d].
+        y: targets of the support [n].
+        asked: the indices of the rows to predict [m].
+    """
 
     x: np.ndarray
     y: np.ndarray
@@ -78,26 +85,32 @@ class _MetaEstimator(BaseEstimator):
         self.seed = seed
 
     def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
-        """Learn the prior that groups share, and keep each group's rows for `predict`.
+        """Learns the prior that groups share, and stores each group's rows for `predict`.
 
-        Training tasks show any number of rows from 0 to `shot`, so that a new group may have few or none. Groups of one
-        row train nothing, but are predicted.
+        The supports of training tasks have from 0 to `shot` rows, so that a new group may have few or none. Groups with
+        a single row are not used for training, but can be predicted.
 
         Args:
-            X: features [N, d], an array or a DataFrame. y: targets [N]. groups: [N], any hashable values; needed, so
-                ask for them by metadata routing (`set_fit_request(groups=True)`) in cross-validation.
+            X: features [N, d], an array or a DataFrame.
+            y: targets [N].
+            groups: the group of each row [N], any hashable values. They are required. In cross-validation, request
+                them by metadata routing (`set_fit_request(groups=True)`).
+
+        Returns:
+            The estimator itself.
 
         Raises:
-            ValueError: what scikit-learn's estimators raise; too few groups; missing groups.
+            ValueError: the input is not valid for scikit-learn's estimators, `groups` is missing, or there are too few
+                groups.
         """
-        self.__dict__.pop("group_", None)  # of an adapted estimator that is fitted anew
+        self.__dict__.pop("group_", None)  # if an adapted estimator is fitted again
         for name, parameter in parameters_of(type(self)).items():
             accept(parameter.annotation, getattr(self, name), name)
         X, targets = self._checked(X, y, ensure_min_samples=2)
         targets = self._encode(targets)
         ids, names = self._ids(groups, len(X))
         if np.bincount(ids).max() < 2:
-            raise DataError("groups: every group has one row; a prior is learned from groups of 2 rows or more")
+            raise DataError("groups must have a group with at least 2 rows to learn a prior from, got one row each.")
         splits = array_tasks(
             X, targets, ids, shot=self.shot, query=self.query, split=self.split, seed=self.seed, small="drop",
             standardise=True, classification=self._classes, shots="uniform",
@@ -106,7 +119,7 @@ class _MetaEstimator(BaseEstimator):
         assert isinstance(splits.train, ArrayTasks)
         assert splits.train.preparation is not None
         self.preparation_ = splits.train.preparation
-        # Programs are shared between fits: what they are compiled for must not hold this table's scaling.
+        # Compiled programs are shared between fits, so they must not depend on this table's scaling.
         splits = splits._make(replace(source, preparation=None) for source in splits)  # type: ignore[type-var]
         outputs = len(self.classes_) if self._classes else 1
         given, default = self.options or {}, traits_of(self.learner).on_table(X.shape[1])
@@ -114,7 +127,7 @@ class _MetaEstimator(BaseEstimator):
         options = tuple(sorted((name, frozen(name, value)) for name, value in chosen.items()))
         self.setting_ = kept(Setting(self.learner, tuple(self.hidden), options, outputs, self._classes))
         training = self.training or Training(steps=3000, clip_norm=1.0, chunk=500, validate_every=500, seed=self.seed)
-        # Prior and noise are learned from different groups, as a prior looks too good on those it was fitted to.
+        # Prior and noise are learned from different groups, as the prior fits its own groups too well.
         fitted = fit(untuned(self.setting_), splits, training, name=self.learner)
         if fitted.interrupted:
             raise KeyboardInterrupt(f"training stopped at meta-step {int(fitted.state.step)} of {training.steps}")
@@ -130,13 +143,20 @@ class _MetaEstimator(BaseEstimator):
 
     @property
     def scaling_(self) -> Scaling:
-        """How features and targets are standardised, by the groups that trained."""
+        """The scaling that standardises features and targets, from the training groups."""
         return self.preparation_.scaling
 
     def adapt(self, X: Any, y: Any) -> Self:
-        """This estimator for one more group, of these rows: `predict(X)` without groups then answers for it.
+        """Returns an estimator for a new group with these rows. Its `predict(X)` without groups predicts this group.
 
-        The prior stays as it was fitted, and so does this estimator: a new one is returned.
+        The prior does not change, nor does this estimator.
+
+        Args:
+            X: features of the group's rows [n, d].
+            y: their targets [n].
+
+        Returns:
+            A new estimator.
         """
         check_is_fitted(self)
         X, targets = self._checked(X, y, reset=False)
@@ -146,7 +166,7 @@ class _MetaEstimator(BaseEstimator):
         return adapted
 
     def _scored(self, X: Any, y: Any, groups: Any, support_rows: int | None) -> tuple[np.ndarray, ...]:
-        """The rows that `score` judges, their targets, and what is predicted of them."""
+        """The rows that `score` evaluates, their targets and their predictions."""
         check_is_fitted(self)
         X, given = self._checked(X, y, reset=False)
         targets = self._encode(given)
@@ -163,13 +183,13 @@ class _MetaEstimator(BaseEstimator):
         return scored, targets[scored], self._answers(X, asked, ("mean",))["mean"][scored]
 
     def _checked(self, X: Any, y: Any = "no_validation", **options: Any) -> Any:
-        """scikit-learn's checks of X and, if given, of y, in float64; then warns of what is far from training."""
+        """Checks X and, if given, y as scikit-learn does, in float64, and warns of values far from training's."""
         given = not (isinstance(y, str) and y == "no_validation")
         try:
             numeric = {"y_numeric": not self._classes} if given else {}
             checked: Any = validate_data(self, X, y, dtype=float, **numeric, **options)
         except TypeError as error:
-            if "NAType" not in str(error):  # pandas' NA is no number
+            if "NAType" not in str(error):  # pandas' NA, which is not a number
                 raise
             raise ValueError(f"X and y must be numbers without missing values ({error}).") from error
         if not options.get("reset", True):
@@ -180,30 +200,32 @@ class _MetaEstimator(BaseEstimator):
         return y
 
     def _ids(self, groups: Any, rows: int) -> tuple[np.ndarray, list[Hashable]]:
-        """A number a row, and what the numbers stand for."""
+        """A number for each row's group, and the groups in the order of these numbers."""
         values = groups if isinstance(groups, list | tuple) else np.asarray(groups)
         if isinstance(values, np.ndarray) and values.dtype.kind == "M":
             values = dates_as_text(values)
         if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
             values = values[:, 0]
         if groups is None:
-            raise ValueError(f"groups must be one value a row, got None; {CROSS_VALIDATION}.")
+            raise ValueError(f"groups must have one value per row, got None. {CROSS_VALIDATION}.")
         if isinstance(values, np.ndarray) and values.ndim != 1:
-            raise ValueError(f"groups must be one value a row, got shape {np.shape(values)}.")
+            raise ValueError(f"groups must have one value per row, got shape {np.shape(values)}.")
         if len(values) != rows:
             raise DataError(f"groups must have one value for each of the {rows} rows of X, got {len(values)}.")
         if lost := _missing(values):
-            raise DataError(f"groups: came a missing value in row {lost[0]}; fill it in or leave the row out")
+            raise DataError(
+                f"groups must have no missing value, got one in row {lost[0]}. Fill it in, or leave the row out."
+            )
         return encode_labels(values)
 
     def _asked(self, X: np.ndarray, groups: Any) -> list[Group]:
-        """The rows of each group in turn, and what it has shown."""
+        """The support and the rows to predict of each group."""
         shown, targets = self.rows_
         if groups is None:
             if not hasattr(self, "group_"):
                 warnings.warn(
-                    "no groups were given, so the prior answers for every row. Pass groups, or adapt(X, y) first; for "
-                    "a group that has shown nothing, pass a new name, e.g. groups=['new'] * len(X). Note that "
+                    "no groups were given, so every row is predicted from the prior. Pass groups, or call adapt(X, y) "
+                    "first. For a group without any rows, pass a new name, e.g. groups=['new'] * len(X). Note that "
                     f"{CROSS_VALIDATION}.",
                     RuntimeWarning,
                     stacklevel=3,
@@ -215,8 +237,8 @@ class _MetaEstimator(BaseEstimator):
         if not any(end for _, end in places) and {str(name) for name in names} & {str(name) for name in self.groups_}:
             was, now = (type(next(iter(given))).__name__ for given in (self.groups_, names))
             warnings.warn(
-                f"none of the {len(names)} groups is known, so the prior answers; `fit` saw groups of type {was}, now "
-                f"they are of type {now}",
+                f"none of the {len(names)} groups is known, so they are predicted from the prior. `fit` got groups of "
+                f"type {was}, but these are of type {now}.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -228,7 +250,7 @@ class _MetaEstimator(BaseEstimator):
     def _answers(
         self, X: np.ndarray, groups: list[Group], asked: tuple[str, ...], quantiles: tuple[float, ...] = ()
     ) -> dict[str, Float[np.ndarray, "n c"]]:
-        """What is asked of the predictive of each row of X, whichever group it is of, in a learner's units."""
+        """Properties of the predictive of each row of X, in standardised units."""
         knobs = {name: jnp.asarray(value, float) for name, value in self.knobs_.items()}
         answer, out, lost = compiled(self.setting_, asked, quantiles), {}, set()
         for batch, rows, owners in self._batches(X, groups):
@@ -241,15 +263,15 @@ class _MetaEstimator(BaseEstimator):
                         lost.add(owner)
         if lost:
             warnings.warn(
-                f"{self.learner} diverged on {len(lost)} of {len(groups)} groups, whose predictions are not finite; "
-                "fit with fewer or smaller inner steps, e.g. options={'rate': ...}, or another learner",
+                f"{self.learner} diverged on {len(lost)} of {len(groups)} groups, whose predictions are not finite. "
+                "Fit with fewer or smaller inner steps, e.g. options={'rate': ...}, or another learner.",
                 RuntimeWarning,
                 stacklevel=3,
             )
         return out
 
     def _batches(self, X: np.ndarray, groups: list[Group]) -> Iterator[tuple[tuple[Batch, Any], list, list]]:
-        """Supports and queries of equal sizes, padded, TOGETHER groups at a time; the rows they answer, and whose."""
+        """Yields padded supports and queries of TOGETHER groups, the rows of X that they predict, and their groups."""
         pieces: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
         for i, group in enumerate(groups):
             size = min(size_of(len(group.asked)), SIZES[-1])
@@ -268,14 +290,14 @@ class _MetaEstimator(BaseEstimator):
                 yield (support, jnp.asarray(query)), [rows for _, rows in part], [i for i, _ in part]
 
     def _support(self, group: Group, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A group's rows in a learner's units, padded with weight 0."""
+        """A group's rows in standardised units, padded with rows of weight 0."""
         y = group.y if self._classes else self.scaling_.standardised(group.y[:, None])
         x = _padded(self.scaling_.features(group.x), size)
         return x, _padded(y, size), (np.arange(size) < len(group.x)).astype(float)
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:
-    """`size` rows: the last is repeated, or zeros where there is none."""
+    """Pads rows to `size` with the last one, or with zeros if there is none."""
     last = rows[-1:] if len(rows) else np.zeros((1, *rows.shape[1:]), rows.dtype)
     return np.concatenate([rows, np.repeat(last, size - len(rows), 0)])
 
@@ -286,14 +308,14 @@ def _parts(ids: np.ndarray) -> list[np.ndarray]:
 
 
 def _weights(sample_weight: Any, X: Any, rows: np.ndarray) -> np.ndarray | None:
-    """The weights of the rows that are scored."""
+    """The weights of the given rows."""
     if sample_weight is None:
         return None
     return _check_sample_weight(sample_weight, X, ensure_non_negative=True)[rows]
 
 
 def _missing(values: Any) -> list[int]:
-    """Which values are None, NaN or pandas' NA."""
+    """The places of values that are None, NaN or pandas' NA."""
     return [i for i, v in enumerate(values) if v is None or type(v).__name__ in ("NAType", "NaTType") or v != v]
 
 
@@ -301,21 +323,30 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
     """Regression on many small groups of rows, with intervals.
 
     Args:
-        learner: any of `metaprior.LEARNERS` that does regression.
-        options: the learner's options, e.g. {"steps": 5, "rate": 0.1}. Where none of them is
-            said, `maml`, `lslr` and `preconditioned` take 5 inner steps of rate 0.1, or 0.5 / d for d > 5 features
-            (their trait `on_table`).
-        hidden: widths of the network; () is a linear model.
-        shot: rows that a group shows in training; groups with fewer rows are padded.
-        query: rows that a group is judged by in training.
-        split: shares of the groups that train the prior, choose among its checkpoints, and fit noise and temperature.
-        training: the outer loop (default: 3,000 meta-steps).
+        learner: the name of a learner for regression (see `metaprior list`).
+        hidden: the widths of the network's hidden layers; () is a linear model.
+        options: the learner's options, e.g. {"steps": 5, "rate": 0.1}. If neither of these is given, `maml`, `lslr` and
+            `preconditioned` take 5 inner steps with rate 0.1, or 0.5 / d for d > 5 features (their trait `on_table`).
+        shot: the largest number of support rows of a group in training. Groups with fewer rows are padded.
+        query: the number of query rows of a group in training.
+        split: the shares of the groups that train the prior, select its checkpoint, and fit noise and temperature.
+        training: the settings of the outer loop. The default has 3,000 meta-steps.
+        seed: the seed of everything random.
     """
 
     _classes = False
 
     def predict(self, X: Any, groups: Any = None, *, return_std: bool = False) -> Any:
-        """The predictive mean [N] of each row, and with return_std its standard deviation, noise included."""
+        """Predicts the mean of each row's predictive distribution.
+
+        Args:
+            X: features [N, d].
+            groups: the group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
+            return_std: whether to return standard deviations too, which include the noise.
+
+        Returns:
+            The means [N], or the means and the standard deviations [N], in the units of the targets.
+        """
         check_is_fitted(self)
         X = self._checked(X, reset=False)
         found = self._answers(X, self._asked(X, groups), ("mean", "variance") if return_std else ("mean",))
@@ -323,7 +354,19 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
         return (mean, np.sqrt(found["variance"][:, 0]) * self.scaling_.y_deviation[0]) if return_std else mean
 
     def predict_interval(self, X: Any, groups: Any = None, *, coverage: float = 0.9) -> np.ndarray:
-        """[N, 2]: the central predictive interval of each row that should hold `coverage` of the outcomes."""
+        """Predicts the central interval of each row that contains its outcome with a given probability.
+
+        Args:
+            X: features [N, d].
+            groups: the group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
+            coverage: the probability, between 0 and 1.
+
+        Returns:
+            The lower and upper ends [N, 2], in the units of the targets.
+
+        Raises:
+            ValueError: `coverage` is not between 0 and 1.
+        """
         check_is_fitted(self)
         if isinstance(coverage, bool) or not isinstance(coverage, float | np.floating) or not 0 < coverage < 1:
             raise ValueError(f"coverage must be a number between 0 and 1, e.g. 0.9, got {coverage!r}.")
@@ -334,11 +377,24 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
     def score(  # pyright: ignore[reportIncompatibleMethodOverride] (a third positional argument would be mistaken)
         self, X: Any, y: Any, *, groups: Any = None, support_rows: int | None = None, sample_weight: Any = None
     ) -> float:
-        """R^2 of the predictive means of rows that were not shown.
+        """Computes R^2 of the predictive means.
 
-        With groups, each one is taken as new, whether `fit` saw it or not: its first `support_rows` rows are shown (by
-        default `shot`; at most half of its rows), the others are scored. What `fit` kept of a known group is not used:
-        it may be the very rows to be scored. Without groups, the adapted group or the prior predicts all rows.
+        With groups, each group is treated as new, even if `fit` saw it: its first rows are the support, and the others
+        are scored. The rows that `fit` stored are not used, since they may be the ones to be scored. Without groups,
+        the adapted group or the prior predicts all rows.
+
+        Args:
+            X: features [N, d].
+            y: targets [N].
+            groups: the group of each row [N].
+            support_rows: the number of support rows of a group, at most half of its rows. The default is `shot`.
+            sample_weight: the weight of each row [N].
+
+        Returns:
+            R^2 over the scored rows.
+
+        Raises:
+            ValueError: `support_rows` is not an integer of at least 0, or the input is not valid.
         """
         rows, targets, mean = self._scored(X, y, groups, support_rows)
         weight = _weights(sample_weight, X, rows)
@@ -346,16 +402,38 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
 
 
 class MetaClassifier(ClassifierMixin, _MetaEstimator):
-    """Classification on many small groups of rows that share their classes; arguments as `MetaRegressor`."""
+    """Classification on many small groups of rows that share their classes.
+
+    The arguments are those of `MetaRegressor`.
+
+    Attributes:
+        classes_: the classes, sorted.
+    """
 
     _classes = True
 
     def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
+        """Learns the prior that groups share, and stores each group's rows for `predict`, as `MetaRegressor.fit`.
+
+        Args:
+            X: features [N, d], an array or a DataFrame.
+            y: classes [N].
+            groups: the group of each row [N], any hashable values. They are required.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: the input is not valid for scikit-learn's estimators, `groups` is missing, or there are too few
+                groups or classes.
+        """
         labels = np.asarray(y)
         if labels.ndim != 1:
-            raise ValueError(f"y must have one class a row, got shape {labels.shape}.")
+            raise ValueError(f"y must have one class per row, got shape {labels.shape}.")
         if lost := _missing(labels.tolist()):
-            raise DataError(f"y: came a missing value in row {lost[0]}; fill it in or leave the row out")
+            raise DataError(
+                f"y must have no missing value, got one in row {lost[0]}. Fill it in, or leave the row out."
+            )
         check_classification_targets(labels)
         self.classes_ = np.asarray(encode_labels(labels)[1])
         if len(self.classes_) < 2:
@@ -363,13 +441,29 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         return super().fit(X, y, groups)
 
     def predict_proba(self, X: Any, groups: Any = None) -> np.ndarray:
-        """[N, classes]: the predictive probability of each class, in the order of `classes_`."""
+        """Predicts the probability of each class.
+
+        Args:
+            X: features [N, d].
+            groups: the group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
+
+        Returns:
+            The probabilities [N, classes], in the order of `classes_`.
+        """
         check_is_fitted(self)
         X = self._checked(X, reset=False)
         return self._answers(X, self._asked(X, groups), ("mean",))["mean"]
 
     def predict(self, X: Any, groups: Any = None) -> np.ndarray:
-        """The likeliest class [N] of each row."""
+        """Predicts the most likely class of each row.
+
+        Args:
+            X: features [N, d].
+            groups: the group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
+
+        Returns:
+            The classes [N].
+        """
         likeliest = self.predict_proba(X, groups).argmax(-1)
         return self.classes_[likeliest]
 
@@ -377,13 +471,24 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         place: dict[Hashable, int] = {label: i for i, label in enumerate(self.classes_.tolist())}
         unknown = [label for label in y.tolist() if label not in place]
         if unknown:
-            raise DataError(f"y: came class {unknown[0]!r}, needs one of those that `fit` saw: {list(place)}")
+            raise DataError(f"y must hold classes that `fit` saw, {list(place)}, got {unknown[0]!r}.")
         return np.asarray([place[label] for label in y.tolist()], np.int32)
 
     def score(  # pyright: ignore[reportIncompatibleMethodOverride] (a third positional argument would be mistaken)
         self, X: Any, y: Any, *, groups: Any = None, support_rows: int | None = None, sample_weight: Any = None
     ) -> float:
-        """The accuracy on rows that were not shown; arguments as `MetaRegressor.score`."""
+        """Computes the accuracy, on the rows that `MetaRegressor.score` would score.
+
+        Args:
+            X: features [N, d].
+            y: classes [N].
+            groups: the group of each row [N].
+            support_rows: the number of support rows of a group, at most half of its rows. The default is `shot`.
+            sample_weight: the weight of each row [N].
+
+        Returns:
+            The accuracy over the scored rows.
+        """
         rows, targets, p = self._scored(X, y, groups, support_rows)
         weight = _weights(sample_weight, X, rows)
         return float(accuracy_score(targets, p.argmax(-1), sample_weight=weight))
