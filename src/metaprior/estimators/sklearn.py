@@ -407,7 +407,7 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
     The arguments are those of `MetaRegressor`.
 
     Attributes:
-        classes_: the classes, sorted.
+        classes_: the classes, sorted if they can be compared.
     """
 
     _classes = True
