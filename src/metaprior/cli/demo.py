@@ -1,4 +1,4 @@
-"""metaprior demo: the main job on sinusoids, in a minute."""
+"""metaprior demo: training, adaptation and evaluation on sinusoids, in a minute."""
 
 from pathlib import Path
 
@@ -27,11 +27,11 @@ from metaprior.training.loop import Training, fit
 
 
 def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
-    """Meta-train MAML on sinusoids, adapt to new ones from 5 and 10 points, and show what it is sure of.
+    """Meta-train MAML on sinusoids, adapt it to new ones from 5 and 10 points, and plot its uncertainty.
 
     Args:
-        out: where the pictures go.
-        steps: meta-steps of training.
+        out: the folder for the plots.
+        steps: the number of meta-steps.
     """
     configure()
     check_plots(out, "--out")
@@ -54,7 +54,7 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
         table.add_column(column, justify="left" if column == "posterior" else "right")
     for shot, source in splits.items():
         for name, rule in {"point": point(noise=0.5), "implicit": implicit(noise=0.5)}.items():
-            # The noise sd (and the covariance's temperature) are fitted on validation tasks, as a user would.
+            # The noise (and the temperature of the covariance) are fitted on validation tasks, as a user would do.
             told = calibrate(learner(rule), params, source.validation, key, tasks=100)
             report = evaluate(told, params, source.test, key, course=told._replace(path=None))
             figures = (report.figures[k] for k in ("mse", "nll", "coverage_90"))
@@ -66,7 +66,7 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
     save(prior_functions(learner(), params, splits[10].test.sample(jax.random.key(8), 12), key), out / "prior.png")
     save(training_curve(fitted.history), out / "training.png")
     console.print(table)
-    said = "'point' is MAML with a constant error bar; 'implicit' is the posterior that its own steps imply."
+    said = "'point' is MAML with a constant error bar; 'implicit' is the posterior that its inner steps imply."
     console.print(said, soft_wrap=True)
-    console.print("pictures: " + ", ".join(str(p) for p in sorted(out.glob("*.png"))), soft_wrap=True)
+    console.print("plots: " + ", ".join(str(p) for p in sorted(out.glob("*.png"))), soft_wrap=True)
     return 0

@@ -1,4 +1,4 @@
-"""What the estimators compile: learners by their settings, and programs that are kept between calls and fits."""
+"""Learners by their settings, and the compiled programs of the estimators, which are cached between calls and fits."""
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -15,13 +15,21 @@ from metaprior.learners.builders.metric import with_unseen
 from metaprior.learners.registry import LEARNERS, make_learner, traits_of
 from metaprior.networks import mlp
 
-SIZES = (1, 4, 16, 64, 256, 1024)  # of supports and queries: few shapes, so that few programs are compiled
-NOISE = 0.5  # sd of standardised targets, where its fit starts
+SIZES = (1, 4, 16, 64, 256, 1024)  # sizes of supports and queries; a few shapes need only a few compiled programs
+NOISE = 0.5  # the starting value of the fit of the noise, a standard deviation of standardised targets
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a learner is made of, hashable, so that one compiled program serves all its calls."""
+    """The settings of a learner, hashable, so that equal settings share one compiled program.
+
+    Attributes:
+        learner: the learner's name.
+        hidden: the widths of the network's hidden layers.
+        options: the learner's options as sorted pairs.
+        outputs: the number of outputs of the network.
+        classes: whether it is a classifier.
+    """
 
     learner: str
     hidden: tuple[int, ...]
@@ -30,10 +38,10 @@ class Setting:
     classes: bool
 
     def made(self) -> Learner:
-        """The learner, with the posterior that is asked for or else suits it, where it can have one."""
+        """Makes the learner, with the requested or the default posterior if it can have one."""
         options, likelihood = dict(self.options), Categorical() if self.classes else Gaussian()
         if self._has_posterior():
-            # The noise of predictions alone: in the likelihood it would change the inner steps.
+            # The noise is only in the predictions. In the likelihood it would change the inner steps.
             options["posterior"] = self._posterior()
         elif not self.classes:
             likelihood = Gaussian(NOISE)
@@ -47,7 +55,7 @@ class Setting:
         return with_unseen(learner, self.outputs) if rules_out else learner
 
     def held(self) -> set[str]:
-        """The names of scalars that the user's options state, which are not fitted."""
+        """Returns the names of scalars that the user's options state, which are not fitted."""
         if not self._has_posterior():
             return set()
         rule = self._rule()
@@ -59,7 +67,7 @@ class Setting:
         return "posterior" in option_names(lookup("learner", self.learner, LEARNERS))
 
     def _rule(self) -> Any:
-        """The posterior that is asked for; else the implicit one, or Laplace's where steps imply no prior."""
+        """The requested posterior. The default is the implicit one, or Laplace's if inner steps imply no prior."""
         return dict(self.options).get("posterior", "implicit" if traits_of(self.learner).descends else "laplace")
 
     def _posterior(self) -> PosteriorRule:
@@ -72,12 +80,12 @@ class Setting:
 
 
 def _noise_of(rule: PosteriorRule) -> Any:
-    """The noise that a rule states; None: the likelihood's."""
+    """The noise that a rule states, or None for the likelihood's."""
     return rule.predict.keywords.get("noise") if isinstance(rule.predict, partial) else None
 
 
 def _named(rule: Any) -> tuple[str | None, dict[str, Any]]:
-    """The name and options of a posterior that is named, alone or in a table."""
+    """The name and options of a posterior given by its name, alone or in a table."""
     if isinstance(rule, str):
         return rule, {}
     table = dict(rule)
@@ -86,19 +94,33 @@ def _named(rule: Any) -> tuple[str | None, dict[str, Any]]:
 
 @lru_cache(maxsize=32)
 def kept(setting: Setting) -> Setting:
-    """One object for all equal settings, as compiled programs are found by their functions' identity."""
+    """Returns the same object for equal settings, since compiled programs are cached by identity.
+
+    Args:
+        setting: the settings.
+    """
     return setting
 
 
 @lru_cache(maxsize=32)
 def untuned(setting: Setting) -> Learner:
-    """The learner that is trained."""
+    """Makes the learner to train, whose scalars are not yet fitted.
+
+    Args:
+        setting: the settings.
+    """
     return setting.made()
 
 
 @lru_cache(maxsize=64)
 def compiled(setting: Setting, asked: tuple[str, ...], quantiles: tuple[float, ...] = ()) -> Any:
-    """(params, knobs, supports, x) -> what is asked of each group's predictive: 'mean', 'variance', and quantiles."""
+    """Returns a compiled function (params, scalars, supports, x) -> properties of each group's predictive.
+
+    Args:
+        setting: the settings.
+        asked: the properties, of 'mean' and 'variance'.
+        quantiles: the levels of quantiles, which are returned as 'quantile_0', 'quantile_1', ...
+    """
 
     @jax.jit
     def answer(params: Any, knobs: dict[str, Any], supports: Batch, x: jax.Array) -> dict[str, jax.Array]:
@@ -115,12 +137,24 @@ def compiled(setting: Setting, asked: tuple[str, ...], quantiles: tuple[float, .
 
 
 def size_of(rows: int) -> int:
-    """The smallest of SIZES that holds so many rows; above the largest, its next multiple."""
+    """Returns the smallest of SIZES that is at least `rows`, or else the next multiple of the largest.
+
+    Args:
+        rows: the number of rows.
+    """
     return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
 
 
 def frozen(name: str, value: Any) -> Any:
-    """A hashable copy of an option: a table as its pairs, a list as a tuple."""
+    """Returns a hashable copy of an option: a table becomes its sorted pairs, a list a tuple.
+
+    Args:
+        name: the option's name, for the error message.
+        value: its value.
+
+    Raises:
+        ValueError: the value is not hashable.
+    """
     if isinstance(value, dict):
         return tuple(sorted((key, frozen(f"{name}.{key}", v)) for key, v in value.items()))
     if isinstance(value, list) or type(value) is tuple:

@@ -1,4 +1,4 @@
-"""How honest probabilities are: pure functions of predictions and outcomes, and the fit of a posterior's scalars."""
+"""Calibration: measures of it as pure functions of predictions and outcomes, and the fit of a posterior's scalars."""
 
 from collections.abc import Callable, Collection
 from functools import lru_cache, partial
@@ -27,16 +27,22 @@ from metaprior.core.types import (
 from metaprior.learners.builders.knobs import SOFTMAX, temperature_scaled, turned
 
 BINS = 20
-LOST = 1e10  # stands for an nll that is not finite
-PRIOR_SD = 1.0  # of the logarithm of a calibrated scalar, about its starting value
-NOISE_SD = 3.0  # the same of the noise, whose starting value is no opinion
+LOST = 1e10  # replaces an nll that is not finite
+PRIOR_SD = 1.0  # prior standard deviation of the logarithm of a calibrated scalar, around its starting value
+NOISE_SD = 3.0  # the factor by which it is wider for the noise, whose starting value is arbitrary
 
 
 Spread = Annotated[Any, Range(above=0)]  # a number, or infinity
 
 
 class Reliability(NamedTuple):
-    """Predictions by confidence, in bins of equal width over (0, 1]: number, mean confidence and accuracy of each."""
+    """Predictions by their confidence, in bins of equal width over (0, 1].
+
+    Attributes:
+        number: the number (or total weight) of predictions in each bin.
+        confidence: their mean confidence.
+        accuracy: their accuracy.
+    """
 
     number: Float[Array, " bins"]
     confidence: Float[Array, " bins"]
@@ -46,9 +52,19 @@ class Reliability(NamedTuple):
 def reliability(
     confidence: Float[Array, " n"], correct: Bool[Array, " n"], weight: Float[Array, " n"], bins: int = BINS
 ) -> Reliability:
-    """Bin the confidences of the predicted classes; bin b holds (b / bins, (b + 1) / bins]. Empty bins are 0."""
+    """Bins predictions by the confidence of the predicted class.
+
+    Args:
+        confidence: the probability of the predicted class.
+        correct: whether the prediction is correct.
+        weight: the weight of each prediction.
+        bins: the number of bins. Bin b holds (b / bins, (b + 1) / bins].
+
+    Returns:
+        The number, mean confidence and accuracy of each bin, which are 0 in empty bins.
+    """
     index = jnp.clip(jnp.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    # A confidence of NaN is in no bin, and rows of weight 0 may hold one.
+    # A confidence of NaN belongs to no bin, and rows of weight 0 may have one.
     confidence, correct = (jnp.where(weight > 0, values, 0) for values in (confidence, correct))
 
     def total(values: Array) -> Float[Array, " bins"]:
@@ -60,43 +76,79 @@ def reliability(
 
 
 def expected_error(table: Reliability) -> Scalar:
-    """ECE: the mean of |accuracy - confidence| over bins, by their counts (Naeini et al. 2015; Guo et al. 2017)."""
+    """Computes the expected calibration error (ECE): the mean of |accuracy - confidence| over bins, weighted by counts.
+
+    Args:
+        table: the bins.
+
+    References:
+        Naeini et al. 2015; Guo et al. 2017.
+    """
     share = table.number / jnp.maximum(table.number.sum(), 1e-12)
     return (share * jnp.abs(table.accuracy - table.confidence)).sum()
 
 
 def maximum_error(table: Reliability) -> Scalar:
-    """MCE: the largest |accuracy - confidence| of a bin that holds any prediction."""
+    """Computes the maximum calibration error (MCE): the largest |accuracy - confidence| of the bins that are not empty.
+
+    Args:
+        table: the bins.
+    """
     return jnp.where(table.number > 0, jnp.abs(table.accuracy - table.confidence), 0).max()
 
 
 def brier(probabilities: Float[Array, "n c"], y: Int[Array, " n"]) -> Float[Array, " n"]:
-    """Sum over classes of (probability - outcome)^2, between 0 and 2 (Brier 1950)."""
+    """Computes the Brier score, the sum over classes of (probability - outcome)^2, which lies between 0 and 2.
+
+    Args:
+        probabilities: the predicted probabilities.
+        y: the labels.
+
+    References:
+        Brier 1950.
+    """
     possible = check_labels(y, probabilities.shape[-1])
     return ((probabilities - one_hot(y, probabilities.shape[-1])) ** 2).sum(-1) * possible
 
 
 def auroc(higher: Float[Array, " n"], lower: Float[Array, " m"]) -> Scalar:
-    """P(a score of `higher` is above one of `lower`), ties counted half: the area under the ROC curve, exactly.
+    """Computes the area under the ROC curve (AUROC), exactly.
 
-    By ranks, in (n + m) log m (Hanley & McNeil 1982: it is the Mann-Whitney statistic over n m). NaN where a score is.
+    It is the probability that a score of `higher` exceeds one of `lower`, where ties count one half, and equals the
+    Mann-Whitney statistic divided by n m. It is computed from ranks, in time (n + m) log m.
+
+    Args:
+        higher: scores that should be high.
+        lower: scores that should be low.
+
+    Returns:
+        The area, or NaN if any score is NaN.
 
     Raises:
-        ValueError: no scores of one kind.
+        ValueError: `higher` or `lower` is empty.
+
+    References:
+        Hanley & McNeil 1982.
     """
     n, m = higher.shape[0], lower.shape[0]
     if not (n and m):
         raise ValueError(f"auroc needs scores of both kinds, got {n} and {m}.")
     ordered = jnp.sort(lower)
     below, upto = (jnp.searchsorted(ordered, higher, side=side) for side in ("left", "right"))
-    # About 1/2, so that ties give exactly that, and by means: n m has no place in 32 bits.
+    # As a difference from 1/2, so that ties give exactly 1/2, and by means, since n m may overflow 32 bits.
     lead = (below + upto - m).astype(float).mean() / m
     lost = jnp.isnan(higher).any() | jnp.isnan(lower).any()
     return jnp.where(lost, jnp.nan, jnp.clip(0.5 + lead / 2, 0, 1))
 
 
 class Calibration(NamedTuple):
-    """Scalars of a posterior or of its predictions, fitted on validation tasks, and the mean nll before and after."""
+    """Scalars of a posterior or of its predictions, fitted on validation tasks.
+
+    Attributes:
+        knobs: the fitted scalars by name.
+        nll_before: the mean nll of the queries with the starting values.
+        nll_after: the mean nll of the queries with the fitted values.
+    """
 
     knobs: dict[str, float]
     nll_before: float
@@ -115,27 +167,28 @@ def calibrate(
     chunk: Count = 25,
     prior_sd: Spread = PRIOR_SD,
 ) -> Learner:
-    """Returns the learner with its knobs fitted to the query nll of validation tasks.
+    """Calibrates a learner: fits its knobs by the nll of the queries of validation tasks.
 
-    These are the scalars of its posterior and the noise of a Gaussian likelihood, by `fit_knobs`; then, of a
-    classifier, the temperature of its softmax, by `calibrate_softmax`. `learner.knobs` has their values.
+    The knobs are positive scalars. Those of the posterior and the noise of a Gaussian likelihood are fitted first, by
+    `fit_knobs`. For a classifier, the temperature of the softmax is fitted next, by `calibrate_softmax`. The values are
+    in the `knobs` of the result.
 
     Args:
-        learner: A trained learner; one with norm="running" has to be `settled` first.
-        params: Its meta-learned parameters.
-        source: Validation tasks; tasks that trained it would make it too sure.
-        key: Random key that draws the tasks.
-        tasks: Number of tasks. A source of groups shows each group before any comes again.
-        evaluations: Number of evaluations of the nll, at most.
-        chunk: Number of tasks in memory at once.
-        prior_sd: Standard deviation of the prior of each knob's logarithm around its present value; `inf` gives the
-            plain maximum of the likelihood.
+        learner: a trained learner. With norm="running" it must be settled first (`Learner.settle`).
+        params: its meta-learned parameters.
+        source: the validation tasks. Training tasks would give an overconfident learner.
+        key: the random key of the tasks and of the adaptation.
+        tasks: the number of tasks. A source with groups draws each group once before any group is drawn again.
+        evaluations: the largest number of evaluations of the nll.
+        chunk: the number of tasks at once in memory.
+        prior_sd: the prior standard deviation of each knob's logarithm around its current value. With `inf` the fit is
+            by maximum likelihood.
 
     Returns:
-        The learner, to adapt and predict with.
+        The calibrated learner.
 
     Raises:
-        ValueError: The learner has no knob to fit; its nll is not finite at any value.
+        ValueError: the learner has no knob to fit, or its nll is not finite at any value that was tried.
     """
     options = {"tasks": tasks, "evaluations": evaluations, "chunk": chunk, "prior_sd": prior_sd}
     return turned(learner, calibration(learner, params, source, key, **options).knobs)
@@ -156,8 +209,18 @@ def calibration(
     """Returns the values that `calibrate` fits, and the mean nll before and after.
 
     Args:
-        learner, params, source, key, tasks, evaluations, chunk, prior_sd: As in `calibrate`.
-        held: Names of knobs that keep their values.
+        learner: as in `calibrate`.
+        params: as in `calibrate`.
+        source: as in `calibrate`.
+        key: as in `calibrate`.
+        tasks: as in `calibrate`.
+        evaluations: as in `calibrate`.
+        chunk: as in `calibrate`.
+        prior_sd: as in `calibrate`.
+        held: the names of knobs that keep their values.
+
+    Raises:
+        ValueError: as in `calibrate`.
     """
     check_settled(learner)
     check_source(source)
@@ -174,15 +237,15 @@ def calibration(
         found.append(_softmax(learner, before, params, source, key, **common))
     if not found:
         raise ValueError(
-            "learner must have a knob to fit, got none: this likelihood has no noise, and the posterior no scalar. "
-            "Use posterior=implicit() or laplace(), where the learner takes one."
+            "learner must have a knob to fit, got none: this likelihood has no noise, and the posterior has no scalar. "
+            "Use posterior=implicit() or laplace() if the learner takes a posterior."
         )
     return Calibration({n: v for f in found for n, v in f.knobs.items()}, found[0].nll_before, found[-1].nll_after)
 
 
 @lru_cache(maxsize=32)
 def _turning(learner: Learner) -> Callable[[dict[str, Array]], Learner]:
-    """knobs -> learner: one function for each learner, as compiled programs are found by it."""
+    """Returns knobs -> learner, as the same function for each learner, since compiled programs are cached by it."""
     return partial(turned, learner)
 
 
@@ -212,31 +275,41 @@ def fit_knobs(
     chunk: Count = 25,
     prior_sd: Spread = PRIOR_SD,
 ) -> Calibration:
-    """Fits positive scalars of your own, e.g. {"temperature": 1.0, "noise": 0.5}, to the query nll of `tasks` tasks.
+    """Fits any positive scalars, e.g. {"temperature": 1.0, "noise": 0.5}, by the nll of the queries of many tasks.
 
-    `calibrate` does it for the knobs that a learner has.
+    For the knobs of a learner, use `calibrate`.
 
-    The fit is a posterior mode: each knob has a log-normal prior around its starting value k0, so that few tasks
-    cannot drive it to 0 or infinity,
+    The fit is a posterior mode. Each scalar k has a log-normal prior around its starting value k0, so that a few tasks
+    cannot drive it to 0 or infinity. The objective is
 
-        mean nll + sum (log(k / k0) / prior_sd)^2 / (2 g),   g = the number of tasks, or of groups if there are fewer;
+        mean nll + sum (log(k / k0) / prior_sd)^2 / (2 g),   g = the number of tasks, or of groups if there are fewer.
 
-    the prior of "noise" is three times as wide, as where it starts is arbitrary.
-
-    Nelder and Mead's simplex on the knobs' logarithms: the posterior need not be differentiable in them. One draw of
-    tasks and of noise serves all evaluations.
+    The prior of "noise" is three times as wide, since its starting value is arbitrary. The optimiser is Nelder and
+    Mead's simplex on the logarithms, so the posterior need not be differentiable in the scalars. All evaluations use
+    the same tasks and random numbers.
 
     Args:
-        build: makes the learner from the knobs (traced).
-        knobs: the positive scalars at their starting values.
-        tasks: how many; a source of groups shows each before any comes again.
-        evaluations: of the nll, at most.
-        prior_sd: of the logarithm of each knob; `inf` is the plain maximum of the likelihood.
+        build: makes the learner from the scalars, which are traced.
+        params: the meta-learned parameters.
+        source: the validation tasks.
+        key: the random key of the tasks and of the adaptation.
+        knobs: the starting values of the scalars by name, which must be positive.
+        tasks: the number of tasks. A source with groups draws each group once before any group is drawn again.
+        evaluations: the largest number of evaluations of the nll.
+        chunk: the number of tasks at once in memory.
+        prior_sd: the prior standard deviation of the logarithm of each scalar. With `inf` the fit is by maximum
+            likelihood.
+
+    Raises:
+        ValueError: a starting value is not positive, or the nll is not finite at any value that was tried.
+
+    References:
+        Nelder & Mead 1965.
     """
-    from scipy.optimize import minimize  # not above: it takes a third of a second, and few commands calibrate
+    from scipy.optimize import minimize  # imported here because it takes a third of a second
 
     if any(value <= 0 for value in knobs.values()):
-        raise ValueError(f"knobs: came {knobs}, need positive starting values")
+        raise ValueError(f"knobs must have positive starting values, got {knobs}.")
 
     check_source(source)
     nll, place = _mean_nll(build, chunk), group_order(source, jax.random.fold_in(key, 1), tasks)
@@ -260,14 +333,15 @@ def fit_knobs(
     if after >= LOST:
         raise ValueError(
             f"the query nll is not finite at any value of {', '.join(names)} that was tried, so nothing can be fitted. "
-            "Check that the labels are classes, that some queries count, and that the learner does not diverge."
+            "Check that the labels are classes, that some queries have a weight above 0, and that the learner does not "
+            "diverge."
         )
     return Calibration(fitted, before, after)
 
 
 @shared()
 def _mean_nll(build: Callable[[dict[str, Array]], Learner], chunk: int) -> Callable[..., Scalar]:
-    """Compiled (log knobs, params, source, key, place) -> mean nll of the queries."""
+    """Returns a compiled function (log scalars, params, source, key, place) -> mean nll of the queries."""
 
     def lost(predicted: Predictive, y: Array, weight: Float[Array, " n"]) -> Scalar:
         return -jnp.where(weight > 0, weight * predicted.log_prob(y), 0).sum()
@@ -285,7 +359,7 @@ def _mean_nll(build: Callable[[dict[str, Array]], Learner], chunk: int) -> Calla
 
 @shared()
 def _log_probs(build: Callable[[dict[str, Array]], Learner], chunk: int) -> Callable[..., tuple[Array, Array, Array]]:
-    """Compiled (knobs, params, source, key, place) -> log probabilities, labels and weights of the queries."""
+    """Returns a compiled function (knobs, params, source, key, place) -> queries' log probabilities, labels, weights."""
 
     def kept(predicted: Categories, y: Array, weight: Float[Array, " n"]) -> tuple[Array, Array, Array]:
         return predicted.tempered(1.0).log_probs[0], y, weight
@@ -310,10 +384,25 @@ def calibrate_softmax(
     chunk: Count = 25,
     prior_sd: Spread = PRIOR_SD,
 ) -> Calibration:
-    """Fit "softmax_temperature", for `temperature_scaled`, to the query nll of `tasks` tasks of a classifier.
+    """Fits "softmax_temperature", for `temperature_scaled`, by the nll of the queries of many tasks.
 
-    Each task is adapted to and predicted once. The temperature is sought between 1/50 and 50, with the prior of
-    `calibrate` around 1: where every query was classified right, the likelihood alone is best at 0.
+    Each task is adapted to and predicted once. The temperature lies between 1/50 and 50, and has the prior of
+    `calibrate` around 1, since the likelihood alone would be highest at 0 if every query is classified correctly.
+
+    Args:
+        learner: the classifier.
+        params: its meta-learned parameters.
+        source: the validation tasks.
+        key: the random key of the tasks and of the adaptation.
+        tasks: the number of tasks. A source with groups draws each group once before any group is drawn again.
+        chunk: the number of tasks at once in memory.
+        prior_sd: the prior standard deviation of the logarithm of the temperature.
+
+    Raises:
+        ValueError: see `fit_temperature`.
+
+    References:
+        Guo et al. 2017.
     """
     return _softmax(learner, {}, params, source, key, tasks=tasks, chunk=chunk, prior_sd=prior_sd)
 
@@ -329,7 +418,7 @@ def _softmax(
     chunk: int,
     prior_sd: float,
 ) -> Calibration:
-    """The softmax temperature of the learner at these knobs; they are traced, so that one program serves all values."""
+    """Fits the softmax temperature at given knobs, which are traced, so that one program serves all values."""
     check_source(source)
     place = group_order(source, jax.random.fold_in(key, 1), tasks)
     given = {name: jnp.asarray(value, float) for name, value in knobs.items()}
@@ -342,7 +431,19 @@ def fit_temperature(
     log_probs: Float[np.ndarray, "n c"], y: Int[np.ndarray, " n"], weight: Float[np.ndarray, " n"], evidence: int,
     prior_sd: float = PRIOR_SD,
 ) -> Calibration:  # fmt: skip
-    """The softmax temperature of these predictions, from `evidence` independent tasks; see `calibrate_softmax`."""
+    """Fits the temperature of a softmax to given predictions (see `calibrate_softmax`).
+
+    Args:
+        log_probs: the predicted log probabilities.
+        y: the labels.
+        weight: the weight of each prediction.
+        evidence: the number of independent tasks or groups that they come from.
+        prior_sd: the prior standard deviation of the logarithm of the temperature.
+
+    Raises:
+        ValueError: no prediction has a weight above 0, a label is no class, a prediction is NaN, or the class of a
+            query has probability 0.
+    """
     from scipy.optimize import minimize_scalar
 
     log_probs, y, weight = (np.asarray(v)[np.asarray(weight) > 0] for v in (log_probs, y, weight))
@@ -373,7 +474,7 @@ def _asked(
     of: Callable[..., PyTree], learner: Learner, params: PyTree, source: TaskSource, key: PRNGKeyArray,
     place: Int[Array, " tasks"], chunk: int,
 ) -> tuple[PyTree, Float[Array, " tasks"]]:  # fmt: skip
-    """of(predictive, y, weight) of the queries of a task of each group in `place`, and how many queries each has."""
+    """Computes of(predictive, y, weight) for the queries of a task of each group in `place`, and their total weight."""
     check_settled(learner)
 
     def one(drawn: tuple[PRNGKeyArray, Array]) -> tuple[PyTree, Scalar]:
@@ -388,7 +489,7 @@ def _asked(
 
 
 def _evidence(source: TaskSource, tasks: int) -> int:
-    """How many independent pieces of evidence so many tasks are."""
+    """The number of independent observations in so many tasks."""
     return min(tasks, group_count(source) or tasks)
 
 

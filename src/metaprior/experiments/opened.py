@@ -1,4 +1,4 @@
-"""A run, opened to be used: its learner, its parameters and its tasks, as the command line and Python see them."""
+"""Opened runs: a trained run's learner, parameters and tasks, for the command line and for Python."""
 
 import re
 import warnings
@@ -39,16 +39,16 @@ from metaprior.training.loop import init_state
 
 @dataclass(frozen=True)
 class Opened:
-    """A run, opened: what its recipe builds, and the parameters that validated best.
+    """An opened run: the parts of its recipe, and the parameters with the lowest validation nll.
 
-    Args:
-        run: its folder.
-        recipe: with the options that were set anew.
+    Attributes:
+        run: the run's folder.
+        recipe: the recipe, with the options that were changed on opening.
         experiment: the learner before calibration, the network, the likelihood and the tasks.
-        params: theta.
-        learner: to adapt and predict with; calibrated, if that was asked for.
-        steps: inner steps on a new task, None for the learner's own number.
-        options: the posterior that was asked for, by name, and its options.
+        params: the meta-learned parameters theta.
+        learner: the learner to adapt and predict with, calibrated if requested.
+        steps: the number of inner steps on a new task. None means the learner's default.
+        options: the requested posterior, by name, and its options.
     """
 
     run: Run
@@ -61,53 +61,72 @@ class Opened:
 
     @property
     def posterior(self) -> str | None:
-        """The name of the posterior that was asked for, None for the learner's own."""
+        """The name of the requested posterior, or None for the learner's own."""
         return self.options.get("posterior")
 
     @property
     def splits(self) -> Splits:
-        """Its tasks, shared out as they were for training."""
+        """The task sources, split as in training."""
         return self.experiment.splits
 
     @property
     def preparation(self) -> Preparation | None:
-        """What makes tasks of a table's columns, and predictions in its units; None for other tasks."""
+        """The conversion between a table's columns and the learner's inputs and targets, or None without a table."""
         return self.experiment.preparation
 
     def made(self, **options: Any) -> Learner:
-        """The recipe's learner over the run's network, with other options of `recipe_learner`."""
+        """Makes the recipe's learner for the run's network.
+
+        Args:
+            **options: options of `recipe_learner` that replace the run's.
+        """
         own = {"likelihood": self.experiment.likelihood, "steps": self.steps}
         own |= {"way": most_ways(self.recipe, self.experiment.preparation)} | options
         return recipe_learner(self.recipe, self.experiment.model, own.pop("likelihood"), **own)
 
     def knobs(self) -> set[str]:
-        """The names of the scalars that `calibrate` fits."""
+        """Returns the names of the scalars that `calibrate` fits."""
         of_classes = isinstance(self.experiment.likelihood, Categorical | Bernoulli)
         return {*dict(self.experiment.learner.knobs), *([SOFTMAX] if of_classes else [])}
 
     def calibrate(self, tasks: int, key: PRNGKeyArray) -> Calibration:
-        """Fits the learner's knobs to `tasks` validation tasks.
+        """Fits the learner's knobs on validation tasks. `turned` makes the calibrated learner from them.
+
+        Args:
+            tasks: the number of validation tasks.
+            key: the random key of the tasks and of the adaptation.
 
         Raises:
-            ValueError: There is no scalar to fit.
+            ValueError: there is no scalar to fit.
         """
         if not self.knobs():
             raise ValueError(
-                f"--calibrated: {self.recipe.learner} with this likelihood has no scalar to fit; leave it out, or give "
-                "--posterior implicit or laplace"
+                f"--calibrated must be left out: {self.recipe.learner} with this likelihood has no scalar to fit. Or "
+                "give --posterior implicit or laplace too."
             )
         return calibration(
             self.experiment.learner, self.params, self.splits.validation, key,
-            tasks=tasks, evaluations=25 if self.options.get("draws") else 40,  # drawn networks are dear
+            tasks=tasks, evaluations=25 if self.options.get("draws") else 40,  # drawn networks are slow
             chunk=self.experiment.training.at_once or 10,
         )  # fmt: skip
 
     def turned(self, knobs: dict[str, Any]) -> Learner:
-        """The learner with these values of its knobs."""
+        """Returns the learner with other values of its knobs.
+
+        Args:
+            knobs: the values by name.
+        """
         return turned(self.experiment.learner, knobs)
 
     def with_fitted(self, kept: Kept) -> "Opened":
-        """The run with the scalars of a calibrated report, if they were fitted for what now predicts."""
+        """Returns the run with the scalars of a calibrated report.
+
+        Args:
+            kept: the report.
+
+        Raises:
+            ValueError: the scalars were fitted for other parameters, inner steps or scalars.
+        """
         check_same(kept, self.run, self.params, self.steps, self.knobs())
         return replace(self, learner=self.turned(kept.settings["fitted"]))
 
@@ -123,38 +142,42 @@ def load(
     settings: Sequence[str] = (),
     blank: bool = False,
 ) -> Opened:
-    """Open a run that `train` wrote, to adapt and predict, or to go on with it in Python.
+    """Opens a run that `metaprior train` wrote, to adapt, predict or continue in Python.
 
-    A table is prepared as it was for training, and its groups are shared out as they were, unless `tasks.path`,
-    `tasks.split` or `tasks.seed` is set anew. Turns on float64 where the run was trained in it.
+    A table is prepared as in training, and its groups are split as in training, unless `settings` has `tasks.path`,
+    `tasks.split` or `tasks.seed`. This turns on float64 if the run was trained in it.
 
     Args:
-        run: the folder that `train` wrote.
-        posterior: "point", "implicit" or "laplace"; None: the learner's own.
-        draws, linear: options of that posterior.
-        calibrated: with the scalars that `metaprior evaluate --calibrated` fitted for this posterior, which also say
-            its draws.
-        steps: inner steps on a new task; None: as the recipe says.
-        settings: options to set anew, "tasks.shot=5".
-        blank: the tasks of a table are of the right shapes and empty, so that the table need not be there.
+        run: the run's folder.
+        posterior: "point", "implicit" or "laplace", or None for the learner's own.
+        draws: the number of networks to draw from that posterior; 0 gives the linearised predictive.
+        linear: whether the drawn networks are linearised.
+        calibrated: whether to use the scalars that `metaprior evaluate --calibrated` fitted for this posterior. They
+            also determine `draws` and `linear`.
+        steps: the number of inner steps on a new task, or None for the recipe's.
+        settings: options to change, such as "tasks.shot=5".
+        blank: makes empty tasks of the right shapes for a run on a table, so that the table need not exist.
+
+    Returns:
+        The opened run.
 
     Raises:
-        ValueError: no run there, or a damaged one; unknown options; scalars that were fitted for other settings.
+        ValueError: there is no run in the folder, it is damaged, an option is unknown, or the scalars were fitted for
+            other settings.
     """
     folder = Path(run)
     given: dict[str, Any] = {"posterior": posterior, "draws": draws, "linear": linear}
     options = {name: value for name, value in given.items() if value is not None}
     if draws is not None and posterior in (None, "point"):
-        raise ValueError("draws needs a posterior to draw from: give posterior implicit or laplace too.")
+        raise ValueError("draws needs a posterior to draw from. Give posterior='implicit' or 'laplace' too.")
     kept = calibrated_report(Run.open(folder), posterior, steps) if calibrated else None
     if kept is not None:
-        # The scalars are right for the predictive that they were fitted for, and for no other.
+        # The scalars are valid only for the predictive that they were fitted for.
         fitted_for = {name: kept.settings[name] for name in ("draws", "linear") if kept.settings[name] is not None}
         if draws is not None and draws != (needed := fitted_for.get("draws")):
             raise ValueError(
-                f"--draws must be {needed} with --calibrated, as {kept.path} was fitted with so many, got {draws}; "
-                f"leave it out, or run `metaprior evaluate {run} --posterior {posterior} --calibrated --draws {draws}` "
-                "first."
+                f"--draws must be {needed} with --calibrated, as in {kept.path}, got {draws}. Leave it out, or run "
+                f"`metaprior evaluate {run} --posterior {posterior} --calibrated --draws {draws}` first."
             )
         options |= fitted_for
     opened = _opened(folder, steps, tuple(settings), blank, options)
@@ -177,8 +200,8 @@ def _opened(folder: Path, steps: int | None, settings: tuple[str, ...], blank: b
     experiment = build(recipe, steps=steps, splits=splits, preparation=preparation, **options)
     if preparation is None and experiment.preparation is not None:
         warnings.warn(
-            f"{folder} was trained by a version that kept no preparation.json; columns, levels and scaling are taken "
-            "from the table as it is today",
+            f"{folder} was trained by a version that saved no preparation.json, so columns, levels and scaling are "
+            "taken from the current table.",
             stacklevel=3,
         )
     _warn_of_leaks(run.preparation, experiment.preparation)
@@ -194,15 +217,15 @@ def _opened(folder: Path, steps: int | None, settings: tuple[str, ...], blank: b
 
 
 def _warn_of_leaks(old: Preparation | None, new: Preparation | None) -> None:
-    """Warn where groups that trained the run are to judge it, as its groups were shared out anew."""
+    """Warns if a new split puts groups that the run was trained on into its test tasks."""
     if old is None or new is None or not old.groups or not new.groups or old.groups == new.groups:
         return
     trained = set(old.groups[0])
     leaked = [name for name in new.groups[2] if name in trained]
     if leaked:
         warnings.warn(
-            f"tasks.path, tasks.split or tasks.seed was set anew: {len(leaked)} of {len(new.groups[2])} test groups "
-            f"trained this run ({leaked[0]!r}, ...), so figures on them are not of new groups. Leave them out of the "
-            "table, or name the groups of each part by tasks.split.",
+            f"tasks.path, tasks.split or tasks.seed has changed: this run was trained on {len(leaked)} of the "
+            f"{len(new.groups[2])} test groups ({leaked[0]!r}, ...), so the figures are not for new groups. Leave "
+            "these groups out of the table, or name the groups of each part with tasks.split.",
             stacklevel=4,
         )
