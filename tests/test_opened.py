@@ -74,7 +74,7 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
 
 
 def test_groups_that_trained_a_run_are_told_where_they_judge_it(folder):
-    with pytest.warns(UserWarning, match=r"[1-3] of 3 test groups trained this run"):
+    with pytest.warns(UserWarning, match=r"trained on [1-3] of the 3 test groups"):
         run = mp.load(folder / "run", settings=["tasks.seed=1"])
     assert set(run.preparation.groups[2]) & set(mp.load(folder / "run").run.preparation.groups[0])
     with warnings.catch_warnings():

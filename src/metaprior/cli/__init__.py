@@ -31,8 +31,8 @@ COMMANDS = {
     "plot": ("plot.plot", "Plot a run's training curve, its predictions on new tasks (regression on one input) and "
              "learned gates."),
     "list": ("listing.listing", "List learners, recipes, suites, task sources, networks and posteriors."),
-    "demo": ("demo.demo", "Meta-train MAML on sinusoids, adapt to new ones from 5 and 10 points, and show what it is "
-             "sure of."),
+    "demo": ("demo.demo", "Meta-train MAML on sinusoids, adapt it to new ones from 5 and 10 points, and plot its "
+             "uncertainty."),
     "truth": ("truth.truth", "Compare learners' posteriors with exact ones (linear-Gaussian hierarchy) or with NUTS."),
     "study": ("study.study", "Compare trained learners on one question."),
     "reproduce": ("reproduce.reproduce", "Train and evaluate the runs of a suite (a built-in name or a TOML file), and "

@@ -359,7 +359,7 @@ def _mean_nll(build: Callable[[dict[str, Array]], Learner], chunk: int) -> Calla
 
 @shared()
 def _log_probs(build: Callable[[dict[str, Array]], Learner], chunk: int) -> Callable[..., tuple[Array, Array, Array]]:
-    """Returns a compiled function (knobs, params, source, key, place) -> queries' log probabilities, labels, weights."""
+    """Returns a compiled function (knobs, params, source, key, place) -> log probabilities, labels and weights."""
 
     def kept(predicted: Categories, y: Array, weight: Float[Array, " n"]) -> tuple[Array, Array, Array]:
         return predicted.tempered(1.0).log_probs[0], y, weight

@@ -1,7 +1,7 @@
-"""The outer loop: whole chunks of meta-steps in one compiled scan; the host is spoken to in between.
+"""The outer loop, which compiles whole chunks of meta-steps into one scan and returns to the host between chunks.
 
-It knows only `Learner` and `TaskSource`. Randomness of a step is fold_in(key, step), so resuming gives the same bits on
-the same devices, threads, kernels and versions.
+It depends only on `Learner` and `TaskSource`. The random key of a meta-step is fold_in(key, step), so a resumed run
+gives the same bits on the same devices, threads, kernels and versions.
 """
 
 import time
@@ -25,22 +25,34 @@ from metaprior.core.signals import interruptible
 from metaprior.core.types import Learner, Splits, Task, TaskSource, check_source, counted, settled, weighted_mean
 from metaprior.evaluation.protocol import check_targets
 
-BLOCK_BYTES = 2**23  # of tasks drawn ahead: what stays in a processor's cache
-SAVE_EVERY = 10.0  # seconds: a checkpoint takes a tenth of one, as long as a chunk of meta-steps on a GPU
+BLOCK_BYTES = 2**23  # the size of tasks that are drawn in advance, which fits in a processor's cache
+SAVE_EVERY = 10.0  # seconds; a checkpoint takes 0.1 s, as long as a chunk of meta-steps on a GPU
 
 
 @dataclass(frozen=True)
 class Training:
     """Settings of the outer loop.
 
-    steps: meta-steps. meta_batch: tasks a meta-step. optimizer, rate, schedule ("constant", "linear" or "cosine" to 0),
-    warmup (meta-steps from 0): the outer optimiser, an optax name; or an optax transformation, which has a rate of its
-    own and is told the mean loss as `value`. clip_value: each component of the meta-gradient to
-    +-c (MAML); clip_norm: its global norm. skip: so many meta-steps in a row may have a gradient that is not finite, as
-    one diverging task makes it, and then change nothing (0: the first ends training). chunk: meta-steps a compiled
-    call; a kill loses one, and ten seconds at most besides. task_chunk: tasks whose gradient is in memory at once
-    (None: all; "auto": one on a processor, whose cache it stays in, all on an accelerator). validate_every: meta-steps,
-    rounded up to whole chunks.
+    Attributes:
+        steps: the number of meta-steps.
+        meta_batch: the number of tasks per meta-step.
+        rate: the learning rate of the outer optimiser.
+        optimizer: the outer optimiser: the name of an optax optimiser, or an optax transformation, which has its own
+            learning rate. The transformation receives the mean loss as `value`.
+        schedule: of the learning rate: "constant", or "linear" or "cosine" decay to 0.
+        warmup: the number of meta-steps in which the learning rate rises linearly from 0.
+        clip_value: clips each component of the meta-gradient to [-c, c], as in MAML.
+        clip_norm: clips the global norm of the meta-gradient.
+        skip: how many meta-steps in a row may have a gradient that is not finite (one diverging task is enough). Such
+            meta-steps change nothing. With 0, the first one ends training.
+        chunk: the number of meta-steps per compiled call. If the process is killed, it loses the current chunk and at
+            most ten seconds more.
+        task_chunk: the number of tasks whose gradients are in memory at once, a divisor of `meta_batch`. None means
+            all. "auto" means one on a processor, where its tensors stay in the cache, and all on an accelerator.
+        validate_every: the number of meta-steps between validations, rounded up to whole chunks.
+        validation_tasks: the number of validation tasks.
+        seed: the seed of everything random.
+        float64: whether to train in float64.
     """
 
     steps: Count = 10_000
@@ -69,12 +81,12 @@ class Training:
             for name, default in (("rate", 1e-3), ("schedule", "constant"), ("warmup", 0)):
                 if getattr(self, name) != default:
                     raise ValueError(
-                        f"training.{name} must be left out where training.optimizer is an optax transformation, got "
-                        f"{getattr(self, name)}; give the transformation its own."
+                        f"training.{name} must be left out if training.optimizer is an optax transformation, got "
+                        f"{getattr(self, name)}. Set it in the transformation."
                     )
 
     def table(self) -> dict[str, Any]:
-        """The settings as JSON holds them; of an optax transformation it says only that it is one."""
+        """Returns the settings in a form for JSON. An optax transformation is replaced by a text that says so."""
         named = isinstance(self.optimizer, str)
         return asdict(self if named else replace(self, optimizer="sgd")) | (
             {} if named else {"optimizer": "an optax transformation"}
@@ -82,14 +94,20 @@ class Training:
 
     @property
     def at_once(self) -> int | None:
-        """Tasks whose gradient is in memory at once on this machine; None: all."""
+        """The number of tasks whose gradients are in memory at once on this machine. None means all."""
         if self.task_chunk == "auto":
             return 1 if jax.default_backend() == "cpu" else None
         return self.task_chunk
 
 
 class TrainState(NamedTuple):
-    """All that changes while training."""
+    """The state of training.
+
+    Attributes:
+        params: the meta-learned parameters theta.
+        opt_state: the state of the outer optimiser.
+        step: the number of completed meta-steps.
+    """
 
     params: PyTree
     opt_state: PyTree
@@ -97,9 +115,14 @@ class TrainState(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """What training ends with: the last parameters, those that validated best, and one row of figures a chunk.
+    """The result of training.
 
-    interrupted: the number of the signal that ended it early, 0 if none did.
+    Attributes:
+        params: the last parameters.
+        best: the parameters with the lowest validation nll, or the last ones without a validation.
+        state: the last state.
+        history: the metrics of each chunk.
+        interrupted: the number of the signal that ended training early, or 0.
     """
 
     params: PyTree
@@ -110,7 +133,18 @@ class Fitted(NamedTuple):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient became NaN or infinite; `state` is the last good one."""
+    """The loss or its gradient became NaN or infinite.
+
+    Args:
+        step: the meta-step.
+        name: the learner's name.
+        state: the last good state.
+        cause: the likely cause, if it is known.
+
+    Attributes:
+        step: the meta-step.
+        state: the last good state.
+    """
 
     def __init__(self, step: int, name: str, state: TrainState, cause: str | None = None):
         self.step, self.state = step, state
@@ -118,16 +152,22 @@ class NonFiniteLoss(RuntimeError):
             super().__init__(f"the loss of {name} became non-finite at meta-step {step}. The likely cause: {cause}")
             return
         super().__init__(
-            f"the loss of {name} became non-finite at meta-step {step}; the state before its chunk (meta-step "
+            f"the loss of {name} became non-finite at meta-step {step}. The state before its chunk (meta-step "
             f"{int(state.step)}) is kept. Try a lower inner rate (--set learner.rate=...), gradient clipping "
-            "(--set training.clip_norm=10), fewer inner steps, float64 (--set training.float64=true), or passing over "
-            "such meta-steps (--set training.skip=10)"
+            "(--set training.clip_norm=10), fewer inner steps, float64 (--set training.float64=true), or skipping "
+            "such meta-steps (--set training.skip=10)."
         )
 
 
 class Restored(NamedTuple):
-    """Where a run stands: its state, the parameters that validated best (None before any did), their validation nll
-    (infinite before), and one row of figures a chunk."""
+    """The point from which a run continues.
+
+    Attributes:
+        state: the state.
+        best: the parameters with the lowest validation nll, or None before the first validation.
+        lowest: their validation nll, or infinity before the first validation.
+        history: the metrics of each chunk.
+    """
 
     state: TrainState
     best: PyTree | None
@@ -136,17 +176,46 @@ class Restored(NamedTuple):
 
 
 class Recorder(Protocol):
-    """What keeps a run: asked where to go on from, told of each chunk (see `runs.Run`)."""
+    """Persists a run: receives each chunk's metrics and restores the latest state (see `runs.Run`)."""
 
-    def begin(self, like: TrainState, training: Training, resume: bool, splits: Splits) -> Restored: ...
+    def begin(self, like: TrainState, training: Training, resume: bool, splits: Splits) -> Restored:
+        """Starts or resumes a run.
 
-    def record(self, row: dict[str, float]) -> None: ...
+        Args:
+            like: the initial state, from which a new run starts.
+            training: the settings.
+            resume: whether the run may have been trained before.
+            splits: the task sources.
 
-    def save(self, state: TrainState, best: bool = False) -> None: ...
+        Returns:
+            The point from which to continue.
+        """
+        ...
+
+    def record(self, row: dict[str, float]) -> None:
+        """Saves the metrics of a chunk.
+
+        Args:
+            row: the metrics by name, with the meta-step as "step".
+        """
+        ...
+
+    def save(self, state: TrainState, best: bool = False) -> None:
+        """Saves a state.
+
+        Args:
+            state: the state.
+            best: whether its parameters have the lowest validation nll so far.
+        """
+        ...
 
 
 def outer_optimizer(training: Training) -> optax.GradientTransformation:
-    """The outer optimiser with its schedule and clipping."""
+    """Returns the outer optimiser with its schedule and clipping.
+
+    Args:
+        training: the settings.
+    """
     clips = [] if training.clip_value is None else [optax.clip(training.clip_value)]
     clips += [] if training.clip_norm is None else [optax.clip_by_global_norm(training.clip_norm)]
     chained = optax.chain(*clips, _unclipped(training))
@@ -158,7 +227,7 @@ def _unclipped(training: Training) -> optax.GradientTransformation:
         return training.optimizer
     factory = getattr(optax, training.optimizer, None)
     if factory is None or training.optimizer.startswith("_"):
-        raise ValueError(f"training.optimizer: came {training.optimizer!r}, needs an optax optimiser, e.g. 'adam'")
+        raise ValueError(f"training.optimizer must be an optax optimiser, e.g. 'adam', got {training.optimizer!r}.")
     left = max(training.steps - training.warmup, 1)
     schedule = {
         "constant": optax.constant_schedule(training.rate),
@@ -177,7 +246,13 @@ def _one_task(source: TaskSource, key: PRNGKeyArray) -> Task:
 
 
 def init_state(learner: Learner, source: TaskSource, training: Training) -> TrainState:
-    """theta before training, from the seed."""
+    """Returns the state before training, which depends on the seed.
+
+    Args:
+        learner: the learner.
+        source: the training tasks, of which one gives the shapes.
+        training: the settings.
+    """
     key_task, key_init = jax.random.split(jax.random.key(training.seed))
     task = jax.tree.map(lambda leaf: leaf[0], _one_task(source, key_task))
     params = learner.init(key_init, task)
@@ -187,7 +262,18 @@ def init_state(learner: Learner, source: TaskSource, training: Training) -> Trai
 def meta_gradient(
     learner: Learner, params: PyTree, tasks: Task, keys: PRNGKeyArray, task_chunk: int | None
 ) -> tuple[dict[str, Array], PyTree]:
-    """Mean metrics and mean meta-gradient over the tasks, with at most `task_chunk` tasks in memory at once."""
+    """Computes the mean metrics and the mean meta-gradient over tasks.
+
+    Args:
+        learner: the learner.
+        params: the meta-learned parameters.
+        tasks: a stack of tasks.
+        keys: a random key for each task.
+        task_chunk: the number of tasks in memory at once, a divisor of their number. None means all.
+
+    Returns:
+        The metrics by name, with the loss, and the gradient.
+    """
 
     def mean_loss(params: PyTree, tasks: Task, keys: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
         losses, metrics = jax.vmap(learner.loss, in_axes=(None, 0, 0))(params, tasks, keys)
@@ -211,18 +297,29 @@ def meta_gradient(
 
 
 def step_mesh(training: Training) -> Mesh | None:
-    """The devices that share a meta-step's tasks; None where there is but one."""
+    """Returns the devices that share a meta-step's tasks, or None if there is only one.
+
+    Args:
+        training: the settings.
+
+    Raises:
+        ValueError: the tasks cannot be divided equally.
+    """
     mesh = task_mesh(training.meta_batch, at_once := training.at_once or 1)
     if mesh is None and (n := jax.device_count()) > 1:
         raise ValueError(
-            f"training.meta_batch: came {training.meta_batch} tasks for {n} devices, {at_once} (task_chunk) at once "
-            f"on each; needs a multiple of {n * at_once}, or fewer devices (--devices)"
+            f"training.meta_batch must be a multiple of {n * at_once} for {n} devices with {at_once} tasks at once "
+            f"(task_chunk), got {training.meta_batch}. Change it, or use fewer devices (--devices)."
         )
     return mesh
 
 
 def draw_tasks(training: Training) -> Callable[[Int[Array, ""], TaskSource], tuple[Task, PRNGKeyArray]]:
-    """(step, source) -> a meta-step's tasks and the keys of their losses, whatever came before."""
+    """Returns (step, source) -> (a meta-step's tasks, the random keys of their losses), which depends on no other step.
+
+    Args:
+        training: the settings.
+    """
 
     def draw(step: Int[Array, ""], source: TaskSource) -> tuple[Task, PRNGKeyArray]:
         key_tasks, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(training.seed), step))
@@ -232,7 +329,12 @@ def draw_tasks(training: Training) -> Callable[[Int[Array, ""], TaskSource], tup
 
 
 def mean_gradient(learner: Learner, training: Training) -> Callable[..., tuple[dict[str, Array], PyTree]]:
-    """(params, (tasks, keys)) -> the tasks' mean metrics and mean meta-gradient, shared out over devices."""
+    """Returns (params, (tasks, keys)) -> (mean metrics, mean meta-gradient), computed on all devices.
+
+    Args:
+        learner: the learner.
+        training: the settings.
+    """
 
     def own_mean(params: PyTree, drawn: tuple[Task, PRNGKeyArray]) -> tuple[dict[str, Array], PyTree]:
         return meta_gradient(learner, params, *drawn, training.at_once)
@@ -241,9 +343,13 @@ def mean_gradient(learner: Learner, training: Training) -> Callable[..., tuple[d
 
 
 def outer_update(training: Training) -> Callable[..., TrainState]:
-    """(state, gradient, metrics) -> the state after an outer step. The gradient may come from anywhere.
+    """Returns (state, gradient, metrics) -> the state after an outer step.
 
-    The optimiser is told the mean loss (`value`), and the metric `divergence` where the learner's loss has one.
+    The gradient can be computed elsewhere. The optimiser receives the mean loss as `value`, and the metric `divergence`
+    if the learner's loss has one.
+
+    Args:
+        training: the settings.
     """
     optimizer = optax.with_extra_args_support(outer_optimizer(training))
 
@@ -256,7 +362,12 @@ def outer_update(training: Training) -> Callable[..., TrainState]:
 
 
 def meta_step(learner: Learner, training: Training) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """One outer step as a pure function (state, (tasks, keys)): `mean_gradient`, then `outer_update`."""
+    """Returns one outer step, (state, (tasks, keys)) -> (state, metrics): `mean_gradient`, then `outer_update`.
+
+    Args:
+        learner: the learner.
+        training: the settings.
+    """
     mean, update = mean_gradient(learner, training), outer_update(training)
 
     def step(state: TrainState, drawn: tuple[Task, PRNGKeyArray]) -> tuple[TrainState, dict[str, Array]]:
@@ -270,12 +381,17 @@ def meta_step(learner: Learner, training: Training) -> Callable[..., tuple[Train
 
 @shared()
 def run_chunk(learner: Learner, training: Training) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Compiled (state, source, steps) -> (state after `steps` meta-steps, their metrics, stacked)."""
+    """Returns a compiled function (state, source, steps) -> (state after `steps` meta-steps, their stacked metrics).
+
+    Args:
+        learner: the learner.
+        training: the settings.
+    """
     step, draw = meta_step(learner, training), draw_tasks(training)
 
     @partial(jax.jit, static_argnums=2)
     def chunk(state: TrainState, source: TaskSource, steps: int) -> tuple[TrainState, dict[str, Array]]:
-        # Random numbers are cheap by the thousand and dear by the dozen: tasks are drawn for a block of steps at once.
+        # Drawing many random numbers at once is much cheaper per number, so tasks are drawn for a block of meta-steps.
         block = block_length(jax.eval_shape(draw, state.step, source)[0], steps)
 
         def run_block(state: TrainState, _: None) -> tuple[TrainState, dict[str, Array]]:
@@ -289,7 +405,12 @@ def run_chunk(learner: Learner, training: Training) -> Callable[..., tuple[Train
 
 
 def block_length(tasks: Task, steps: int) -> int:
-    """The largest divisor of `steps` for which so many batches of tasks fit into BLOCK_BYTES."""
+    """Returns the largest divisor of `steps` for which as many batches of tasks fit into BLOCK_BYTES.
+
+    Args:
+        tasks: the shapes of a batch of tasks.
+        steps: the number of meta-steps.
+    """
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tasks))
     most = max(BLOCK_BYTES // max(size, 1), 1)
     return max(d for d in range(1, steps + 1) if steps % d == 0 and d <= most)
@@ -297,9 +418,14 @@ def block_length(tasks: Task, steps: int) -> int:
 
 @shared()
 def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSource, TaskSource], dict[str, Array]]:
-    """Compiled (params, source, train) -> mean query nll (and accuracy) of adapted posteriors on always the same tasks.
+    """Returns a compiled function (params, source, train) -> the mean metrics of queries on a fixed set of tasks.
 
-    train: the source of training tasks, by which a learner is `settled`.
+    The metrics are nll, and accuracy or mse. `train` is the source of training tasks, with which a learner is settled
+    (`Learner.settle`) first.
+
+    Args:
+        learner: the learner.
+        training: the settings.
     """
 
     def own_mean(shared: tuple[PyTree, TaskSource, TaskSource], keys: PRNGKeyArray) -> dict[str, Array]:
@@ -338,7 +464,17 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
 
 
 def likely_cause(learner: Learner, source: TaskSource, training: Training, state: TrainState, step: int) -> str | None:
-    """Why the loss of this meta-step is not finite, where its tasks tell: labels, counts or numbers that cannot be."""
+    """Returns the likely cause of a loss that is not finite, if the meta-step's tasks reveal it.
+
+    Causes are targets that are not possible (labels, counts or numbers), and counts whose rate overflowed.
+
+    Args:
+        learner: the learner.
+        source: the tasks.
+        training: the settings.
+        state: the last good state.
+        step: the meta-step.
+    """
     tasks = draw_tasks(training)(jnp.asarray(step), source)[0]
 
     def predicted(params: PyTree, task: Task, key: PRNGKeyArray) -> PyTree:
@@ -352,7 +488,7 @@ def likely_cause(learner: Learner, source: TaskSource, training: Training, state
         return str(error)
     if isinstance(kind, Counts):
         return (
-            "a rate exp(output) that overflowed. Counts need small steps: lower the inner and outer rates (--set "
+            "a rate exp(output) that overflowed. Counts need small steps. Lower the inner and outer rates (--set "
             "learner.rate=..., --set training.rate=...), or clip gradients (--set training.clip_norm=1)."
         )
     return None
@@ -375,23 +511,38 @@ def fit(
     seconds: NonNegative | None = None,
     refresh: Callable[[TaskSource, PyTree, int], TaskSource] | None = None,
 ) -> Fitted:
-    """Meta-train: theta that minimises the learner's loss over tasks of `splits.train`.
+    """Meta-trains a learner: minimises its loss over tasks of `splits.train`.
 
-    run keeps checkpoints and figures; resume=True goes on where it stands, with the same bits as if never stopped
-    (under the conditions that the run notes; others are warned of).
-    refresh(source, params, step) is called before each chunk and returns the source of its training tasks, where they
-    come from what was collected so far (a replay buffer, a policy's trajectories). It gets the last source and the
-    present params. A source of other shapes is compiled for anew. Checkpoints do not keep it, so such a training
-    cannot be resumed.
-    report is called with each chunk's figures. seconds: after so many, training ends with the chunk at hand, validated
-    and saved, and `Fitted.state.step` says how far it came; a resume goes on from there. Raises NonFiniteLoss with the
-    last good state. Ctrl-C,
-    SIGTERM and SIGHUP end it after the chunk, saved; a second one ends the process at once. Raises ValueError for
-    arguments of a wrong type, and for sources that hold no numbers or weights that cannot be.
+    Ctrl-C, SIGTERM and SIGHUP end training after the current chunk, whose state is saved. A second signal ends the
+    process at once.
+
+    Args:
+        learner: the learner.
+        splits: the task sources.
+        training: the settings. The default is `Training()`.
+        run: saves checkpoints and metrics (see `runs.Run`).
+        resume: whether to continue the run, with the same bits as if it had never stopped, in the same environment. A
+            changed environment gives a warning.
+        report: is called with the metrics of each chunk.
+        name: the learner's name, for error messages.
+        seconds: a time limit. Training then ends after the current chunk, is validated and saved, and
+            `Fitted.state.step` is the number of completed meta-steps. It can be resumed.
+        refresh: refresh(source, params, step) is called before each chunk, with the last source and the current
+            parameters, and returns the chunk's source of training tasks. Use it where tasks come from data that are
+            collected during training, such as a replay buffer or a policy's trajectories. A source with other shapes
+            is compiled again. Checkpoints do not contain the source, so such training cannot be resumed.
+
+    Returns:
+        The last and the best parameters, and the metrics of each chunk.
+
+    Raises:
+        NonFiniteLoss: the loss or its gradient is not finite. The error holds the last good state.
+        ValueError: an argument has a wrong type, a source has no numbers or impossible weights, or `refresh` is given
+            with `resume`.
     """
     training = training or Training()
     if refresh is not None and resume:
-        raise ValueError("resume must be False with refresh, as checkpoints do not keep what was collected, got True.")
+        raise ValueError("resume must be False with refresh, as checkpoints hold no collected data, got True.")
     train = splits.train
     for source in (splits.train, splits.validation):
         check_source(source)
@@ -407,7 +558,7 @@ def fit(
     with interruptible() as asked:
         while (done := int(state.step)) < training.steps:
             began = time.perf_counter()
-            # A chunk ends at a multiple of its size, wherever an earlier, shorter training ended.
+            # Chunks end at multiples of their size, even if an earlier, shorter training ended in between.
             steps = min(training.chunk - done % training.chunk, training.steps - done)
             if refresh is not None:
                 check_source(train := refresh(train, state.params, done))
