@@ -44,6 +44,13 @@ def pytest_addoption(parser):
     parser.addoption("--learner", metavar="NAME", help="only what is asked of every learner, and of this one")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """`make quick` does not import what it would not run."""
+    if config.getoption("quick") and collection_path.name.startswith("test_"):
+        return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() or None
+    return None
+
+
 def names_in(function, seen):
     """The names that a function uses, and those of the tests' functions that it calls."""
     found, codes = set(), [inspect.unwrap(function).__code__]
@@ -70,7 +77,7 @@ def slow(item):
 def learner_of(item):
     """The learner that a test is run for, by a parameter `name` or a bad input's name; None: no single one."""
     values = item.callspec.params if hasattr(item, "callspec") else {}
-    words = [values.get("name"), getattr(values.get("case"), "name", "").split(" ")[0]]
+    words = [values.get("name"), *(case.name.split(" ")[0] for case in values.get("cases", ())[:1])]
     return next((word for word in words if word in LEARNERS), None)
 
 
@@ -110,7 +117,7 @@ _done = 0
 def pytest_runtest_teardown(item, nextitem):
     """Compiled programs of tests gone by are rarely of use again, and gigabytes by the hundred."""
     global _done
-    _done += 1
+    _done += len(item.callspec.params.get("cases", "1")) if hasattr(item, "callspec") else 1
     same = nextitem is not None and learner_of(item) is not None and learner_of(item) == learner_of(nextitem)
     often = 100 if item.config.getoption("quick") else CLEARED_EVERY
     if _done >= often and not same:  # tests of one learner share its programs
