@@ -48,7 +48,7 @@ def commands(args: list[str]) -> dict[str, Callable[..., int]]:
     If the arguments begin with a command, or only ask for help, no other command is imported.
 
     Args:
-        args: the arguments of the command line.
+        args: The arguments of the command line.
     """
     first = args[0] if args else "--help"
     one = first in (*COMMANDS, "-h", "--help")
@@ -78,7 +78,7 @@ def one_set(args: list[str]) -> list[str]:
     """Merges all --set options into one, at the end, since the parser would silently keep only the last one.
 
     Args:
-        args: the arguments of the command line.
+        args: The arguments of the command line.
     """
     others, options, here = [], [], False
     for argument in args:
@@ -100,7 +100,7 @@ def main(args: list[str] | None = None) -> None:
     errors; Ctrl-C gives 130, SIGTERM 143 and SIGHUP 129.
 
     Args:
-        args: the arguments. The default is those of the process.
+        args: The arguments. The default is those of the process.
     """
     given, show = one_set(sys.argv[1:] if args is None else args), warnings.showwarning
     try:

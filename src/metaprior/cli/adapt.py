@@ -52,21 +52,21 @@ def adapt(
     central 90 % intervals.
 
     Args:
-        run: the folder that `train` wrote.
-        support: labelled examples. For a run on a table: a CSV or NPZ file with the table's columns, by name and in any
+        run: The folder that `train` wrote.
+        support: Labelled examples. For a run on a table: a CSV or NPZ file with the table's columns, by name and in any
             order; the column of its target may also be called target or label. For a run on images: a folder with one
             folder of images per class, named after the class. For a run on texts: a CSV, TSV or JSON file (with the
             columns text and label, or those that the run was trained on), or a folder with one folder of text files per
             class; write a missing word as ___. For other runs: a CSV file (with a column label or target) or an NPZ
             file (with x and y).
-        query: the examples to predict: an image, a folder of images, a CSV or an NPZ file. Texts can also be a .txt
+        query: The examples to predict: an image, a folder of images, a CSV or an NPZ file. Texts can also be a .txt
             file with one text per line.
-        posterior: the posterior around the adapted parameters phi_k. None means the learner's own.
-        draws: how many networks to draw from the posterior; 0 gives the linearised predictive.
-        calibrated: use the scalars that `evaluate --calibrated` fitted for this posterior.
-        steps: the number of inner steps. None means the recipe's.
-        out: a CSV file for all predictions.
-        seed: the seed of the draws.
+        posterior: The posterior around the adapted parameters phi_k. None means the learner's own.
+        draws: How many networks to draw from the posterior; 0 gives the linearised predictive.
+        calibrated: Use the scalars that `evaluate --calibrated` fitted for this posterior.
+        steps: The number of inner steps. None means the recipe's.
+        out: A CSV file for all predictions.
+        seed: The seed of the draws.
     """
     if out is not None:
         check_output(out, "--out", file=True)
@@ -122,11 +122,11 @@ class Given(NamedTuple):
     """The contents of the user's files, as arrays for the learner.
 
     Attributes:
-        x: inputs of the support [n, ...].
-        y: targets of the support [n, ...].
-        query: inputs of the queries [m, ...].
-        names: the names of the queries.
-        classes: the classes in the order of their codes, or None if targets are numbers.
+        x: Inputs of the support [n, ...].
+        y: Targets of the support [n, ...].
+        query: Inputs of the queries [m, ...].
+        names: The names of the queries.
+        classes: The classes in the order of their codes, or None if targets are numbers.
     """
 
     x: np.ndarray
@@ -205,9 +205,9 @@ def class_rows(predictive: Categories, names: list[str], classes: list[Any]) -> 
     """Returns one row per query: the most likely class, then the probability of each class.
 
     Args:
-        predictive: the predictive distribution of the queries.
-        names: the names of the queries.
-        classes: the classes of the support. The probabilities of further classes are left out.
+        predictive: The predictive distribution of the queries.
+        names: The names of the queries.
+        classes: The classes of the support. The probabilities of further classes are left out.
     """
     p = np.asarray(predictive.mean())[:, : len(classes)]
     p = p / p.sum(-1, keepdims=True)
@@ -222,8 +222,8 @@ def target_rows(predictive: Any, names: list[str]) -> list[dict[str, Any]]:
     """Returns one row per query: the mean and the central 90 % interval of each target.
 
     Args:
-        predictive: the predictive distribution of the queries.
-        names: the names of the queries.
+        predictive: The predictive distribution of the queries.
+        names: The names of the queries.
     """
     parts = {"mean": predictive.mean(), "5 %": predictive.quantile(0.05), "95 %": predictive.quantile(0.95)}
     several = parts["mean"].shape[1] > 1

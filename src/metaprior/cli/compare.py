@@ -28,9 +28,9 @@ def compare(
     """Compare the reports of several runs in a table and a plot of their figures after each inner step.
 
     Args:
-        runs: the folders that `train` wrote, each with a report by `evaluate`.
-        report: which reports to compare: own, own-calibrated, implicit, ..., as in report-NAME.json.
-        out: the folder for compared.json and compared.png.
+        runs: The folders that `train` wrote, each with a report by `evaluate`.
+        report: Which reports to compare: own, own-calibrated, implicit, ..., as in report-NAME.json.
+        out: The folder for compared.json and compared.png.
     """
     check_plots(out, "--out")
     named = told_apart([Run.open(folder) for folder in runs])
@@ -67,8 +67,8 @@ def pooled(report: Report, name: str) -> str:
     """Formats a figure without an interval, or '-' if the report does not have it.
 
     Args:
-        report: the report.
-        name: the figure's name.
+        report: The report.
+        name: The figure's name.
     """
     return f"{report.pooled[name]:.4f}" if name in report.pooled else "-"
 
@@ -77,11 +77,11 @@ def report_of(run: Run, name: str) -> Kept:
     """Reads a report of a run.
 
     Args:
-        run: the run.
-        name: the NAME in report-NAME.json.
+        run: The run.
+        name: The NAME in report-NAME.json.
 
     Raises:
-        ValueError: the report does not exist or is damaged. The message names the run's other reports.
+        ValueError: The report does not exist or is damaged. The message names the run's other reports.
     """
     if not (run.folder / f"report-{name}.json").is_file() and (others := reports_of(run)):
         raise ValueError(
@@ -96,7 +96,7 @@ def judged_at(kept: Kept) -> int | None:
     """Returns the meta-step of the checkpoint that a report evaluated, or None if the report does not state it.
 
     Args:
-        kept: the report.
+        kept: The report.
     """
     step = kept.settings.get("checkpoint", {}).get("step")
     return None if step is None else accept(Whole, step, f"{kept.path}: settings.checkpoint.step")
@@ -106,8 +106,8 @@ def warn_if_older(kept: Kept, run: Run) -> None:
     """Warns, with both meta-steps, if a run was trained further after its report.
 
     Args:
-        kept: the report.
-        run: the run.
+        kept: The report.
+        run: The run.
     """
     then, now = judged_at(kept), run.newest
     if then is not None and now is not None and then != now:
@@ -122,8 +122,8 @@ def trained(run: Run, step: int | None = None) -> dict[str, Any]:
     """Returns the meta-step of the evaluated parameters and the training time up to it, in minutes.
 
     Args:
-        run: the run.
-        step: the meta-step, or None for the one with the lowest validation nll.
+        run: The run.
+        step: The meta-step, or None for the one with the lowest validation nll.
     """
     rows = run.metrics()
     if step is None:
@@ -136,8 +136,8 @@ def protocol(run: Run, kept: Kept) -> dict[str, Any]:
     """Returns the options that must agree for figures to be comparable: those of the test tasks.
 
     Args:
-        run: the run.
-        kept: its report.
+        run: The run.
+        kept: Its report.
     """
     tasks, settings = own_table(run.recipe["tasks"], ""), kept.settings
     seed = settings.get("seed", run.recipe.get("evaluation", {}).get("seed"))

@@ -30,8 +30,8 @@ def demo(out: Path = Path("demo"), steps: int = 10_000) -> int:
     """Meta-train MAML on sinusoids, adapt it to new ones from 5 and 10 points, and plot its uncertainty.
 
     Args:
-        out: the folder for the plots.
-        steps: the number of meta-steps.
+        out: The folder for the plots.
+        steps: The number of meta-steps.
     """
     configure()
     check_plots(out, "--out")

@@ -58,20 +58,20 @@ def evaluate(
     """Evaluate a run on new tasks and write a report (JSON) and plots to its folder.
 
     Args:
-        run: the folder that `train` wrote.
-        posterior: the posterior around the adapted parameters phi_k. None means the learner's own.
-        draws: how many networks to draw from the posterior; 0 gives the linearised predictive in closed form. None
+        run: The folder that `train` wrote.
+        posterior: The posterior around the adapted parameters phi_k. None means the learner's own.
+        draws: How many networks to draw from the posterior; 0 gives the linearised predictive in closed form. None
             means 0 for regression and 16 otherwise.
-        linear: draw linearised networks, which stay accurate for broad posteriors; --no-linear draws full networks.
-        calibrated: first fit scalars on validation tasks: the posterior's temperature (or precision), and the noise or,
+        linear: Draw linearised networks, which stay accurate for broad posteriors; --no-linear draws full networks.
+        calibrated: First fit scalars on validation tasks: the posterior's temperature (or precision), and the noise or,
             for classes, the temperature of the softmax.
-        steps: the number of inner steps on a new task, instead of the recipe's. The report then has another file name,
+        steps: The number of inner steps on a new task, instead of the recipe's. The report then has another file name,
             as with --set.
-        tasks: the number of tasks. None means the recipe's, or else one per group of a table and 600 of other tasks.
-        split: the split of the tasks. one_shot is Omniglot's official 20 runs of 20-way 1-shot classification.
-        seed: the seed of the tasks.
-        devices: the number of devices that the cores are divided into. Each device evaluates a share of the tasks.
-        set: options of the tasks or the learner by name, e.g. --set tasks.shot=5. evaluation.metrics names further
+        tasks: The number of tasks. None means the recipe's, or else one per group of a table and 600 of other tasks.
+        split: The split of the tasks. one_shot is Omniglot's official 20 runs of 20-way 1-shot classification.
+        seed: The seed of the tasks.
+        devices: The number of devices that the cores are divided into. Each device evaluates a share of the tasks.
+        set: Options of the tasks or the learner by name, e.g. --set tasks.shot=5. evaluation.metrics names further
             metrics of the learner's loss to report. evaluation.course=false leaves out the figures after each inner
             step.
     """
@@ -188,7 +188,7 @@ def rejection_table(told: dict[str, Rejection]) -> Table:
     """Returns a table of AUROC, and of the effect of the threshold chosen on validation tasks, with one row per score.
 
     Args:
-        told: the rejection by score.
+        told: The rejection by score.
     """
     table = Table(title="texts of no class, as many as queries", title_justify="left", header_style="bold")
     for name in ("score", "AUROC", "accuracy with rejection", "queries kept", "outsiders rejected"):

@@ -21,7 +21,7 @@ def plot(run: Annotated[Path, tyro.conf.Positional], /) -> int:
     Gates are plotted for learners that have them.
 
     Args:
-        run: the folder that `train` wrote.
+        run: The folder that `train` wrote.
     """
     check_plots(run, "run")
     opened = load(run)
@@ -52,9 +52,9 @@ def steps_of(learner: Learner, params: PyTree, tasks: Task) -> int:
     """Returns the number of inner steps of a learner.
 
     Args:
-        learner: a learner with a `path`.
-        params: its meta-learned parameters.
-        tasks: a stack of tasks.
+        learner: A learner with a `path`.
+        params: Its meta-learned parameters.
+        tasks: A stack of tasks.
     """
     assert learner.path is not None
     support = jax.tree.map(lambda leaf: leaf[0], tasks.support)

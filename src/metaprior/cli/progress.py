@@ -14,9 +14,9 @@ class Progress:
     """Shows the metrics of each chunk: meta-steps per second, time left, training and latest validation metrics.
 
     Args:
-        steps: the number of meta-steps of the training.
-        console: where to print.
-        standardised: the name of the target if training standardises it. The lines then say so.
+        steps: The number of meta-steps of the training.
+        console: Where to print.
+        standardised: The name of the target if training standardises it. The lines then say so.
     """
 
     def __init__(self, steps: int, console: Console, standardised: str | None = None):
@@ -48,7 +48,7 @@ class Progress:
         """Shows the metrics of a chunk.
 
         Args:
-            row: the metrics by name, with the meta-step as "step".
+            row: The metrics by name, with the meta-step as "step".
         """
         validated = [f"{k.removeprefix('validation/')} {v:.4f}" for k, v in row.items() if k.startswith("validation/")]
         if validated:

@@ -35,11 +35,11 @@ class Job(NamedTuple):
     """A run of a suite that is to be trained and evaluated.
 
     Attributes:
-        name: its name in the suite.
-        planned: how it is trained and evaluated.
-        recipe: the resolved recipe.
-        folder: the run's folder.
-        path: the file of its result.
+        name: Its name in the suite.
+        planned: How it is trained and evaluated.
+        recipe: The resolved recipe.
+        folder: The run's folder.
+        path: The file of its result.
     """
 
     name: str
@@ -64,13 +64,13 @@ def reproduce(
     results` makes a page of the files.
 
     Args:
-        suite: the suite, see `metaprior list`.
-        budget: the time for training, such as 90s, 10m or 2h. Each unfinished run gets an equal share of the remaining
+        suite: The suite, see `metaprior list`.
+        budget: The time for training, such as 90s, 10m or 2h. Each unfinished run gets an equal share of the remaining
             time, and at least one chunk of meta-steps. Evaluation takes additional time. None trains each run to its
             end.
-        only: the names of the runs; all if none is given.
-        results: the folder for the results.
-        out: the folder for the runs. Runs with the same settings share a folder in it.
+        only: The names of the runs; all if none is given.
+        results: The folder for the results.
+        out: The folder for the runs. Runs with the same settings share a folder in it.
     """
     seconds = None if budget is None else duration(budget)
     chosen = load_suite(suite)
@@ -112,10 +112,10 @@ def results(
     """Write a Markdown page of each suite's results, with a status relative to the published figures.
 
     Args:
-        results: the folder that `metaprior reproduce` wrote, with a folder for each suite.
-        benchmarks: a folder of benchmark results, for the page speed.md. It need not exist.
-        out: the folder for the pages.
-        headlines: a Markdown file. The lines between its two marks are replaced by the table of the best rows.
+        results: The folder that `metaprior reproduce` wrote, with a folder for each suite.
+        benchmarks: A folder of benchmark results, for the page speed.md. It need not exist.
+        out: The folder for the pages.
+        headlines: A Markdown file. The lines between its two marks are replaced by the table of the best rows.
     """
     check_output(out, "--out")
     for path in write_pages(results, benchmarks, out):
@@ -130,10 +130,10 @@ def duration(text: str) -> float:
     """Converts a text such as '90s', '10m' or '1.5h' to seconds.
 
     Args:
-        text: the text.
+        text: The text.
 
     Raises:
-        ValueError: the text is not a time above 0.
+        ValueError: The text is not a time above 0.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
     if found is None or float(found[1]) == 0:
@@ -218,7 +218,7 @@ def as_options(table: dict[str, Any]) -> tuple[str, ...]:
     """Converts options to the arguments of --set.
 
     Args:
-        table: the options by dotted name.
+        table: The options by dotted name.
     """
     return tuple(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in table.items())
 

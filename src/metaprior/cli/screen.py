@@ -9,6 +9,6 @@ def screen(**options: Any) -> Console:
     """Returns a console without markup, since users' names of runs, columns and classes may contain '[/b]'.
 
     Args:
-        **options: further options of rich's `Console`.
+        **options: Further options of rich's `Console`.
     """
     return Console(markup=False, highlight=False, **options)

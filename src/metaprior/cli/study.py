@@ -41,15 +41,15 @@ def study_ambiguity(
     """Does the posterior contain both explanations of a task? Needs runs of the recipes ambiguous or ambiguous-2d.
 
     Args:
-        runs: the folders that `train` wrote.
-        out: the folder for ambiguity.json and ambiguity.png.
-        tasks: the number of new tasks.
-        near: a draw is close to an explanation if it is within this share of the explanations' distance. Must be below
+        runs: The folders that `train` wrote.
+        out: The folder for ambiguity.json and ambiguity.png.
+        tasks: The number of new tasks.
+        near: A draw is close to an explanation if it is within this share of the explanations' distance. Must be below
             1/2.
-        posterior: the posterior around the adapted parameters phi_k. None means each learner's own.
-        draws: how many networks to draw from that posterior.
-        seed: the seed of tasks and draws.
-        set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
+        posterior: The posterior around the adapted parameters phi_k. None means each learner's own.
+        draws: How many networks to draw from that posterior.
+        seed: The seed of tasks and draws.
+        set: Options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
     """
     check_plots(out, "--out")
     opened, key = _open(runs, set, posterior, draws), jax.random.key(seed)
@@ -82,18 +82,18 @@ def study_active(
     """Is choosing the next point by predictive variance better than at random? Needs runs on regression tasks.
 
     Args:
-        runs: the folders that `train` wrote.
-        out: the folder for active.json and active.png.
-        tasks: the number of new tasks.
-        start: the number of labelled points at the start.
-        pool: the number of candidates, taken from the task's query. The other points of the query are for testing.
-        points: the number of points to choose, one by one.
-        posterior: the posterior around the adapted parameters phi_k. None means each learner's own. A point
+        runs: The folders that `train` wrote.
+        out: The folder for active.json and active.png.
+        tasks: The number of new tasks.
+        start: The number of labelled points at the start.
+        pool: The number of candidates, taken from the task's query. The other points of the query are for testing.
+        points: The number of points to choose, one by one.
+        posterior: The posterior around the adapted parameters phi_k. None means each learner's own. A point
             has no variance to choose by.
-        draws: how many networks to draw from that posterior; 0 gives the linearised predictive in closed form.
-        steps: the number of inner steps on a new task.
-        seed: the seed of tasks and choices.
-        set: options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
+        draws: How many networks to draw from that posterior; 0 gives the linearised predictive in closed form.
+        steps: The number of inner steps on a new task.
+        seed: The seed of tasks and choices.
+        set: Options of the tasks or the learners by name, e.g. --set tasks.noise=0.1
     """
     check_plots(out, "--out")
     opened, key = _open(runs, set, posterior, draws, steps), jax.random.key(seed)
@@ -123,15 +123,15 @@ def study_novelty(
     """Does uncertainty tell known classes from other classes, rotated images and noise? Needs runs on images.
 
     Args:
-        runs: the folders that `train` wrote.
-        out: the folder for novelty.json and novelty.png.
-        tasks: the number of new tasks.
-        posterior: the posterior around the adapted parameters phi_k. None means each learner's own.
-        draws: how many networks to draw from that posterior.
-        transductive: normalise queries together (and inputs of no known class together). The default is to normalise
+        runs: The folders that `train` wrote.
+        out: The folder for novelty.json and novelty.png.
+        tasks: The number of new tasks.
+        posterior: The posterior around the adapted parameters phi_k. None means each learner's own.
+        draws: How many networks to draw from that posterior.
+        transductive: Normalise queries together (and inputs of no known class together). The default is to normalise
             each one alone.
-        seed: the seed of tasks and draws.
-        set: options of the tasks or the learners by name, e.g. --set tasks.test_query=5
+        seed: The seed of tasks and draws.
+        set: Options of the tasks or the learners by name, e.g. --set tasks.test_query=5
     """
     check_plots(out, "--out")
     opened = _open(runs, set, posterior, draws, transductive=None if transductive else False)
@@ -163,9 +163,9 @@ class Subject(NamedTuple):
     """A trained learner as the studies need it.
 
     Attributes:
-        learner: the learner.
-        params: its meta-learned parameters.
-        source: the test tasks.
+        learner: The learner.
+        params: Its meta-learned parameters.
+        source: The test tasks.
     """
 
     learner: Learner

@@ -10,8 +10,8 @@ def report_table(report: Report, title: str = "") -> Table:
     """Returns a table of a report's figures with their 95 % intervals, and its notes below.
 
     Args:
-        report: the report.
-        title: the title. The default is the number of tasks.
+        report: The report.
+        title: The title. The default is the number of tasks.
     """
     table = Table(title=report.heading(title), title_justify="left", header_style="bold")
     table.caption, table.caption_justify = "\n".join(f"note: {note}" for note in report.notes) or None, "left"
@@ -33,7 +33,7 @@ def curve_table(report: Report) -> Table | None:
     After 10 steps, only every tenth and the last one are shown.
 
     Args:
-        report: the report.
+        report: The report.
     """
     if not report.curve:
         return None

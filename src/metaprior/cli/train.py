@@ -45,18 +45,18 @@ def train(
     """Meta-train a recipe (a built-in name or a TOML file) into a run folder.
 
     Args:
-        recipe: the recipe, see `metaprior list`. With --resume, the one that the run was started with.
-        learner: the learner. None means the recipe's.
-        out: the run's folder. None means runs/RECIPE-LEARNER.
-        steps: the number of meta-steps. None means the recipe's.
-        seed: the seed of everything random. None means the recipe's.
-        resume: continue the run in the folder, as if it had never stopped. It keeps its settings: only --steps may
+        recipe: The recipe, see `metaprior list`. With --resume, the one that the run was started with.
+        learner: The learner. None means the recipe's.
+        out: The run's folder. None means runs/RECIPE-LEARNER.
+        steps: The number of meta-steps. None means the recipe's.
+        seed: The seed of everything random. None means the recipe's.
+        resume: Continue the run in the folder, as if it had never stopped. It keeps its settings: only --steps may
             change (if the learning rate's schedule is constant), and any other difference is an error.
-        devices: the number of devices that the cores are divided into. Each device computes a share of the tasks: on
+        devices: The number of devices that the cores are divided into. Each device computes a share of the tasks: on
             two cores, 2 trains Omniglot's small episodes nearly twice as fast. On accelerators all devices are used.
-        threads: the number of threads. None means one per core. For networks as small as the sinusoid's, one is faster
+        threads: The number of threads. None means one per core. For networks as small as the sinusoid's, one is faster
             than two, which would exchange tiny pieces of work.
-        set: options by name, e.g. --set training.rate=3e-4 learner.rate=0.1 tasks.shot=5
+        set: Options by name, e.g. --set training.rate=3e-4 learner.rate=0.1 tasks.shot=5
     """
     if not recipe.endswith(".toml"):
         lookup("recipe", recipe, dict.fromkeys(recipe_names()))
@@ -84,7 +84,7 @@ def one_name(text: str) -> str:
     """Converts a text to a folder's name, since a recipe may be called '../../x'.
 
     Args:
-        text: the text.
+        text: The text.
     """
     return re.sub(r"[/\\\0]+", "_", text).lstrip(".") or "run"
 
@@ -93,13 +93,13 @@ def going_on(kept: Run, recipe: str, learner: str | None, overrides: dict[str, A
     """Returns the recipe with which a run continues: its own, of which only the number of meta-steps may change.
 
     Args:
-        kept: the run.
-        recipe: the recipe's name or path on the command line.
-        learner: the learner on the command line, or None.
-        overrides: the options on the command line by dotted name.
+        kept: The run.
+        recipe: The recipe's name or path on the command line.
+        learner: The learner on the command line, or None.
+        overrides: The options on the command line by dotted name.
 
     Raises:
-        OtherSettings: the recipe, the learner or an option differs from the run's.
+        OtherSettings: The recipe, the learner or an option differs from the run's.
     """
     own = recipe_of(kept)
     asked: dict[str, Any] = kept.started.get("asked", {})
@@ -121,11 +121,11 @@ def trained_run(run: Run, chosen: Recipe, experiment: Experiment, resume: bool, 
     """Trains a run and shows its progress.
 
     Args:
-        run: the run.
-        chosen: its recipe.
-        experiment: the parts of the recipe.
-        resume: whether the run continues.
-        seconds: the time limit, see `training.fit`.
+        run: The run.
+        chosen: Its recipe.
+        experiment: The parts of the recipe.
+        resume: Whether the run continues.
+        seconds: The time limit, see `training.fit`.
     """
     if experiment.preparation is not None and run.preparation is None:
         run.keep(experiment.preparation)

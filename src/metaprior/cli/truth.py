@@ -40,15 +40,15 @@ def truth(
     prior that each learner has learned from `seen` tasks, where NUTS sees the whole hierarchy of the same tasks.
 
     Args:
-        learners: the learners; if none is given, all with options for this comparison.
-        steps: the number of meta-steps of each learner.
-        tasks: the number of new tasks.
-        shot: the number of observations of each task.
-        seen: the number of tasks to learn the prior from ("bernoulli" and "poisson"; "gaussian" draws new tasks at each
+        learners: The learners; if none is given, all with options for this comparison.
+        steps: The number of meta-steps of each learner.
+        tasks: The number of new tasks.
+        shot: The number of observations of each task.
+        seen: The number of tasks to learn the prior from ("bernoulli" and "poisson"; "gaussian" draws new tasks at each
             meta-step).
-        seed: the seed of everything random.
-        family: the family of the observations.
-        out: the folder for the results: truth.json and each learner's PIT histogram, or FAMILY.json.
+        seed: The seed of everything random.
+        family: The family of the observations.
+        out: The folder for the results: truth.json and each learner's PIT histogram, or FAMILY.json.
     """
     configure()
     check_plots(out, "--out")

@@ -24,11 +24,11 @@ class Setting:
     """The settings of a learner, hashable, so that equal settings share one compiled program.
 
     Attributes:
-        learner: the learner's name.
-        hidden: the widths of the network's hidden layers.
-        options: the learner's options as sorted pairs.
-        outputs: the number of outputs of the network.
-        classes: whether it is a classifier.
+        learner: The learner's name.
+        hidden: The widths of the network's hidden layers.
+        options: The learner's options as sorted pairs.
+        outputs: The number of outputs of the network.
+        classes: Whether it is a classifier.
     """
 
     learner: str
@@ -97,7 +97,7 @@ def kept(setting: Setting) -> Setting:
     """Returns the same object for equal settings, since compiled programs are cached by identity.
 
     Args:
-        setting: the settings.
+        setting: The settings.
     """
     return setting
 
@@ -107,7 +107,7 @@ def untuned(setting: Setting) -> Learner:
     """Makes the learner to train, whose scalars are not yet fitted.
 
     Args:
-        setting: the settings.
+        setting: The settings.
     """
     return setting.made()
 
@@ -117,9 +117,9 @@ def compiled(setting: Setting, asked: tuple[str, ...], quantiles: tuple[float, .
     """Returns a compiled function (params, scalars, supports, x) -> properties of each group's predictive.
 
     Args:
-        setting: the settings.
-        asked: the properties, of 'mean' and 'variance'.
-        quantiles: the levels of quantiles, which are returned as 'quantile_0', 'quantile_1', ...
+        setting: The settings.
+        asked: The properties, of 'mean' and 'variance'.
+        quantiles: The levels of quantiles, which are returned as 'quantile_0', 'quantile_1', ...
     """
 
     @jax.jit
@@ -140,7 +140,7 @@ def size_of(rows: int) -> int:
     """Returns the smallest of SIZES that is at least `rows`, or else the next multiple of the largest.
 
     Args:
-        rows: the number of rows.
+        rows: The number of rows.
     """
     return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
 
@@ -149,11 +149,11 @@ def frozen(name: str, value: Any) -> Any:
     """Returns a hashable copy of an option: a table becomes its sorted pairs, a list a tuple.
 
     Args:
-        name: the option's name, for the error message.
-        value: its value.
+        name: The option's name, for the error message.
+        value: Its value.
 
     Raises:
-        ValueError: the value is not hashable.
+        ValueError: The value is not hashable.
     """
     if isinstance(value, dict):
         return tuple(sorted((key, frozen(f"{name}.{key}", v)) for key, v in value.items()))

@@ -47,9 +47,9 @@ class Group(NamedTuple):
     """A group's support, and the rows to predict.
 
     Attributes:
-        x: features of the support [n, d].
-        y: targets of the support [n].
-        asked: the indices of the rows to predict [m].
+        x: Features of the support [n, d].
+        y: Targets of the support [n].
+        asked: The indices of the rows to predict [m].
     """
 
     x: np.ndarray
@@ -91,16 +91,16 @@ class _MetaEstimator(BaseEstimator):
         a single row are not used for training, but can be predicted.
 
         Args:
-            X: features [N, d], an array or a DataFrame.
-            y: targets [N].
-            groups: the group of each row [N], any hashable values. They are required. In cross-validation, request
+            X: Features [N, d], an array or a DataFrame.
+            y: Targets [N].
+            groups: The group of each row [N], any hashable values. They are required. In cross-validation, request
                 them by metadata routing (`set_fit_request(groups=True)`).
 
         Returns:
             The estimator itself.
 
         Raises:
-            ValueError: the input is not valid for scikit-learn's estimators, `groups` is missing, or there are too few
+            ValueError: The input is not valid for scikit-learn's estimators, `groups` is missing, or there are too few
                 groups.
         """
         self.__dict__.pop("group_", None)  # if an adapted estimator is fitted again
@@ -152,8 +152,8 @@ class _MetaEstimator(BaseEstimator):
         The prior does not change, nor does this estimator.
 
         Args:
-            X: features of the group's rows [n, d].
-            y: their targets [n].
+            X: Features of the group's rows [n, d].
+            y: Their targets [n].
 
         Returns:
             A new estimator.
@@ -323,15 +323,15 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
     """Regression on many small groups of rows, with intervals.
 
     Args:
-        learner: the name of a learner for regression (see `metaprior list`).
-        hidden: the widths of the network's hidden layers; () is a linear model.
-        options: the learner's options, e.g. {"steps": 5, "rate": 0.1}. If neither of these is given, `maml`, `lslr` and
+        learner: The name of a learner for regression (see `metaprior list`).
+        hidden: The widths of the network's hidden layers; () is a linear model.
+        options: The learner's options, e.g. {"steps": 5, "rate": 0.1}. If neither of these is given, `maml`, `lslr` and
             `preconditioned` take 5 inner steps with rate 0.1, or 0.5 / d for d > 5 features (their trait `on_table`).
-        shot: the largest number of support rows of a group in training. Groups with fewer rows are padded.
-        query: the number of query rows of a group in training.
-        split: the shares of the groups that train the prior, select its checkpoint, and fit noise and temperature.
-        training: the settings of the outer loop. The default has 3,000 meta-steps.
-        seed: the seed of everything random.
+        shot: The largest number of support rows of a group in training. Groups with fewer rows are padded.
+        query: The number of query rows of a group in training.
+        split: The shares of the groups that train the prior, select its checkpoint, and fit noise and temperature.
+        training: The settings of the outer loop. The default has 3,000 meta-steps.
+        seed: The seed of everything random.
     """
 
     _classes = False
@@ -340,9 +340,9 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
         """Predicts the mean of each row's predictive distribution.
 
         Args:
-            X: features [N, d].
-            groups: the group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
-            return_std: whether to return standard deviations too, which include the noise.
+            X: Features [N, d].
+            groups: The group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
+            return_std: Whether to return standard deviations too, which include the noise.
 
         Returns:
             The means [N], or the means and the standard deviations [N], in the units of the targets.
@@ -357,9 +357,9 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
         """Predicts the central interval of each row that contains its outcome with a given probability.
 
         Args:
-            X: features [N, d].
-            groups: the group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
-            coverage: the probability, between 0 and 1.
+            X: Features [N, d].
+            groups: The group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
+            coverage: The probability, between 0 and 1.
 
         Returns:
             The lower and upper ends [N, 2], in the units of the targets.
@@ -384,11 +384,11 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
         the adapted group or the prior predicts all rows.
 
         Args:
-            X: features [N, d].
-            y: targets [N].
-            groups: the group of each row [N].
-            support_rows: the number of support rows of a group, at most half of its rows. The default is `shot`.
-            sample_weight: the weight of each row [N].
+            X: Features [N, d].
+            y: Targets [N].
+            groups: The group of each row [N].
+            support_rows: The number of support rows of a group, at most half of its rows. The default is `shot`.
+            sample_weight: The weight of each row [N].
 
         Returns:
             R^2 over the scored rows.
@@ -407,7 +407,7 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
     The arguments are those of `MetaRegressor`.
 
     Attributes:
-        classes_: the classes, sorted if they can be compared.
+        classes_: The classes, sorted if they can be compared.
     """
 
     _classes = True
@@ -416,15 +416,15 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         """Learns the prior that groups share, and stores each group's rows for `predict`, as `MetaRegressor.fit`.
 
         Args:
-            X: features [N, d], an array or a DataFrame.
-            y: classes [N].
-            groups: the group of each row [N], any hashable values. They are required.
+            X: Features [N, d], an array or a DataFrame.
+            y: Classes [N].
+            groups: The group of each row [N], any hashable values. They are required.
 
         Returns:
             The estimator itself.
 
         Raises:
-            ValueError: the input is not valid for scikit-learn's estimators, `groups` is missing, or there are too few
+            ValueError: The input is not valid for scikit-learn's estimators, `groups` is missing, or there are too few
                 groups or classes.
         """
         labels = np.asarray(y)
@@ -444,8 +444,8 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         """Predicts the probability of each class.
 
         Args:
-            X: features [N, d].
-            groups: the group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
+            X: Features [N, d].
+            groups: The group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
 
         Returns:
             The probabilities [N, classes], in the order of `classes_`.
@@ -458,8 +458,8 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         """Predicts the most likely class of each row.
 
         Args:
-            X: features [N, d].
-            groups: the group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
+            X: Features [N, d].
+            groups: The group of each row [N]. Without groups, the adapted group or the prior predicts all rows.
 
         Returns:
             The classes [N].
@@ -480,11 +480,11 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         """Computes the accuracy, on the rows that `MetaRegressor.score` would score.
 
         Args:
-            X: features [N, d].
-            y: classes [N].
-            groups: the group of each row [N].
-            support_rows: the number of support rows of a group, at most half of its rows. The default is `shot`.
-            sample_weight: the weight of each row [N].
+            X: Features [N, d].
+            y: Classes [N].
+            groups: The group of each row [N].
+            support_rows: The number of support rows of a group, at most half of its rows. The default is `shot`.
+            sample_weight: The weight of each row [N].
 
         Returns:
             The accuracy over the scored rows.

@@ -39,9 +39,9 @@ class Reliability(NamedTuple):
     """Predictions by their confidence, in bins of equal width over (0, 1].
 
     Attributes:
-        number: the number (or total weight) of predictions in each bin.
-        confidence: their mean confidence.
-        accuracy: their accuracy.
+        number: The number (or total weight) of predictions in each bin.
+        confidence: Their mean confidence.
+        accuracy: Their accuracy.
     """
 
     number: Float[Array, " bins"]
@@ -55,10 +55,10 @@ def reliability(
     """Bins predictions by the confidence of the predicted class.
 
     Args:
-        confidence: the probability of the predicted class.
-        correct: whether the prediction is correct.
-        weight: the weight of each prediction.
-        bins: the number of bins. Bin b holds (b / bins, (b + 1) / bins].
+        confidence: The probability of the predicted class.
+        correct: Whether the prediction is correct.
+        weight: The weight of each prediction.
+        bins: The number of bins. Bin b holds (b / bins, (b + 1) / bins].
 
     Returns:
         The number, mean confidence and accuracy of each bin, which are 0 in empty bins.
@@ -79,7 +79,7 @@ def expected_error(table: Reliability) -> Scalar:
     """Computes the expected calibration error (ECE): the mean of |accuracy - confidence| over bins, weighted by counts.
 
     Args:
-        table: the bins.
+        table: The bins.
 
     References:
         Naeini et al. 2015; Guo et al. 2017.
@@ -92,7 +92,7 @@ def maximum_error(table: Reliability) -> Scalar:
     """Computes the maximum calibration error (MCE): the largest |accuracy - confidence| of the bins that are not empty.
 
     Args:
-        table: the bins.
+        table: The bins.
     """
     return jnp.where(table.number > 0, jnp.abs(table.accuracy - table.confidence), 0).max()
 
@@ -101,8 +101,8 @@ def brier(probabilities: Float[Array, "n c"], y: Int[Array, " n"]) -> Float[Arra
     """Computes the Brier score, the sum over classes of (probability - outcome)^2, which lies between 0 and 2.
 
     Args:
-        probabilities: the predicted probabilities.
-        y: the labels.
+        probabilities: The predicted probabilities.
+        y: The labels.
 
     References:
         Brier 1950.
@@ -118,8 +118,8 @@ def auroc(higher: Float[Array, " n"], lower: Float[Array, " m"]) -> Scalar:
     Mann-Whitney statistic divided by n m. It is computed from ranks, in time (n + m) log m.
 
     Args:
-        higher: scores that should be high.
-        lower: scores that should be low.
+        higher: Scores that should be high.
+        lower: Scores that should be low.
 
     Returns:
         The area, or NaN if any score is NaN.
@@ -145,9 +145,9 @@ class Calibration(NamedTuple):
     """Scalars of a posterior or of its predictions, fitted on validation tasks.
 
     Attributes:
-        knobs: the fitted scalars by name.
-        nll_before: the mean nll of the queries with the starting values.
-        nll_after: the mean nll of the queries with the fitted values.
+        knobs: The fitted scalars by name.
+        nll_before: The mean nll of the queries with the starting values.
+        nll_after: The mean nll of the queries with the fitted values.
     """
 
     knobs: dict[str, float]
@@ -174,21 +174,21 @@ def calibrate(
     in the `knobs` of the result.
 
     Args:
-        learner: a trained learner. With norm="running" it must be settled first (`Learner.settle`).
-        params: its meta-learned parameters.
-        source: the validation tasks. Training tasks would give an overconfident learner.
-        key: the random key of the tasks and of the adaptation.
-        tasks: the number of tasks. A source with groups draws each group once before any group is drawn again.
-        evaluations: the largest number of evaluations of the nll.
-        chunk: the number of tasks at once in memory.
-        prior_sd: the prior standard deviation of each knob's logarithm around its current value. With `inf` the fit is
+        learner: A trained learner. With norm="running" it must be settled first (`Learner.settle`).
+        params: Its meta-learned parameters.
+        source: The validation tasks. Training tasks would give an overconfident learner.
+        key: The random key of the tasks and of the adaptation.
+        tasks: The number of tasks. A source with groups draws each group once before any group is drawn again.
+        evaluations: The largest number of evaluations of the nll.
+        chunk: The number of tasks at once in memory.
+        prior_sd: The prior standard deviation of each knob's logarithm around its current value. With `inf` the fit is
             by maximum likelihood.
 
     Returns:
         The calibrated learner.
 
     Raises:
-        ValueError: the learner has no knob to fit, or its nll is not finite at any value that was tried.
+        ValueError: The learner has no knob to fit, or its nll is not finite at any value that was tried.
     """
     options = {"tasks": tasks, "evaluations": evaluations, "chunk": chunk, "prior_sd": prior_sd}
     return turned(learner, calibration(learner, params, source, key, **options).knobs)
@@ -209,18 +209,18 @@ def calibration(
     """Returns the values that `calibrate` fits, and the mean nll before and after.
 
     Args:
-        learner: as in `calibrate`.
-        params: as in `calibrate`.
-        source: as in `calibrate`.
-        key: as in `calibrate`.
-        tasks: as in `calibrate`.
-        evaluations: as in `calibrate`.
-        chunk: as in `calibrate`.
-        prior_sd: as in `calibrate`.
-        held: the names of knobs that keep their values.
+        learner: As in `calibrate`.
+        params: As in `calibrate`.
+        source: As in `calibrate`.
+        key: As in `calibrate`.
+        tasks: As in `calibrate`.
+        evaluations: As in `calibrate`.
+        chunk: As in `calibrate`.
+        prior_sd: As in `calibrate`.
+        held: The names of knobs that keep their values.
 
     Raises:
-        ValueError: as in `calibrate`.
+        ValueError: As in `calibrate`.
     """
     check_settled(learner)
     check_source(source)
@@ -289,19 +289,19 @@ def fit_knobs(
     the same tasks and random numbers.
 
     Args:
-        build: makes the learner from the scalars, which are traced.
-        params: the meta-learned parameters.
-        source: the validation tasks.
-        key: the random key of the tasks and of the adaptation.
-        knobs: the starting values of the scalars by name, which must be positive.
-        tasks: the number of tasks. A source with groups draws each group once before any group is drawn again.
-        evaluations: the largest number of evaluations of the nll.
-        chunk: the number of tasks at once in memory.
-        prior_sd: the prior standard deviation of the logarithm of each scalar. With `inf` the fit is by maximum
+        build: Makes the learner from the scalars, which are traced.
+        params: The meta-learned parameters.
+        source: The validation tasks.
+        key: The random key of the tasks and of the adaptation.
+        knobs: The starting values of the scalars by name, which must be positive.
+        tasks: The number of tasks. A source with groups draws each group once before any group is drawn again.
+        evaluations: The largest number of evaluations of the nll.
+        chunk: The number of tasks at once in memory.
+        prior_sd: The prior standard deviation of the logarithm of each scalar. With `inf` the fit is by maximum
             likelihood.
 
     Raises:
-        ValueError: a starting value is not positive, or the nll is not finite at any value that was tried.
+        ValueError: A starting value is not positive, or the nll is not finite at any value that was tried.
 
     References:
         Nelder & Mead 1965.
@@ -390,16 +390,16 @@ def calibrate_softmax(
     `calibrate` around 1, since the likelihood alone would be highest at 0 if every query is classified correctly.
 
     Args:
-        learner: the classifier.
-        params: its meta-learned parameters.
-        source: the validation tasks.
-        key: the random key of the tasks and of the adaptation.
-        tasks: the number of tasks. A source with groups draws each group once before any group is drawn again.
-        chunk: the number of tasks at once in memory.
-        prior_sd: the prior standard deviation of the logarithm of the temperature.
+        learner: The classifier.
+        params: Its meta-learned parameters.
+        source: The validation tasks.
+        key: The random key of the tasks and of the adaptation.
+        tasks: The number of tasks. A source with groups draws each group once before any group is drawn again.
+        chunk: The number of tasks at once in memory.
+        prior_sd: The prior standard deviation of the logarithm of the temperature.
 
     Raises:
-        ValueError: see `fit_temperature`.
+        ValueError: See `fit_temperature`.
 
     References:
         Guo et al. 2017.
@@ -434,14 +434,14 @@ def fit_temperature(
     """Fits the temperature of a softmax to given predictions (see `calibrate_softmax`).
 
     Args:
-        log_probs: the predicted log probabilities.
-        y: the labels.
-        weight: the weight of each prediction.
-        evidence: the number of independent tasks or groups that they come from.
-        prior_sd: the prior standard deviation of the logarithm of the temperature.
+        log_probs: The predicted log probabilities.
+        y: The labels.
+        weight: The weight of each prediction.
+        evidence: The number of independent tasks or groups that they come from.
+        prior_sd: The prior standard deviation of the logarithm of the temperature.
 
     Raises:
-        ValueError: no prediction has a weight above 0, a label is no class, a prediction is NaN, or the class of a
+        ValueError: No prediction has a weight above 0, a label is no class, a prediction is NaN, or the class of a
             query has probability 0.
     """
     from scipy.optimize import minimize_scalar

@@ -13,8 +13,8 @@ class Figure:
     """A mean over tasks with the half-width of its 95 % interval.
 
     Attributes:
-        mean: the mean.
-        interval: the half-width, or None if there is a single task or group.
+        mean: The mean.
+        interval: The half-width, or None if there is a single task or group.
     """
 
     mean: float
@@ -32,7 +32,7 @@ def digits_of(value: float) -> str:
     """Returns the format of a number: four decimals, or four significant digits if it is very small or large.
 
     Args:
-        value: the number.
+        value: The number.
     """
     return ".4f" if value == 0 or 1e-2 <= abs(value) < 1e5 else ".4g"
 
@@ -41,7 +41,7 @@ def title_of(name: str) -> str:
     """Returns a figure's name as it is printed.
 
     Args:
-        name: its key in a report, e.g. 'nll'.
+        name: Its key in a report, e.g. 'nll'.
     """
     special = {"nll": "NLL", "mse": "MSE", "rmse": "RMSE", "ece": "ECE", "mce": "MCE"}
     return special.get(name, name.replace("_", " "))
@@ -54,8 +54,8 @@ def figure_of(per_task: np.ndarray, groups: np.ndarray | None = None) -> Figure:
     of the groups' means, so each group counts once however often it was drawn.
 
     Args:
-        per_task: the numbers [tasks].
-        groups: the group of each task [tasks].
+        per_task: The numbers [tasks].
+        groups: The group of each task [tasks].
 
     Returns:
         The figure. It is infinite or NaN if a task diverged, and has no interval if there is one task or group.

@@ -31,7 +31,7 @@ def literal(name: str) -> str:
     r"""Escapes '$' in a name, which would begin a formula in matplotlib.
 
     Args:
-        name: the name.
+        name: The name.
 
     Returns:
         The name, with '\$' for '$'.
@@ -43,8 +43,8 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a plot atomically, in the format of the path's suffix.
 
     Args:
-        figure: the plot.
-        path: the file.
+        figure: The plot.
+        path: The file.
     """
     with beside(path) as partial:
         figure.savefig(partial)
@@ -54,12 +54,12 @@ def check_plots(folder: Path, option: str) -> None:
     """Checks that plots can be written, before anything is computed for them.
 
     Args:
-        folder: where the plots will be written.
-        option: the command-line option that names the folder, for the error message.
+        folder: Where the plots will be written.
+        option: The command-line option that names the folder, for the error message.
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        ValueError: the folder cannot be written to. The message begins with the option.
+        ValueError: The folder cannot be written to. The message begins with the option.
     """
     with extra("plots", "A plot"):
         import matplotlib.figure  # noqa: F401
@@ -70,11 +70,11 @@ def panels(width: float, height: float, columns: int = 1, rows: int = 1, **optio
     """Creates an empty figure in the library's style.
 
     Args:
-        width: in inches.
-        height: in inches.
-        columns: the number of columns of axes.
-        rows: the number of rows of axes.
-        **options: further options of matplotlib's `subplots`.
+        width: In inches.
+        height: In inches.
+        columns: The number of columns of axes.
+        rows: The number of rows of axes.
+        **options: Further options of matplotlib's `subplots`.
 
     Returns:
         The figure and its axes, [rows], [columns] or [rows, columns].
@@ -95,7 +95,7 @@ def reliability_diagram(report: Report) -> Figure:
     """Plots accuracy against confidence, with binomial 95 % intervals, and the number of predictions in each bin.
 
     Args:
-        report: the report of a classification.
+        report: The report of a classification.
     """
     figure, (top, low) = panels(4.6, 5.2, rows=2, sharex=True, height_ratios=(3, 1))
     rows = [r for r in report.reliability if r["count"] > 0]
@@ -115,7 +115,7 @@ def pit_histogram(pit: Sequence[float]) -> Figure:
     """Plots the density of the probability integral transform, which is flat if the predictive is calibrated.
 
     Args:
-        pit: the density in equal bins of [0, 1].
+        pit: The density in equal bins of [0, 1].
     """
     figure, (ax,) = panels(4.6, 3.0)
     bins = len(pit)
@@ -130,7 +130,7 @@ def adaptation_curve(report: Report) -> Figure:
     """Plots each figure of a report after each inner step, with its 95 % interval.
 
     Args:
-        report: the report of a learner with inner steps.
+        report: The report of a learner with inner steps.
     """
     names = list(report.curve[0])
     figure, axes = panels(4.2 * len(names), 3.2, columns=len(names))
@@ -154,7 +154,7 @@ def compared_curves(reports: Mapping[str, Report]) -> Figure:
     """Plots each figure of several reports after each inner step.
 
     Args:
-        reports: the reports by label. A report without inner steps is drawn as a horizontal line.
+        reports: The reports by label. A report without inner steps is drawn as a horizontal line.
     """
     names = [n for n in ("accuracy", "mse", "nll") if all(n in report.figures for report in reports.values())]
     figure, axes = panels(4.6 * len(names), 3.6, columns=len(names))
@@ -179,11 +179,11 @@ def training_curve(rows: Sequence[dict[str, float]], target: str | None = None) 
     """Plots the training and validation metrics against meta-steps.
 
     Args:
-        rows: the metrics of each chunk, as `Fitted.history` and metrics.jsonl hold them.
-        target: the name of a table's target, which training sees standardised.
+        rows: The metrics of each chunk, as `Fitted.history` and metrics.jsonl hold them.
+        target: The name of a table's target, which training sees standardised.
 
     Raises:
-        ValueError: there are no rows.
+        ValueError: There are no rows.
     """
     if not rows:
         raise ValueError("rows must hold the metrics of at least one chunk of training, got none.")
@@ -212,7 +212,7 @@ def inputs_over(task: Task) -> jax.Array:
     """Returns 200 evenly spaced inputs [200, 1] that span a task's support and query.
 
     Args:
-        task: a task with inputs [n, 1].
+        task: A task with inputs [n, 1].
     """
     x = jnp.concatenate([task.support.x.reshape(-1), task.query.x.reshape(-1)])
     return jnp.linspace(x.min(), x.max(), 200)[:, None]
@@ -237,12 +237,12 @@ def regression_tasks(
     """Plots the predictive mean with 50 % and 95 % bands, before adaptation, after one inner step and after the last.
 
     Args:
-        learner: the learner.
-        params: its meta-learned parameters.
-        tasks: a stack of tasks with inputs and targets [tasks, n, 1].
-        key: the random key of the adaptation.
-        each: plots every inner step, instead of the first and the last.
-        preparation: of a table. The axes then have the table's units and column names.
+        learner: The learner.
+        params: Its meta-learned parameters.
+        tasks: A stack of tasks with inputs and targets [tasks, n, 1].
+        key: The random key of the adaptation.
+        each: Plots every inner step, instead of the first and the last.
+        preparation: Of a table. The axes then have the table's units and column names.
 
     Returns:
         A figure with one row per task.
@@ -295,11 +295,11 @@ def prior_functions(learner: Learner, params: PyTree, tasks: Task, key: PRNGKeyA
     """Plots the prior's function before adaptation, and the functions after adaptation to several tasks.
 
     Args:
-        learner: the learner.
-        params: its meta-learned parameters.
-        tasks: a stack of tasks with inputs and targets [tasks, n, 1].
-        key: the random key of the adaptation.
-        show: the number of tasks to draw.
+        learner: The learner.
+        params: Its meta-learned parameters.
+        tasks: A stack of tasks with inputs and targets [tasks, n, 1].
+        key: The random key of the adaptation.
+        show: The number of tasks to draw.
     """
     figure, (ax,) = panels(5.4, 3.4)
     first = jax.tree.map(lambda leaf: leaf[0], tasks)
@@ -329,8 +329,8 @@ def gate_values(forget: PyTree, input: PyTree) -> Figure:
     weight decay. The input gate is the learning rate.
 
     Args:
-        forget: the forget gates, with phi's structure and leaves [tasks, steps, ...].
-        input: the input gates, of the same structure.
+        forget: The forget gates, with phi's structure and leaves [tasks, steps, ...].
+        input: The input gates, of the same structure.
 
     References:
         Ravi & Larochelle 2017, fig. 2.

@@ -49,8 +49,8 @@ def score(predictive: Any, y: Array) -> dict[str, Array]:
     """Computes the scores of each query example.
 
     Args:
-        predictive: the predictive distribution of n examples.
-        y: their targets, [n] class labels or [n, d] numbers.
+        predictive: The predictive distribution of n examples.
+        y: Their targets, [n] class labels or [n, d] numbers.
 
     Returns:
         Scores [n] by name. For classes: accuracy, nll, brier and confidence. Otherwise: mse, nll, the coverage and
@@ -82,9 +82,9 @@ def integral_transform(predictive: Any, y: Array, key: PRNGKeyArray) -> dict[str
     """Computes the probability integral transform (PIT) of each target.
 
     Args:
-        predictive: the predictive distribution of n examples.
-        y: their targets [n, d].
-        key: the random key for counts, whose PIT is randomised.
+        predictive: The predictive distribution of n examples.
+        y: Their targets [n, d].
+        key: The random key for counts, whose PIT is randomised.
 
     Returns:
         "pit": [n, d], or nothing for classes.
@@ -111,23 +111,23 @@ def evaluate(
     The figures of a table are in the units of its target.
 
     Args:
-        learner: the learner.
-        params: its meta-learned parameters, such as `Fitted.params` or `Fitted.best`.
-        source: the test tasks.
-        key: the random key of the tasks and of the adaptation.
-        tasks: the number of tasks. The default is one task per group if the source has groups, and 600 otherwise.
+        learner: The learner.
+        params: Its meta-learned parameters, such as `Fitted.params` or `Fitted.best`.
+        source: The test tasks.
+        key: The random key of the tasks and of the adaptation.
+        tasks: The number of tasks. The default is one task per group if the source has groups, and 600 otherwise.
             A source with groups draws each group once before any group is drawn again.
-        chunk: the number of tasks at once in memory.
-        course: the learner whose `path` gives the figures after each inner step. The default is `learner` itself, if
+        chunk: The number of tasks at once in memory.
+        course: The learner whose `path` gives the figures after each inner step. The default is `learner` itself, if
             it has a `path`. Give one with a cheaper posterior to save time.
-        metrics: names of further metrics to report, from those that the learner's loss returns on the test tasks (for
+        metrics: Names of further metrics to report, from those that the learner's loss returns on the test tasks (for
             example of a learner that is judged throughout an episode).
 
     Returns:
         The report: figures with 95 % intervals, calibration, and the figures after each inner step.
 
     Raises:
-        ValueError: an argument has a wrong type, a target is not possible (such as a label that is no class), a weight
+        ValueError: An argument has a wrong type, a target is not possible (such as a label that is no class), a weight
             is below 0, no query has a weight above 0, or the learner must be settled first (`Learner.settle`).
     """
     check_settled(learner)
@@ -196,13 +196,13 @@ def check_targets(kind: Any, support: tuple[Any, Any], query: tuple[Any, Any], l
     Labels below 0 are hidden ones. Some learners can read them in a support; if predictions are NaN, this one cannot.
 
     Args:
-        kind: the predictive, whose type and shape determine which targets are possible.
-        support: the targets and the weights of the supports.
-        query: the targets and the weights of the queries.
-        lost: whether any prediction is NaN.
+        kind: The predictive, whose type and shape determine which targets are possible.
+        support: The targets and the weights of the supports.
+        query: The targets and the weights of the queries.
+        lost: Whether any prediction is NaN.
 
     Raises:
-        ValueError: a target is not possible, or a weight is below 0.
+        ValueError: A target is not possible, or a weight is below 0.
     """
     for side, (y, weight) in (("support", support), ("query", query)):
         check_weight(weight)
@@ -229,8 +229,8 @@ class Units:
     float64, in which the square of a scale does not overflow.
 
     Attributes:
-        target: the name of the target, or None if there is no table.
-        scale: for each target, how many of its units are one standardised unit.
+        target: The name of the target, or None if there is no table.
+        scale: For each target, how many of its units are one standardised unit.
     """
 
     target: str | None = None
@@ -241,7 +241,7 @@ class Units:
         """Returns the units of a source's table, which are empty for classes and where there is no table.
 
         Args:
-            source: a task source.
+            source: A task source.
         """
         preparation = preparation_of(source)
         if preparation is None or preparation.target.kind == "class":
@@ -252,9 +252,9 @@ class Units:
         """Computes scores of a predictive of standardised targets, in units relative to the largest scale.
 
         Args:
-            predictive: the predictive distribution of n examples.
-            y: their standardised targets [n, d].
-            by: the function that computes the scores. The default is `score`.
+            predictive: The predictive distribution of n examples.
+            y: Their standardised targets [n, d].
+            by: The function that computes the scores. The default is `score`.
 
         Returns:
             Scores [n] by name.
@@ -268,7 +268,7 @@ class Units:
         """Converts the results of `score` to the target's own units.
 
         Args:
-            scores: the scores by name.
+            scores: The scores by name.
         """
         if not set(self.scale) - {1.0}:
             return scores
@@ -282,8 +282,8 @@ def brief_score(predictive: Any, y: Array) -> dict[str, Array]:
     """Computes the scores that are reported after each inner step: accuracy or mse, and nll.
 
     Args:
-        predictive: the predictive distribution of n examples.
-        y: their targets.
+        predictive: The predictive distribution of n examples.
+        y: Their targets.
 
     Returns:
         Scores [n] by name.
@@ -303,16 +303,16 @@ def summarise(
     Tasks whose queries all have weight 0 are left out.
 
     Args:
-        scores: scores by name, [tasks, n].
-        steps: means after 0, 1, ..., k inner steps by name, [tasks, k + 1].
-        weight: the weights of the query examples [tasks, n].
-        groups: the group of each task [tasks], or None if tasks are independent draws.
+        scores: Scores by name, [tasks, n].
+        steps: Means after 0, 1, ..., k inner steps by name, [tasks, k + 1].
+        weight: The weights of the query examples [tasks, n].
+        groups: The group of each task [tasks], or None if tasks are independent draws.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: no task has a query with a weight above 0.
+        ValueError: No task has a query with a weight above 0.
     """
     kept = weight.sum(-1) > 0
     if not kept.any():

@@ -29,10 +29,10 @@ class Scored(NamedTuple):
     """Scores of queries and outsiders in many tasks.
 
     Attributes:
-        inside: scores of the queries.
-        correct: whether each query was classified correctly.
-        counted: whether each query has a weight above 0.
-        outside: scores of the outsiders.
+        inside: Scores of the queries.
+        correct: Whether each query was classified correctly.
+        counted: Whether each query has a weight above 0.
+        outside: Scores of the outsiders.
     """
 
     inside: Float[np.ndarray, "tasks n"]
@@ -46,11 +46,11 @@ class Rejection:
     """How well outsiders are rejected on the test tasks.
 
     Attributes:
-        auroc: the area under the ROC curve, per task.
-        threshold: the threshold that is best on the validation tasks.
-        accuracy: of queries and outsiders together, in equal shares.
-        kept: the share of the queries that are kept.
-        rejected: the share of the outsiders that are rejected.
+        auroc: The area under the ROC curve, per task.
+        threshold: The threshold that is best on the validation tasks.
+        accuracy: Of queries and outsiders together, in equal shares.
+        kept: The share of the queries that are kept.
+        rejected: The share of the outsiders that are rejected.
     """
 
     auroc: Figure
@@ -64,7 +64,7 @@ def confidence(learner: Learner) -> Score:
     """Returns a score: the probability of the most likely class.
 
     Args:
-        learner: the learner, a classifier.
+        learner: The learner, a classifier.
 
     References:
         Hendrycks & Gimpel 2017.
@@ -82,8 +82,8 @@ def closeness(model: Model, way: int, distance: str = "euclidean") -> Score:
     """Returns a score: minus the distance to the nearest class mean in the learner's embedding (`params.embedding`).
 
     Args:
-        model: the network that embeds inputs.
-        way: the largest number of classes in a task.
+        model: The network that embeds inputs.
+        way: The largest number of classes in a task.
         distance: "euclidean" (squared) or "cosine".
     """
     measure, embed = lookup("distance", distance, DISTANCES), embedding(model)
@@ -111,14 +111,14 @@ def scored(
     """Computes the scores of the queries and of as many outsiders in each of many tasks.
 
     Args:
-        learner: the learner, a classifier.
-        score: the score, such as `confidence(learner)`.
-        params: the learner's meta-learned parameters.
-        source: the tasks.
-        outside: inputs of no class; outsiders are drawn from these with replacement.
-        key: the random key.
-        tasks: the number of tasks.
-        chunk: the number of tasks at once in memory.
+        learner: The learner, a classifier.
+        score: The score, such as `confidence(learner)`.
+        params: The learner's meta-learned parameters.
+        source: The tasks.
+        outside: Inputs of no class; outsiders are drawn from these with replacement.
+        key: The random key.
+        tasks: The number of tasks.
+        chunk: The number of tasks at once in memory.
 
     Raises:
         ValueError: `tasks` is below 1.
@@ -148,7 +148,7 @@ def best_threshold(found: Scored) -> float:
     """Returns the threshold with the highest accuracy. Inputs with scores at or above it are kept.
 
     Args:
-        found: the scores on validation tasks.
+        found: The scores on validation tasks.
 
     Returns:
         The threshold, or infinity if rejecting everything is best.
@@ -170,8 +170,8 @@ def rejection(validation: Scored, test: Scored) -> Rejection:
     """Evaluates the rejection of outsiders on test tasks, with the threshold that is best on validation tasks.
 
     Args:
-        validation: the scores on validation tasks.
-        test: the scores on test tasks.
+        validation: The scores on validation tasks.
+        test: The scores on test tasks.
     """
     threshold = best_threshold(validation)
     rows = []

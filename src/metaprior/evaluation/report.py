@@ -19,17 +19,17 @@ class Report:
 
     Attributes:
         kind: "classification" or "regression".
-        tasks: the number of tasks.
-        figures: means over tasks with 95 % intervals, by name.
-        pooled: figures over all query examples, without an interval. None marks an undefined one, such as the
+        tasks: The number of tasks.
+        figures: Means over tasks with 95 % intervals, by name.
+        pooled: Figures over all query examples, without an interval. None marks an undefined one, such as the
             correlation of variance and error if all variances are equal.
-        curve: the figures after 0, 1, ..., k inner steps; empty for a learner without inner steps.
-        reliability: of a classification, for each bin of the confidence: its edges `low` and `high`, the `count` of
+        curve: The figures after 0, 1, ..., k inner steps; empty for a learner without inner steps.
+        reliability: Of a classification, for each bin of the confidence: its edges `low` and `high`, the `count` of
             predictions, their mean `confidence` and their `accuracy`.
-        pit: of a regression, the density of the probability integral transform in equal bins of [0, 1].
-        target: the name of the predicted column of a table. Errors, widths and NLL are in its units.
-        groups: the number of groups that the tasks come from, or None if tasks are independent draws.
-        notes: sentences about what the figures do not show.
+        pit: Of a regression, the density of the probability integral transform in equal bins of [0, 1].
+        target: The name of the predicted column of a table. Errors, widths and NLL are in its units.
+        groups: The number of groups that the tasks come from, or None if tasks are independent draws.
+        notes: Sentences about what the figures do not show.
     """
 
     kind: str
@@ -51,7 +51,7 @@ class Report:
         """Writes the report to a JSON file, atomically.
 
         Args:
-            path: the file.
+            path: The file.
         """
         write_atomically(Path(path), self.to_json())
 
@@ -60,10 +60,10 @@ class Report:
         """Reads a report from the text that `to_json` returns.
 
         Args:
-            text: the JSON text.
+            text: The JSON text.
 
         Raises:
-            ValueError: the text is damaged or not a report. The message says what is wrong.
+            ValueError: The text is damaged or not a report. The message says what is wrong.
         """
         table = accept(dict, json.loads(text), "a report")
         if lacking := [name for name in ("kind", "tasks", "figures", "pooled", "curve") if name not in table]:
@@ -94,7 +94,7 @@ class Report:
         """Returns the title of the report's table, with the number of groups and the name of the target.
 
         Args:
-            title: its beginning. The default is the number of tasks.
+            title: Its beginning. The default is the number of tasks.
         """
         title = (title or f"{self.tasks} tasks") + (f" of {self.groups} groups" if self.groups else "")
         return title + (f"; in units of {self.target}" if self.target else "")
@@ -104,9 +104,9 @@ def _numbers(table: Any, name: str, *, undefined: Sequence[str] = ()) -> dict[An
     """Checks numbers by name that were read from JSON. NaN and infinity are allowed, since tasks can diverge.
 
     Args:
-        table: the numbers.
-        name: what they are, for the error message.
-        undefined: the names of numbers that may be None.
+        table: The numbers.
+        name: What they are, for the error message.
+        undefined: The names of numbers that may be None.
     """
     for key, value in accept(dict, table, name).items():
         if key in undefined and value is None:

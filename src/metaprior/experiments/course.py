@@ -39,7 +39,7 @@ def digest(splits: Splits) -> str:
     """Returns a hash of the data that training and validation tasks are drawn from.
 
     Args:
-        splits: task sources that are pytrees of arrays.
+        splits: Task sources that are pytrees of arrays.
 
     Returns:
         16 hexadecimal digits of the SHA-256.
@@ -60,7 +60,7 @@ def recipe_digest(recipe: dict[str, Any]) -> str:
     """Returns a hash of a recipe's tables, without the number of meta-steps, which may change on resuming.
 
     Args:
-        recipe: the recipe as plain tables.
+        recipe: The recipe as plain tables.
     """
     training = recipe.get("training")
     if isinstance(training, dict):
@@ -72,7 +72,7 @@ def text_digest(text: str) -> str:
     """Returns a short hash of a text: 16 hexadecimal digits of the SHA-256.
 
     Args:
-        text: the text.
+        text: The text.
     """
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -81,9 +81,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     """Lists the entries in which two tables differ, as 'name: old -> new'.
 
     Args:
-        old: the first table.
-        new: the second table.
-        prefix: is put before each name. Entries of nested tables have dotted names.
+        old: The first table.
+        new: The second table.
+        prefix: Is put before each name. Entries of nested tables have dotted names.
     """
     found = []
     for name in sorted(old.keys() | new.keys()):
@@ -101,13 +101,13 @@ def check_same_course(folder: Path, old: dict[str, Any], new: dict[str, Any], pr
     Only the number of meta-steps may change, and only if the learning rate's schedule does not depend on it.
 
     Args:
-        folder: the run's folder, for the error message.
-        old: the settings that the run was started with.
-        new: the settings to resume with.
-        prefix: the dotted name of the tables; "" if they are whole recipes.
+        folder: The run's folder, for the error message.
+        old: The settings that the run was started with.
+        new: The settings to resume with.
+        prefix: The dotted name of the tables; "" if they are whole recipes.
 
     Raises:
-        OtherSettings: other settings differ. The message lists them.
+        OtherSettings: Other settings differ. The message lists them.
     """
     changed = differences(old, new, prefix)
     table = new if prefix else new.get("training", {})

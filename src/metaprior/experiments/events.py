@@ -17,8 +17,8 @@ class Events:
     """A new event file, whose name sorts after those that are in the folder.
 
     Args:
-        folder: the folder of the event files.
-        after: the meta-step that training continues from. TensorBoard then ignores later events in earlier files.
+        folder: The folder of the event files.
+        after: The meta-step that training continues from. TensorBoard then ignores later events in earlier files.
     """
 
     def __init__(self, folder: Path, after: int | None = None):
@@ -42,7 +42,7 @@ class Events:
         """Writes the metrics of a chunk and flushes the file.
 
         Args:
-            row: the metrics by name, with the meta-step as "step".
+            row: The metrics by name, with the meta-step as "step".
         """
         with extra("cli", "Writing metrics for TensorBoard"):
             from tensorboardX.summary import scalar

@@ -8,10 +8,10 @@ def one_shot_runs_for(recipe: Recipe) -> FixedTasks:
     """Returns Omniglot's official 20 runs, with the image size of a recipe.
 
     Args:
-        recipe: the recipe of a trained run.
+        recipe: The recipe of a trained run.
 
     Raises:
-        ValueError: the run was trained on some of their characters, or with fewer than 20 classes.
+        ValueError: The run was trained on some of their characters, or with fewer than 20 classes.
     """
     tasks = own_table(recipe.tasks, recipe.learner)
     if tasks.get("name") != "omniglot" or tasks.get("split") != "lake":

@@ -42,13 +42,13 @@ class Opened:
     """An opened run: the parts of its recipe, and the parameters with the lowest validation nll.
 
     Attributes:
-        run: the run's folder.
-        recipe: the recipe, with the options that were changed on opening.
-        experiment: the learner before calibration, the network, the likelihood and the tasks.
-        params: the meta-learned parameters theta.
-        learner: the learner to adapt and predict with, calibrated if requested.
-        steps: the number of inner steps on a new task. None means the learner's default.
-        options: the requested posterior, by name, and its options.
+        run: The run's folder.
+        recipe: The recipe, with the options that were changed on opening.
+        experiment: The learner before calibration, the network, the likelihood and the tasks.
+        params: The meta-learned parameters theta.
+        learner: The learner to adapt and predict with, calibrated if requested.
+        steps: The number of inner steps on a new task. None means the learner's default.
+        options: The requested posterior, by name, and its options.
     """
 
     run: Run
@@ -78,7 +78,7 @@ class Opened:
         """Makes the recipe's learner for the run's network.
 
         Args:
-            **options: options of `recipe_learner` that replace the run's.
+            **options: Options of `recipe_learner` that replace the run's.
         """
         own = {"likelihood": self.experiment.likelihood, "steps": self.steps}
         own |= {"way": most_ways(self.recipe, self.experiment.preparation)} | options
@@ -93,11 +93,11 @@ class Opened:
         """Fits the learner's knobs on validation tasks. `turned` makes the calibrated learner from them.
 
         Args:
-            tasks: the number of validation tasks.
-            key: the random key of the tasks and of the adaptation.
+            tasks: The number of validation tasks.
+            key: The random key of the tasks and of the adaptation.
 
         Raises:
-            ValueError: there is no scalar to fit.
+            ValueError: There is no scalar to fit.
         """
         if not self.knobs():
             raise ValueError(
@@ -114,7 +114,7 @@ class Opened:
         """Returns the learner with other values of its knobs.
 
         Args:
-            knobs: the values by name.
+            knobs: The values by name.
         """
         return turned(self.experiment.learner, knobs)
 
@@ -122,10 +122,10 @@ class Opened:
         """Returns the run with the scalars of a calibrated report.
 
         Args:
-            kept: the report.
+            kept: The report.
 
         Raises:
-            ValueError: the scalars were fitted for other parameters, inner steps or scalars.
+            ValueError: The scalars were fitted for other parameters, inner steps or scalars.
         """
         check_same(kept, self.run, self.params, self.steps, self.knobs())
         return replace(self, learner=self.turned(kept.settings["fitted"]))
@@ -148,21 +148,21 @@ def load(
     `tasks.split` or `tasks.seed`. This turns on float64 if the run was trained in it.
 
     Args:
-        run: the run's folder.
+        run: The run's folder.
         posterior: "point", "implicit" or "laplace", or None for the learner's own.
-        draws: the number of networks to draw from that posterior; 0 gives the linearised predictive.
-        linear: whether the drawn networks are linearised.
-        calibrated: whether to use the scalars that `metaprior evaluate --calibrated` fitted for this posterior. They
+        draws: The number of networks to draw from that posterior; 0 gives the linearised predictive.
+        linear: Whether the drawn networks are linearised.
+        calibrated: Whether to use the scalars that `metaprior evaluate --calibrated` fitted for this posterior. They
             also determine `draws` and `linear`.
-        steps: the number of inner steps on a new task, or None for the recipe's.
-        settings: options to change, such as "tasks.shot=5".
-        blank: makes empty tasks of the right shapes for a run on a table, so that the table need not exist.
+        steps: The number of inner steps on a new task, or None for the recipe's.
+        settings: Options to change, such as "tasks.shot=5".
+        blank: Makes empty tasks of the right shapes for a run on a table, so that the table need not exist.
 
     Returns:
         The opened run.
 
     Raises:
-        ValueError: there is no run in the folder, it is damaged, an option is unknown, or the scalars were fitted for
+        ValueError: There is no run in the folder, it is damaged, an option is unknown, or the scalars were fitted for
             other settings.
     """
     folder = Path(run)

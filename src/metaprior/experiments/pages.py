@@ -30,8 +30,8 @@ def digits_of(name: str, result: Result | None) -> int:
     """Returns the number of decimals with which a figure is shown.
 
     Args:
-        name: the figure's name.
-        result: the result that it belongs to, which may state the decimals; None for a published figure.
+        name: The figure's name.
+        result: The result that it belongs to, which may state the decimals; None for a published figure.
     """
     usual = 2 if name.startswith(PERCENT) else 4 if name in ("ece", "mce") else 3
     return usual if result is None else result.digits.get(name, usual)
@@ -41,9 +41,9 @@ def shown(name: str, figure: Figure | None, result: Result | None = None) -> str
     """Formats a figure for a cell of the table.
 
     Args:
-        name: the figure's name. Accuracies are shown in %.
-        figure: the figure, or None for an empty cell.
-        result: the result that it belongs to; None for a published figure.
+        name: The figure's name. Accuracies are shown in %.
+        figure: The figure, or None for an empty cell.
+        result: The result that it belongs to; None for a published figure.
     """
     if figure is None:
         return ""
@@ -56,8 +56,8 @@ def number(value: float, digits: int) -> str:
     """Formats a number with separated thousands.
 
     Args:
-        value: the number. One that is not finite is shown as "diverged".
-        digits: the number of decimals.
+        value: The number. One that is not finite is shown as "diverged".
+        digits: The number of decimals.
     """
     return f"{value:,.{digits}f}" if math.isfinite(value) else "diverged"
 
@@ -66,7 +66,7 @@ def heading(name: str) -> str:
     """Returns the heading of a figure's column.
 
     Args:
-        name: the figure's name.
+        name: The figure's name.
     """
     return title_of(name) + (" %" if name.startswith(PERCENT) else "")
 
@@ -75,7 +75,7 @@ def result_tables(results: dict[str, Result]) -> str:
     """Returns the Markdown tables of a suite.
 
     Args:
-        results: the results by name. There is one table for each value of `Result.table`, in the order of its first
+        results: The results by name. There is one table for each value of `Result.table`, in the order of its first
             result; the table without a title comes first.
     """
     groups: dict[str, dict[str, Result]] = {}
@@ -91,7 +91,7 @@ def result_table(results: dict[str, Result]) -> str:
     It has a status if any result has a published figure or was cut short.
 
     Args:
-        results: the results by name.
+        results: The results by name.
     """
     names = dict.fromkeys(n for r in results.values() for n in figures_of(r) if not n.startswith(LEFT_OUT))
     found = {name: statuses(result) for name, result in results.items()}
@@ -122,7 +122,7 @@ def told(found: dict[str, tuple[Figure, Any]]) -> str:
     """Returns the text of a row's statuses.
 
     Args:
-        found: the published figure and the status, by the figure's name. If all statuses agree, the text has one.
+        found: The published figure and the status, by the figure's name. If all statuses agree, the text has one.
     """
     kinds = {name: status.kind for name, (_, status) in found.items()}
     first = next(status for _, status in found.values())
@@ -135,8 +135,8 @@ def label(name: str, result: Result) -> str:
     """Returns the label of a row, with a dagger if its run was not kept.
 
     Args:
-        name: the result's name.
-        result: the result.
+        name: The result's name.
+        result: The result.
     """
     title = result.title or f"`{result.learner}`"
     return title + ("" if result.run else " †")
@@ -146,7 +146,7 @@ def asked_of(result: Result) -> str:
     """Returns the options, split and posterior of an evaluation that differ from the recipe's.
 
     Args:
-        result: the result.
+        result: The result.
     """
     parts = [f"{name.removeprefix('tasks.')} = {json.dumps(value)}" for name, value in result.judged.items()]
     parts += [result.split] if result.split != "test" else []
@@ -160,7 +160,7 @@ def length(result: Result) -> str:
     The tasks per meta-step and the schedule are added where they differ from the recipe's.
 
     Args:
-        result: the result.
+        result: The result.
     """
     if result.steps is None:
         return ""
@@ -177,8 +177,8 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Formats a Markdown table, without its empty columns.
 
     Args:
-        columns: the headings.
-        rows: the cells of each row.
+        columns: The headings.
+        rows: The cells of each row.
     """
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
@@ -190,10 +190,10 @@ def suite_page(folder: Path) -> str:
     """Returns the page of a suite: the text of its about.md, and its tables.
 
     Args:
-        folder: the folder of the suite's results.
+        folder: The folder of the suite's results.
 
     Raises:
-        ValueError: the folder has no results, or a damaged one.
+        ValueError: The folder has no results, or a damaged one.
     """
     results = read_suite(folder)
     if not results:
@@ -209,8 +209,8 @@ def headlines(results: Path, pages: str) -> str:
     """Returns a Markdown table with the best row for each suite, learner and published figure.
 
     Args:
-        results: the folder of the suites' results.
-        pages: the path to the suites' pages, for links.
+        results: The folder of the suites' results.
+        pages: The path to the suites' pages, for links.
     """
     rows = []
     for folder in suites_in(results):
@@ -237,7 +237,7 @@ def suites_in(results: Path) -> list[Path]:
     """Returns the folders of the suites, sorted by name.
 
     Args:
-        results: the folder of the suites' results.
+        results: The folder of the suites' results.
     """
     return [folder for folder in sorted(results.iterdir()) if folder.is_dir()]
 
@@ -246,7 +246,7 @@ def title_in(folder: Path) -> str:
     """Returns the title of a suite: the first line of its about.md, or its name.
 
     Args:
-        folder: the folder of the suite's results.
+        folder: The folder of the suite's results.
     """
     about = folder / "about.md"
     return about.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") if about.is_file() else folder.name
@@ -256,8 +256,8 @@ def index_page(results: Path, speed: bool) -> str:
     """Returns the index page: the headline table, and a link to every page.
 
     Args:
-        results: the folder of the suites' results.
-        speed: whether there is a page of benchmarks.
+        results: The folder of the suites' results.
+        speed: Whether there is a page of benchmarks.
     """
     links = [f"* [{title_in(folder)}]({folder.name}.md)" for folder in suites_in(results)]
     links += ["* [Speed, memory and compile time](speed.md)"] if speed else []
@@ -270,8 +270,8 @@ def with_headlines(text: str, table: str) -> str:
     """Replaces the text between the two marks of a page by a table. A page without the marks is not changed.
 
     Args:
-        text: the page.
-        table: the table.
+        text: The page.
+        table: The table.
     """
     before, mark, rest = text.partition(OPEN)
     _, close, after = rest.partition(CLOSE)
@@ -282,11 +282,11 @@ def benchmark_page(folder: Path) -> str:
     """Returns the page of the benchmarks.
 
     Args:
-        folder: the folder of the benchmarks' JSON files. Each has a `title`, an introduction (`about`), `rows` of
+        folder: The folder of the benchmarks' JSON files. Each has a `title`, an introduction (`about`), `rows` of
             measurements, and perhaps a conclusion (`reading`).
 
     Raises:
-        ValueError: a file is damaged, or not that of a benchmark.
+        ValueError: A file is damaged, or not that of a benchmark.
     """
     parts = [MADE.format("benchmarks/results"), "# Speed, memory and compile time"]
     for path in sorted(folder.glob("*.json")):
@@ -306,7 +306,7 @@ def cell(value: Any) -> str:
     """Formats a value of a benchmark. Several values are shown as 'a / b'.
 
     Args:
-        value: a number, a text or a list of them.
+        value: A number, a text or a list of them.
     """
     if isinstance(value, list):
         return " / ".join(cell(one) for one in value)
@@ -317,15 +317,15 @@ def write_pages(results: Path, benchmarks: Path, out: Path) -> list[Path]:
     """Writes a page for each suite, one for the benchmarks, and an index.
 
     Args:
-        results: the folder of the suites' results.
-        benchmarks: the folder of the benchmarks' JSON files. It need not exist.
-        out: the folder of the pages.
+        results: The folder of the suites' results.
+        benchmarks: The folder of the benchmarks' JSON files. It need not exist.
+        out: The folder of the pages.
 
     Returns:
         The paths of the pages.
 
     Raises:
-        ValueError: there is no folder `results`, or a file in it is damaged.
+        ValueError: There is no folder `results`, or a file in it is damaged.
     """
     if not results.is_dir():
         raise ValueError(f"results must be a folder, got {results}. Run `metaprior reproduce` to make one.")

@@ -40,11 +40,11 @@ class Evaluation:
     """How a run is evaluated.
 
     Attributes:
-        tasks: the number of test tasks. None means one per group, or 600 if tasks have no groups.
-        steps: the number of inner steps. None means the learner's default.
-        seed: the seed of the test tasks.
-        metrics: names of metrics of the learner's loss to report in addition.
-        course: whether to evaluate after each inner step too, which takes time for each of them.
+        tasks: The number of test tasks. None means one per group, or 600 if tasks have no groups.
+        steps: The number of inner steps. None means the learner's default.
+        seed: The seed of the test tasks.
+        metrics: Names of metrics of the learner's loss to report in addition.
+        course: Whether to evaluate after each inner step too, which takes time for each of them.
     """
 
     tasks: Count | None = None
@@ -62,17 +62,17 @@ class Recipe:
     """An experiment as data. `build` makes its parts.
 
     Attributes:
-        name: its name.
-        description: one sentence about it.
-        learner: the name of the default learner.
-        tasks: the task source's `name` and options.
-        network: the network's `name` and options.
-        likelihood: the likelihood's `name` and options.
-        learners: the options of each learner, by its name.
-        augmentation: the options of `augmented`.
-        training: the fields of `Training`.
-        evaluation: the fields of `Evaluation`.
-        published: papers' figures by the learner's name (see `results.published_in`).
+        name: Its name.
+        description: One sentence about it.
+        learner: The name of the default learner.
+        tasks: The task source's `name` and options.
+        network: The network's `name` and options.
+        likelihood: The likelihood's `name` and options.
+        learners: The options of each learner, by its name.
+        augmentation: The options of `augmented`.
+        training: The fields of `Training`.
+        evaluation: The fields of `Evaluation`.
+        published: Papers' figures by the learner's name (see `results.published_in`).
     """
 
     name: str
@@ -97,13 +97,13 @@ class Experiment(NamedTuple):
     """The parts of an experiment, made from its recipe.
 
     Attributes:
-        learner: the learner.
-        model: the network.
-        likelihood: the likelihood.
-        splits: the task sources.
-        training: the settings of the outer loop.
-        evaluation: the settings of the evaluation.
-        preparation: the preparation of a table, or None if tasks do not come from a table.
+        learner: The learner.
+        model: The network.
+        likelihood: The likelihood.
+        splits: The task sources.
+        training: The settings of the outer loop.
+        evaluation: The settings of the evaluation.
+        preparation: The preparation of a table, or None if tasks do not come from a table.
     """
 
     learner: Learner
@@ -125,10 +125,10 @@ def load_recipe(name: str) -> Recipe:
     """Loads a recipe.
 
     Args:
-        name: the name of one of the library's recipes, or the path of a TOML file.
+        name: The name of one of the library's recipes, or the path of a TOML file.
 
     Raises:
-        ValueError: there is no such recipe or file, the file is not valid TOML, or an option is unknown or not valid.
+        ValueError: There is no such recipe or file, the file is not valid TOML, or an option is unknown or not valid.
     """
     if name.endswith(".toml"):
         path = Path(name)
@@ -170,11 +170,11 @@ def check_options(recipe: Recipe, *, tasks: bool = True) -> None:
     """Checks a recipe's options without building anything.
 
     Args:
-        recipe: the recipe.
-        tasks: whether to check [tasks] too. A caller that gives its own task sources does not need this table.
+        recipe: The recipe.
+        tasks: Whether to check [tasks] too. A caller that gives its own task sources does not need this table.
 
     Raises:
-        OptionError: an option is unknown, or has a wrong type or range.
+        OptionError: An option is unknown, or has a wrong type or range.
     """
     training_of(recipe)
     evaluation_of(recipe)
@@ -194,10 +194,10 @@ def recipe_from_dict(table: dict[str, Any]) -> Recipe:
     """Makes a recipe from its tables.
 
     Args:
-        table: the tables by name.
+        table: The tables by name.
 
     Raises:
-        ValueError: a table is unknown, or a value has a wrong type.
+        ValueError: A table is unknown, or a value has a wrong type.
     """
     accept(dict, table, "recipe")
     _check("recipe", table, [f.name for f in fields(Recipe)])
@@ -208,10 +208,10 @@ def recipe_of(run: Any) -> Recipe:
     """Returns the recipe of a run.
 
     Args:
-        run: the run, a `runs.Run`.
+        run: The run, a `runs.Run`.
 
     Raises:
-        ValueError: the recipe is not valid in this version. The message names the run's folder.
+        ValueError: The recipe is not valid in this version. The message names the run's folder.
     """
     try:
         return recipe_from_dict(run.recipe)
@@ -223,13 +223,13 @@ def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[s
     """Returns a recipe with another learner or other options.
 
     Args:
-        recipe: the recipe.
-        learner: the learner's name, or None to keep the recipe's.
-        overrides: options by dotted name, e.g. {"training.steps": 100}. "learner.rate" sets an option of the learner
+        recipe: The recipe.
+        learner: The learner's name, or None to keep the recipe's.
+        overrides: Options by dotted name, e.g. {"training.steps": 100}. "learner.rate" sets an option of the learner
             that the recipe trains.
 
     Raises:
-        ValueError: the learner or a table is unknown.
+        ValueError: The learner or a table is unknown.
     """
     learner = recipe.learner if learner is None else learner
     lookup("learner", learner, LEARNERS)
@@ -255,7 +255,7 @@ def parse_value(text: str) -> Any:
     """Reads a TOML value, such as 3, 0.1, true or [40, 40].
 
     Args:
-        text: the text. If it is not a TOML value, it is returned unchanged.
+        text: The text. If it is not a TOML value, it is returned unchanged.
     """
     try:
         found = tomllib.loads(f"value = {text}")
@@ -268,13 +268,13 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, Any]:
     """Reads options from the command line.
 
     Args:
-        pairs: such as ("training.steps=100",).
+        pairs: Such as ("training.steps=100",).
 
     Returns:
         The options by dotted name, such as {"training.steps": 100}.
 
     Raises:
-        ValueError: an element has no '='.
+        ValueError: An element has no '='.
     """
     for pair in pairs:
         if "=" not in pair:
@@ -286,8 +286,8 @@ def own_table(table: dict[str, Any], learner: str) -> dict[str, Any]:
     """Returns a table's common options, overridden by those of its subtable for a learner.
 
     Args:
-        table: the table.
-        learner: the learner's name.
+        table: The table.
+        learner: The learner's name.
     """
     own = accept(dict, table.get(learner, {}), f"the subtable of {learner}")
     return {k: v for k, v in table.items() if not (isinstance(v, dict) and k in LEARNERS)} | own
@@ -297,7 +297,7 @@ def training_of(recipe: Recipe) -> Training:
     """Returns the settings of the outer loop.
 
     Args:
-        recipe: the recipe.
+        recipe: The recipe.
     """
     table = own_table(recipe.training, recipe.learner)
     _check("training", table, [f.name for f in fields(Training)])
@@ -308,7 +308,7 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
     """Returns the settings of the evaluation.
 
     Args:
-        recipe: the recipe.
+        recipe: The recipe.
     """
     _check("evaluation", recipe.evaluation, [f.name for f in fields(Evaluation)])
     return Evaluation(**recipe.evaluation)
@@ -326,15 +326,15 @@ def build(
     """Makes the learner, network, likelihood and task sources of a recipe.
 
     Args:
-        recipe: the recipe.
+        recipe: The recipe.
         posterior: "point", "implicit" or "laplace", or None for the learner's own.
-        steps: the number of inner steps on a new task, or None for the recipe's.
-        splits: task sources to use instead of the recipe's.
-        preparation: the table's preparation from an earlier run, to use instead of fitting a new one.
-        **posterior_options: the options of `posterior`.
+        steps: The number of inner steps on a new task, or None for the recipe's.
+        splits: Task sources to use instead of the recipe's.
+        preparation: The table's preparation from an earlier run, to use instead of fitting a new one.
+        **posterior_options: The options of `posterior`.
 
     Raises:
-        ValueError: the recipe's options are not valid, or its parts do not fit together.
+        ValueError: The recipe's options are not valid, or its parts do not fit together.
     """
     check_options(recipe, tasks=splits is None)
     check_support(recipe)
@@ -373,10 +373,10 @@ def task_sources(
     """Makes the task sources of a [tasks] table, with hidden labels if it has `labelled` or `unlabelled`.
 
     Args:
-        table: the table.
-        likelihood: the likelihood's name. It determines whether the target of a data file is read as classes, counts
+        table: The table.
+        likelihood: The likelihood's name. It determines whether the target of a data file is read as classes, counts
             (which are not standardised) or numbers.
-        preparation: the data file's preparation from an earlier run, to use instead of fitting a new one.
+        preparation: The data file's preparation from an earlier run, to use instead of fitting a new one.
     """
     outer = {name: value for name, value in table.items() if name in option_names(with_hidden_labels)}
     inner = {k: v for k, v in table.items() if k not in outer}
@@ -391,10 +391,10 @@ def check_support(recipe: Recipe) -> None:
     """Checks that the recipe's learner can read the supports of its tasks.
 
     Args:
-        recipe: the recipe.
+        recipe: The recipe.
 
     Raises:
-        ValueError: the supports hold class attributes or unlabelled examples, which the learner cannot read.
+        ValueError: The supports hold class attributes or unlabelled examples, which the learner cannot read.
     """
     tasks, name = own_table(recipe.tasks, recipe.learner), recipe.learner
     if tasks.get("name") in DESCRIBED_SOURCES and not traits_of(name).reads_attributes:
@@ -414,8 +414,8 @@ def most_ways(recipe: Recipe, preparation: Preparation | None = None) -> int | N
     """Returns the largest number of classes in a task of the recipe, in training or evaluation.
 
     Args:
-        recipe: the recipe.
-        preparation: the preparation of a table, which lists the table's classes.
+        recipe: The recipe.
+        preparation: The preparation of a table, which lists the table's classes.
 
     Returns:
         The number, or None if tasks have no classes.
@@ -442,17 +442,17 @@ def recipe_learner(
     does not change.
 
     Args:
-        recipe: the recipe.
-        model: the network.
-        likelihood: the likelihood.
+        recipe: The recipe.
+        model: The network.
+        likelihood: The likelihood.
         posterior: "point", "implicit" or "laplace", or None for the learner's own.
-        steps: the number of inner steps on a new task, or None for the recipe's.
-        way: the largest number of classes. The default is `most_ways(recipe)`.
-        softmax_temperature: the temperature of the predicted probabilities, or None for 1.
-        **posterior_options: the options of `posterior`.
+        steps: The number of inner steps on a new task, or None for the recipe's.
+        way: The largest number of classes. The default is `most_ways(recipe)`.
+        softmax_temperature: The temperature of the predicted probabilities, or None for 1.
+        **posterior_options: The options of `posterior`.
 
     Raises:
-        ValueError: the learner has no inner steps, or no parameters of a task for a posterior.
+        ValueError: The learner has no inner steps, or no parameters of a task for a posterior.
     """
     options = dict(recipe.learners.get(recipe.learner, {}))
     known = option_names(LEARNERS[recipe.learner])
@@ -482,7 +482,7 @@ def keeps_unseen(recipe: Recipe) -> bool:
     of an episode shows all of its classes. The support of a table's group may show only some of the table's classes.
 
     Args:
-        recipe: the recipe.
+        recipe: The recipe.
     """
     return traits_of(recipe.learner).rules_out_unseen and most_ways(recipe) is None
 
@@ -491,7 +491,7 @@ def distance_of(recipe: Recipe) -> str:
     """Returns the distance by which the recipe's learner compares embeddings.
 
     Args:
-        recipe: the recipe.
+        recipe: The recipe.
     """
     parameters = parameters_of(LEARNERS[recipe.learner])
     default = parameters["distance"].default if "distance" in parameters else traits_of(recipe.learner).distance
@@ -502,7 +502,7 @@ def posterior_rule(given: Any) -> Any:
     """Makes the posterior that a recipe states.
 
     Args:
-        given: a name, such as "laplace", or a table, such as {name = "laplace", draws = 8}.
+        given: A name, such as "laplace", or a table, such as {name = "laplace", draws = 8}.
     """
     table = {"name": given} if isinstance(given, str) else accept(dict, given, "learner.posterior")
     return component("learner.posterior", table, POSTERIORS)
@@ -519,12 +519,12 @@ def register(kind: str, name: str, factory: Callable[..., Any]) -> None:
 
     Args:
         kind: "learner", "network" or "tasks".
-        name: the name in recipes.
+        name: The name in recipes.
         factory: (model, likelihood, *, ...) -> Learner, with traits from `@metaprior.learners.traits(...)` if needed;
             (*, ...) -> Model; or (*, ...) -> Splits.
 
     Raises:
-        ValueError: the kind is unknown, the name is taken, or a learner's factory takes other arguments.
+        ValueError: The kind is unknown, the name is taken, or a learner's factory takes other arguments.
     """
     lookup("kind", kind, KINDS).register(name, factory)
 
@@ -533,9 +533,9 @@ def component(kind: str, table: dict[str, Any], registry: dict[str, Any]) -> Any
     """Calls registry[table["name"]] with the table's other entries.
 
     Args:
-        kind: the name of the table, for error messages.
-        table: the table.
-        registry: the factories by name.
+        kind: The name of the table, for error messages.
+        table: The table.
+        registry: The factories by name.
     """
     factory, options = named(kind, table, registry)
     return factory(**options)
@@ -545,12 +545,12 @@ def named(kind: str, table: dict[str, Any], registry: dict[str, Any]) -> tuple[A
     """Returns the factory that a table names, and its checked options.
 
     Args:
-        kind: the name of the table, for error messages.
-        table: the table.
-        registry: the factories by name.
+        kind: The name of the table, for error messages.
+        table: The table.
+        registry: The factories by name.
 
     Raises:
-        OptionError: the table has no `name`, or an option is unknown or not valid.
+        OptionError: The table has no `name`, or an option is unknown or not valid.
     """
     if "name" not in table:
         raise OptionError(f"{kind}.name is missing: [{kind}] needs one of {', '.join(sorted(registry))}.")
@@ -562,7 +562,7 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     """Returns a recipe as plain tables, which can be written as JSON.
 
     Args:
-        recipe: the recipe.
+        recipe: The recipe.
     """
     return asdict(recipe)
 

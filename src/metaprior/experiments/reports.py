@@ -22,9 +22,9 @@ class Kept(NamedTuple):
     """A saved report.
 
     Attributes:
-        path: its file.
-        report: the report.
-        settings: what was evaluated, how, and the scalars that were fitted by calibration.
+        path: Its file.
+        report: The report.
+        settings: What was evaluated, how, and the scalars that were fitted by calibration.
     """
 
     path: Path
@@ -38,10 +38,10 @@ def name_of(
     """Returns the NAME of a report's file, report-NAME.json.
 
     Args:
-        posterior: the posterior, or None for the learner's own.
-        calibrated: whether the learner was calibrated.
-        split: the split that was evaluated.
-        changed: the options of --set, or another number of inner steps.
+        posterior: The posterior, or None for the learner's own.
+        calibrated: Whether the learner was calibrated.
+        split: The split that was evaluated.
+        changed: The options of --set, or another number of inner steps.
     """
     marks = ["calibrated"] * calibrated + [split] * (split != "test")
     return "-".join([posterior or "own", *marks, *(re.sub(r"[^\w.=]+", "_", option) for option in changed)])
@@ -51,8 +51,8 @@ def judged(run: Run, params: PyTree) -> dict[str, Any]:
     """Returns what identifies the evaluated parameters: the checkpoint and a hash.
 
     Args:
-        run: the run.
-        params: the parameters.
+        run: The run.
+        params: The parameters.
     """
     used = {} if run.used is None else {"which": run.used.which, "step": run.used.step}
     return used | {"params": digest_of(params)}
@@ -62,11 +62,11 @@ def read_report(run: Run, name: str) -> Kept:
     """Reads a report that `evaluate` saved.
 
     Args:
-        run: the run.
-        name: the NAME in report-NAME.json.
+        run: The run.
+        name: The NAME in report-NAME.json.
 
     Raises:
-        ValueError: the report does not exist or is damaged. The message has the command that writes it.
+        ValueError: The report does not exist or is damaged. The message has the command that writes it.
     """
     path = run.folder / f"report-{name}.json"
     if not path.is_file():
@@ -89,7 +89,7 @@ def reports_of(run: Run) -> list[str]:
     """Returns the names of a run's reports, sorted.
 
     Args:
-        run: the run.
+        run: The run.
     """
     return sorted(map(name_in, run.folder.glob("report-*.json")))
 
@@ -98,7 +98,7 @@ def name_in(path: Path) -> str:
     """Returns the NAME in a report's path FOLDER/report-NAME.json.
 
     Args:
-        path: the path.
+        path: The path.
     """
     return path.name.removeprefix("report-").removesuffix(".json")
 
@@ -107,8 +107,8 @@ def command(run: Run, name: str) -> str:
     """Returns the command that writes a report, as far as the report's name determines it.
 
     Args:
-        run: the run.
-        name: the NAME in report-NAME.json.
+        run: The run.
+        name: The NAME in report-NAME.json.
     """
     posterior, *marks = name.split("-")
     words = ["metaprior evaluate", str(run.folder)]
@@ -124,12 +124,12 @@ def calibrated_report(run: Run, posterior: str | None, steps: int | None) -> Kep
     """Reads the report of `evaluate --calibrated`.
 
     Args:
-        run: the run.
-        posterior: the posterior, or None for the learner's own.
-        steps: the number of inner steps, or None for the recipe's.
+        run: The run.
+        posterior: The posterior, or None for the learner's own.
+        steps: The number of inner steps, or None for the recipe's.
 
     Raises:
-        ValueError: the report does not exist, is damaged or has other settings. The message has the command that writes
+        ValueError: The report does not exist, is damaged or has other settings. The message has the command that writes
             it.
     """
     name = name_of(posterior, calibrated=True, changed=() if steps is None else (f"steps={steps}",))
@@ -164,14 +164,14 @@ def check_same(kept: Kept, run: Run, params: PyTree, steps: int | None, knobs: s
     """Checks that a calibrated report belongs to the current parameters, inner steps and calibration scalars.
 
     Args:
-        kept: the report.
-        run: the run.
-        params: the current parameters.
-        steps: the current number of inner steps, or None for the learner's.
-        knobs: the names of the scalars that calibration fits.
+        kept: The report.
+        run: The run.
+        params: The current parameters.
+        steps: The current number of inner steps, or None for the learner's.
+        knobs: The names of the scalars that calibration fits.
 
     Raises:
-        ValueError: they differ. The message has the command that writes the report again.
+        ValueError: They differ. The message has the command that writes the report again.
     """
     was, now, then = kept.settings["checkpoint"], judged(run, params), kept.settings["steps"]
     what = None

@@ -44,27 +44,27 @@ class Result:
     """The result of an evaluated run.
 
     Attributes:
-        learner: the learner's name.
-        recipe: the recipe's name or path, or None if no recipe trained the learner.
-        report: the report of `evaluate`.
-        recipe_hash: the hash of the resolved recipe (see `recipe_hash`).
-        overrides: options by dotted name that replaced the recipe's in training.
-        judged: options by dotted name that replaced the recipe's in evaluation.
-        split: the split that was evaluated.
-        posterior: the posterior that was evaluated, or None for the learner's own.
-        calibrated: whether the learner was calibrated on validation tasks first.
-        steps: the number of completed meta-steps.
-        asked: the planned number of meta-steps, more than `steps` if training was cut short.
-        seed: the seed of training.
-        minutes: the time of the training steps.
-        device: the device that trained.
-        commit: the commit of the code.
-        command: the command lines that reproduce the result.
-        run: the run's id and the evaluated checkpoint, or None if no run was kept.
-        title: the label of the result's row.
-        table: the title of the table that the row belongs to.
-        note: further remarks.
-        digits: decimals of figures that were recorded with fewer than usual, by name.
+        learner: The learner's name.
+        recipe: The recipe's name or path, or None if no recipe trained the learner.
+        report: The report of `evaluate`.
+        recipe_hash: The hash of the resolved recipe (see `recipe_hash`).
+        overrides: Options by dotted name that replaced the recipe's in training.
+        judged: Options by dotted name that replaced the recipe's in evaluation.
+        split: The split that was evaluated.
+        posterior: The posterior that was evaluated, or None for the learner's own.
+        calibrated: Whether the learner was calibrated on validation tasks first.
+        steps: The number of completed meta-steps.
+        asked: The planned number of meta-steps, more than `steps` if training was cut short.
+        seed: The seed of training.
+        minutes: The time of the training steps.
+        device: The device that trained.
+        commit: The commit of the code.
+        command: The command lines that reproduce the result.
+        run: The run's id and the evaluated checkpoint, or None if no run was kept.
+        title: The label of the result's row.
+        table: The title of the table that the row belongs to.
+        note: Further remarks.
+        digits: Decimals of figures that were recorded with fewer than usual, by name.
     """
 
     learner: str
@@ -104,7 +104,7 @@ class Result:
         """Writes the result to a JSON file, atomically.
 
         Args:
-            path: the file. Its folder is created if needed.
+            path: The file. Its folder is created if needed.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
@@ -114,10 +114,10 @@ class Published(NamedTuple):
     """A paper's figures for a learner on a recipe's tasks: an entry of [[published.NAME]].
 
     Attributes:
-        figures: the figures, with the names and units of a report.
-        when: the options by dotted name that the figures belong to, if they are not the recipe's.
-        split: the split that was evaluated.
-        source: the paper.
+        figures: The figures, with the names and units of a report.
+        when: The options by dotted name that the figures belong to, if they are not the recipe's.
+        split: The split that was evaluated.
+        source: The paper.
     """
 
     figures: dict[str, Figure]
@@ -132,8 +132,8 @@ class Status(NamedTuple):
     Attributes:
         kind: "reached" (as good or better), "within the interval" (worse, but one figure lies in the other's 95 %
             interval), "below" (worse than that), or "not comparable".
-        reason: why they are not comparable, or how much of the recipe's training was done.
-        cut: whether training was cut short, so that `kind` is an intermediate state and not final.
+        reason: Why they are not comparable, or how much of the recipe's training was done.
+        cut: Whether training was cut short, so that `kind` is an intermediate state and not final.
     """
 
     kind: str
@@ -151,10 +151,10 @@ def read_result(path: Path) -> Result:
     """Reads a result from its file.
 
     Args:
-        path: the JSON file.
+        path: The JSON file.
 
     Raises:
-        ValueError: the file is damaged or not a result. The message begins with the path.
+        ValueError: The file is damaged or not a result. The message begins with the path.
     """
     try:
         table = dict(accept(dict, json.loads(path.read_text(encoding="utf-8")), "a result"))
@@ -176,7 +176,7 @@ def read_suite(folder: Path) -> dict[str, Result]:
     """Reads the results of a suite.
 
     Args:
-        folder: the folder of its results.
+        folder: The folder of its results.
 
     Returns:
         The results by the names of their files, without the suffix.
@@ -188,7 +188,7 @@ def natural(path: Path) -> list[tuple[int, str]]:
     """Returns a sort key with which a-900 precedes a-1000.
 
     Args:
-        path: the file.
+        path: The file.
     """
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.stem)]
 
@@ -199,7 +199,7 @@ def recipe_hash(recipe: Recipe) -> str:
     Its description, its published figures and the options of other learners do not affect the hash.
 
     Args:
-        recipe: the recipe.
+        recipe: The recipe.
 
     Returns:
         16 hexadecimal digits of the SHA-256.
@@ -217,11 +217,11 @@ def published_in(recipe: Recipe, learner: str) -> list[Published]:
     half-width of the 95 % interval. `when` holds the options that the figures belong to, if they are not the recipe's.
 
     Args:
-        recipe: the recipe.
-        learner: the learner's name.
+        recipe: The recipe.
+        learner: The learner's name.
 
     Raises:
-        ValueError: an entry is not valid. The message names it.
+        ValueError: An entry is not valid. The message names it.
     """
     found = []
     for entry in accept(list, recipe.published.get(learner, []), f"published.{learner}"):
@@ -247,9 +247,9 @@ def published_for(recipe: Recipe, base: Recipe, split: str = "test") -> Publishe
     """Returns the published figures to compare a recipe's learner with, or the reason why there are none.
 
     Args:
-        recipe: the recipe of the evaluation, with all options set.
-        base: the recipe without overrides. A published entry without `when` belongs to its tasks.
-        split: the split that was evaluated.
+        recipe: The recipe of the evaluation, with all options set.
+        base: The recipe without overrides. A published entry without `when` belongs to its tasks.
+        split: The split that was evaluated.
     """
     entries = published_in(recipe, recipe.learner)
     if not entries:
@@ -275,8 +275,8 @@ def option_of(recipe: Recipe, name: str) -> Any:
     """Returns the value of a recipe's option, or None if the recipe does not set it.
 
     Args:
-        recipe: the recipe.
-        name: the option's dotted name.
+        recipe: The recipe.
+        name: The option's dotted name.
     """
     table, _, option = name.partition(".")
     tables = recipe.learners.get(recipe.learner, {}) if table == "learner" else getattr(recipe, table)
@@ -287,9 +287,9 @@ def status_of(ours: Figure, published: Figure, *, lower: bool = False) -> str:
     """Compares a figure with a published one.
 
     Args:
-        ours: the figure. If it is not finite, it is "below".
-        published: the published figure. A missing interval, here or in `ours`, counts as 0.
-        lower: whether lower is better.
+        ours: The figure. If it is not finite, it is "below".
+        published: The published figure. A missing interval, here or in `ours`, counts as 0.
+        lower: Whether lower is better.
 
     Returns:
         "reached", "within the interval" or "below".
@@ -306,7 +306,7 @@ def statuses(result: Result) -> dict[str, tuple[Figure, Status]]:
     """Compares a result with the published figures.
 
     Args:
-        result: the result.
+        result: The result.
 
     Returns:
         The published figure and the status by the figure's name, or {"": ...} with the reason if nothing is comparable.
@@ -335,7 +335,7 @@ def figures_of(result: Result) -> dict[str, Figure]:
     """Returns all figures of a result's report, including those without an interval.
 
     Args:
-        result: the result.
+        result: The result.
     """
     return result.report.figures | {n: Figure(v, None) for n, v in result.report.pooled.items() if v is not None}
 
@@ -344,8 +344,8 @@ def how_much_less(result: Result, base: Recipe) -> str:
     """Returns how much less training or evaluation a result had than its recipe asks for.
 
     Args:
-        result: the result.
-        base: the recipe without overrides.
+        result: The result.
+        base: The recipe without overrides.
 
     Returns:
         A text such as 'after 2.5 % of the recipe's tasks, evaluated on 200 of 600 tasks', or ''.

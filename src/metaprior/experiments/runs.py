@@ -55,9 +55,9 @@ class Chosen(NamedTuple):
     """The parameters of a checkpoint.
 
     Attributes:
-        params: the parameters.
+        params: The parameters.
         which: "best" or "last".
-        step: the checkpoint's meta-step.
+        step: The checkpoint's meta-step.
     """
 
     params: PyTree
@@ -71,12 +71,12 @@ class Run:
     `create` and `resume` lock it for training, and the run is then a `training.Recorder`. `open` only reads.
 
     Args:
-        folder: the folder.
-        lock: the lock on the folder, or None if it is only read.
+        folder: The folder.
+        lock: The lock on the folder, or None if it is only read.
 
     Attributes:
-        folder: the folder.
-        used: the checkpoint that `params` returned last, or None.
+        folder: The folder.
+        used: The checkpoint that `params` returned last, or None.
     """
 
     def __init__(self, folder: Path, lock: Lock | None = None):
@@ -95,15 +95,15 @@ class Run:
         """Creates a run and locks it for training.
 
         Args:
-            folder: an empty folder, or one that does not exist yet.
-            recipe: the resolved recipe, as plain tables.
-            asked: the options by name that the user set in addition to the recipe. They are stored separately, so that
+            folder: An empty folder, or one that does not exist yet.
+            recipe: The resolved recipe, as plain tables.
+            asked: The options by name that the user set in addition to the recipe. They are stored separately, so that
                 they can be distinguished from the recipe's options later.
 
         Raises:
-            RunExists: the folder is not empty.
-            ValueError: the folder cannot be made or written to.
-            Locked: another process is creating a run there.
+            RunExists: The folder is not empty.
+            ValueError: The folder cannot be made or written to.
+            Locked: Another process is creating a run there.
         """
         folder = Path(folder)
         made = []
@@ -135,10 +135,10 @@ class Run:
         """Opens an existing run for reading. Nothing in it is changed, so it may be in training.
 
         Args:
-            folder: the run's folder.
+            folder: The run's folder.
 
         Raises:
-            ValueError: there is no run in the folder.
+            ValueError: There is no run in the folder.
         """
         folder = Path(folder)
         if not (folder / "recipe.json").is_file():
@@ -161,12 +161,12 @@ class Run:
         """Opens an existing run for further training and locks it for this process.
 
         Args:
-            folder: the run's folder.
+            folder: The run's folder.
 
         Raises:
-            ValueError: there is no run in the folder, or the folder cannot be written to.
-            OtherSettings: recipe.json was edited after the run was started.
-            Locked: another process is training the run. The message names it.
+            ValueError: There is no run in the folder, or the folder cannot be written to.
+            OtherSettings: Recipe.json was edited after the run was started.
+            Locked: Another process is training the run. The message names it.
         """
         run = cls.open(folder)
         if run.edited:
@@ -243,7 +243,7 @@ class Run:
         """Saves the preparation of a table in the run's folder, for evaluation and predictions.
 
         Args:
-            preparation: the preparation.
+            preparation: The preparation.
         """
         write_atomically(self.folder / "preparation.json", preparation.to_json())
 
@@ -272,20 +272,20 @@ class Run:
         data of the tasks.
 
         Args:
-            like: a state with the structure, types and shapes of the run's. It is the state to start from if nothing
+            like: A state with the structure, types and shapes of the run's. It is the state to start from if nothing
                 was saved yet.
-            training: the settings.
-            resume: whether the run may have been trained before.
-            splits: the task sources, to check their data.
+            training: The settings.
+            resume: Whether the run may have been trained before.
+            splits: The task sources, to check their data.
 
         Returns:
             The state to continue from.
 
         Raises:
-            RunExists: the run was trained before, and `resume` is false.
-            OtherSettings: the settings differ from those that the run was started with.
-            CheckpointMismatch: the checkpoints have other shapes.
-            CheckpointError: no checkpoint can be read.
+            RunExists: The run was trained before, and `resume` is false.
+            OtherSettings: The settings differ from those that the run was started with.
+            CheckpointMismatch: The checkpoints have other shapes.
+            CheckpointError: No checkpoint can be read.
         """
         self._training()
         if not resume and (self.metrics() or self._last.steps()):
@@ -313,7 +313,7 @@ class Run:
         """Returns the state that `begin` would continue from, without changing anything.
 
         Args:
-            like: a state with the structure, types and shapes of the run's.
+            like: A state with the structure, types and shapes of the run's.
         """
         return self._restored(like)[0]
 
@@ -321,10 +321,10 @@ class Run:
         """Saves the metrics of a chunk. If the process is killed before the state is saved, `begin` removes them.
 
         Args:
-            row: the metrics by name, with the meta-step as "step".
+            row: The metrics by name, with the meta-step as "step".
 
         Raises:
-            NotSaved: they cannot be written.
+            NotSaved: They cannot be written.
         """
         self._training()
         try:
@@ -345,11 +345,11 @@ class Run:
         The metrics are written to the disk before the checkpoint, so a saved state always has all its metrics.
 
         Args:
-            state: the state.
-            best: whether its parameters have the lowest validation nll so far.
+            state: The state.
+            best: Whether its parameters have the lowest validation nll so far.
 
         Raises:
-            NotSaved: it cannot be written.
+            NotSaved: It cannot be written.
         """
         self._training()
         step = int(state.step)
@@ -369,7 +369,7 @@ class Run:
         """Returns the parameters of `chosen`, and stores in `used` which ones they are.
 
         Args:
-            like: a state with the structure, types and shapes of the run's.
+            like: A state with the structure, types and shapes of the run's.
             which: "best" or "last".
         """
         self.used = self.chosen(like, which)
@@ -388,12 +388,12 @@ class Run:
         warning says which one is used instead.
 
         Args:
-            like: a state with the structure, types and shapes of the run's.
+            like: A state with the structure, types and shapes of the run's.
             which: "best" or "last".
 
         Raises:
-            CheckpointMismatch: the checkpoints have other shapes.
-            CheckpointError: there is no checkpoint, or none can be read.
+            CheckpointMismatch: The checkpoints have other shapes.
+            CheckpointError: There is no checkpoint, or none can be read.
         """
         self._check(like)
         damaged: dict[int, str] = {}
@@ -499,13 +499,13 @@ def told_apart(runs: Sequence[Run]) -> dict[str, Run]:
     """Returns runs by distinct names.
 
     Args:
-        runs: the runs.
+        runs: The runs.
 
     Returns:
         Each run by the name of its learner, or of its folder if several runs have the same learner.
 
     Raises:
-        ValueError: there are no runs.
+        ValueError: There are no runs.
     """
     if not runs:
         raise ValueError("runs must be the folders of at least one run, got none.")

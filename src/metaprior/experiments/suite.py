@@ -32,13 +32,13 @@ class Planned:
     """One run of a suite: how it is trained and evaluated.
 
     Attributes:
-        recipe: the recipe's name or path.
-        learner: the learner's name, or None for the recipe's.
-        set: options by dotted name that replace the recipe's.
-        judge: options by dotted name that replace them in evaluation only.
-        split: the split to evaluate.
-        posterior: the posterior to evaluate, or None for the learner's own.
-        calibrated: whether to calibrate on validation tasks first.
+        recipe: The recipe's name or path.
+        learner: The learner's name, or None for the recipe's.
+        set: Options by dotted name that replace the recipe's.
+        judge: Options by dotted name that replace them in evaluation only.
+        split: The split to evaluate.
+        posterior: The posterior to evaluate, or None for the learner's own.
+        calibrated: Whether to calibrate on validation tasks first.
     """
 
     recipe: str
@@ -62,9 +62,9 @@ class Suite:
     """A suite.
 
     Attributes:
-        name: its name, which is also the name of its folder of results.
-        title: its title.
-        runs: its runs by name.
+        name: Its name, which is also the name of its folder of results.
+        title: Its title.
+        runs: Its runs by name.
     """
 
     name: str
@@ -82,10 +82,10 @@ def load_suite(name: str) -> Suite:
     """Loads a suite, and checks its recipes and their options.
 
     Args:
-        name: the name of one of the library's suites, or the path of a TOML file.
+        name: The name of one of the library's suites, or the path of a TOML file.
 
     Raises:
-        ValueError: a suite, recipe, learner or option is unknown, or the file is not valid TOML.
+        ValueError: A suite, recipe, learner or option is unknown, or the file is not valid TOML.
     """
     if name.endswith(".toml"):
         path = Path(name)

@@ -23,8 +23,8 @@ class Normal(NamedTuple):
     """A multivariate normal distribution.
 
     Attributes:
-        mean: its mean.
-        covariance: its covariance.
+        mean: Its mean.
+        covariance: Its covariance.
     """
 
     mean: Float[Array, " k"]
@@ -44,8 +44,8 @@ def exact_posterior(theta: Hierarchy, batch: Batch) -> Normal:
     It holds for any n, also 0, and for a singular prior covariance.
 
     Args:
-        theta: the hierarchy's parameters.
-        batch: the observations of one task, x [n, d] and y [n, 1].
+        theta: The hierarchy's parameters.
+        batch: The observations of one task, x [n, d] and y [n, 1].
     """
     marginal = _observations(theta, batch.x)
     factor = cho_factor(marginal.covariance, lower=True)
@@ -59,8 +59,8 @@ def exact_log_marginal(theta: Hierarchy, batch: Batch) -> Scalar:
     """Computes the exact log p(y | X, theta) = log N(y; X mu, X Sigma X' + s^2 I), with all constants.
 
     Args:
-        theta: the hierarchy's parameters.
-        batch: the observations of one task, x [n, d] and y [n, 1].
+        theta: The hierarchy's parameters.
+        batch: The observations of one task, x [n, d] and y [n, 1].
 
     Returns:
         The log marginal likelihood in nats.
@@ -76,9 +76,9 @@ def exact_predictive(theta: Hierarchy, support: Batch, x: Float[Array, "m d"]) -
     """Computes the exact predictive p(y at x | support, theta), joint over the m queries, with the noise.
 
     Args:
-        theta: the hierarchy's parameters.
-        support: the observations of one task, x [n, d] and y [n, 1].
-        x: the inputs of the queries.
+        theta: The hierarchy's parameters.
+        support: The observations of one task, x [n, d] and y [n, 1].
+        x: The inputs of the queries.
 
     Returns:
         A normal distribution of m numbers.
@@ -90,8 +90,8 @@ def empirical_bayes_mean(theta: Hierarchy, batches: Batch) -> Float[Array, " d"]
     """Computes the mu that maximises the tasks' marginal likelihood given Sigma and s, by generalised least squares.
 
     Args:
-        theta: the hierarchy's parameters, of which the mean is not used.
-        batches: the observations of all tasks, x [tasks, n, d] and y [tasks, n, 1].
+        theta: The hierarchy's parameters, of which the mean is not used.
+        batches: The observations of all tasks, x [tasks, n, d] and y [tasks, n, 1].
     """
 
     def normal_equations(batch: Batch) -> tuple[Array, Array]:
@@ -109,8 +109,8 @@ def em_step(theta: Hierarchy, batches: Batch) -> Hierarchy:
     A step never lowers the tasks' marginal likelihood, and its maximum is a fixed point.
 
     Args:
-        theta: the current parameters.
-        batches: the observations of all tasks, x [tasks, n, d] and y [tasks, n, 1].
+        theta: The current parameters.
+        batches: The observations of all tasks, x [tasks, n, d] and y [tasks, n, 1].
 
     Returns:
         The next parameters.
@@ -132,9 +132,9 @@ def empirical_bayes(theta: Hierarchy, batches: Batch, steps: int = 1000) -> Hier
     """Maximises the tasks' marginal likelihood in all of theta, by EM.
 
     Args:
-        theta: the start.
-        batches: the observations of all tasks, x [tasks, n, d] and y [tasks, n, 1].
-        steps: the number of EM steps.
+        theta: The start.
+        batches: The observations of all tasks, x [tasks, n, d] and y [tasks, n, 1].
+        steps: The number of EM steps.
 
     Returns:
         The parameters after the last step.

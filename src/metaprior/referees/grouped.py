@@ -27,8 +27,8 @@ class Fold(NamedTuple):
     """One split of a table into groups to learn from and held-out groups.
 
     Attributes:
-        seen: the groups to learn from. Their rows give the scaling of the whole table.
-        held_out: the held-out groups.
+        seen: The groups to learn from. Their rows give the scaling of the whole table.
+        held_out: The held-out groups.
     """
 
     seen: ArrayTasks
@@ -39,9 +39,9 @@ class HeldOut(NamedTuple):
     """Stacked tasks from every held-out group.
 
     Attributes:
-        tasks: the tasks.
-        size: the requested number of observations in each support.
-        group: the group of each task, 0..J-1.
+        tasks: The tasks.
+        size: The requested number of observations in each support.
+        group: The group of each task, 0..J-1.
     """
 
     tasks: Task
@@ -53,9 +53,9 @@ class GroupScores(NamedTuple):
     """Scores of each group, as means over its queries and draws, in the units of the table's target.
 
     Attributes:
-        nll: negative log-likelihood per query, in nats.
-        mse: mean squared error.
-        coverage: the share of queries inside the central 90 % interval.
+        nll: Negative log-likelihood per query, in nats.
+        mse: Mean squared error.
+        coverage: The share of queries inside the central 90 % interval.
     """
 
     nll: Float[np.ndarray, " groups"]
@@ -79,12 +79,12 @@ def folds(x: Any, y: Any, groups: Any, count: int, *, seed: int = 0, **options: 
     Groups with a single row are left out, as a task needs a support and a query.
 
     Args:
-        x: features [n, d].
-        y: targets [n].
-        groups: the group of each row [n].
-        count: the number of folds, at least 2.
-        seed: the seed of the shuffling of groups.
-        **options: further options of `array_tasks`.
+        x: Features [n, d].
+        y: Targets [n].
+        groups: The group of each row [n].
+        count: The number of folds, at least 2.
+        seed: The seed of the shuffling of groups.
+        **options: Further options of `array_tasks`.
 
     Yields:
         The folds.
@@ -118,7 +118,7 @@ def rows_of_source(source: ArrayTasks) -> Rows:
     """Returns all rows of a source's groups, with the groups numbered 0..J-1.
 
     Args:
-        source: a table's task source.
+        source: A table's task source.
     """
     starts, counts = np.asarray(source.starts), np.asarray(source.counts)
     index = np.concatenate([np.arange(s, s + c) for s, c in zip(starts, counts, strict=True)])
@@ -135,11 +135,11 @@ def held_out_tasks(
     as leave one for the query. Supports and queries are padded with rows of weight 0, so n = 0 gives an empty support.
 
     Args:
-        source: a table's task source.
-        sizes: the numbers of support rows.
-        draws: the number of shuffles of each group.
-        query: the largest number of query rows.
-        seed: the seed of the shuffling.
+        source: A table's task source.
+        sizes: The numbers of support rows.
+        draws: The number of shuffles of each group.
+        query: The largest number of query rows.
+        seed: The seed of the shuffling.
 
     Raises:
         ValueError: `sizes` is empty or has a number below 0, or `draws` or `query` is below 1.
@@ -175,11 +175,11 @@ def judge_groups(
 
     Args:
         answer: answer(learned, support, x, key) -> Predictive.
-        learned: what the method has learned, a pytree.
-        held: the tasks of held-out groups.
-        deviation: the standard deviation of the target, which converts scores back to its units.
-        key: the random key.
-        chunk: the number of tasks at once in memory.
+        learned: What the method has learned, a pytree.
+        held: The tasks of held-out groups.
+        deviation: The standard deviation of the target, which converts scores back to its units.
+        key: The random key.
+        chunk: The number of tasks at once in memory.
 
     Returns:
         Scores by the number of observations in the support.
@@ -216,7 +216,7 @@ def pooled(parts: Sequence[dict[int, GroupScores]]) -> dict[int, GroupScores]:
     """Concatenates the groups of several folds.
 
     Args:
-        parts: the scores of each fold, by the number of observations in the support.
+        parts: The scores of each fold, by the number of observations in the support.
     """
     sizes = sorted({n for part in parts for n in part})
     return {

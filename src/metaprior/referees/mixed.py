@@ -27,9 +27,9 @@ class Rows(NamedTuple):
     """A grouped table.
 
     Attributes:
-        x: features.
-        y: the target.
-        group: the group of each row, 0..J-1.
+        x: Features.
+        y: The target.
+        group: The group of each row, 0..J-1.
     """
 
     x: Float[Array, "n d"]
@@ -41,7 +41,7 @@ def with_intercept(x: Float[Array, "n d"]) -> Float[Array, "n c"]:
     """Returns [1, x], the features after a column of ones.
 
     Args:
-        x: features.
+        x: Features.
     """
     return jnp.concatenate([jnp.ones((x.shape[0], 1), x.dtype), x], 1)
 
@@ -55,11 +55,11 @@ def mixed_by_nuts(
     correlations ~ LKJ(2).
 
     Args:
-        rows: the table.
-        key: the random key.
-        varying: the columns of [1, x] whose coefficients vary between groups. None means all.
-        draws: the number of draws after the warm-up.
-        warmup: the number of warm-up steps.
+        rows: The table.
+        key: The random key.
+        varying: The columns of [1, x] whose coefficients vary between groups. None means all.
+        draws: The number of draws after the warm-up.
+        warmup: The number of warm-up steps.
 
     Returns:
         The draws, along the leading axis of each field.
@@ -99,8 +99,8 @@ def mixed_by_statsmodels(rows: Rows, *, varying: Sequence[int] | None = None) ->
     """Estimates (mu, Sigma, s) by restricted maximum likelihood, with statsmodels' MixedLM.
 
     Args:
-        rows: the table.
-        varying: the columns of [1, x] whose coefficients vary between groups. None means all.
+        rows: The table.
+        varying: The columns of [1, x] whose coefficients vary between groups. None means all.
 
     Returns:
         The estimate, as a single draw.
@@ -130,11 +130,11 @@ def new_group(
     the result is the prior predictive.
 
     Args:
-        draws: draws of (mu, Sigma, s), along the leading axis of each field.
-        support: the group's observations, x [n, d] and y [n, 1].
-        x: the inputs of the queries, without the column of ones.
-        key: the random key of the resampling.
-        components: the number of components of the mixture. A single draw gives one component.
+        draws: Draws of (mu, Sigma, s), along the leading axis of each field.
+        support: The group's observations, x [n, d] and y [n, 1].
+        x: The inputs of the queries, without the column of ones.
+        key: The random key of the resampling.
+        components: The number of components of the mixture. A single draw gives one component.
 
     Returns:
         A mixture of normals for each query.
@@ -162,10 +162,10 @@ def within_sd(rows: Rows) -> float:
     The groups are pooled by their degrees of freedom. No prior is needed.
 
     Args:
-        rows: the table.
+        rows: The table.
 
     Raises:
-        ValueError: no group has more rows than coefficients.
+        ValueError: No group has more rows than coefficients.
     """
     x, y, group = np.asarray(with_intercept(rows.x), float), np.asarray(rows.y, float), np.asarray(rows.group)
     squares, freedom = 0.0, 0

@@ -41,9 +41,9 @@ class Agreement(NamedTuple):
     """A comparison of posteriors with those of NUTS. For NUTS itself, `bias` is 0 and `sd_ratio` is 1.
 
     Attributes:
-        bias: root mean square difference of the posterior means, in standard deviations of NUTS.
-        sd_ratio: standard deviations divided by those of NUTS, geometric mean.
-        coverage: share of the true phi inside the central 90 % intervals.
+        bias: Root mean square difference of the posterior means, in standard deviations of NUTS.
+        sd_ratio: Standard deviations divided by those of NUTS, geometric mean.
+        coverage: Share of the true phi inside the central 90 % intervals.
     """
 
     bias: float
@@ -55,11 +55,11 @@ class Learned(NamedTuple):
     """A comparison of a learned prior N(mean, sd^2) with the posterior of the prior by NUTS.
 
     Attributes:
-        bias: root mean square difference of the prior means, in NUTS' posterior means of the prior's standard
+        bias: Root mean square difference of the prior means, in NUTS' posterior means of the prior's standard
             deviations.
-        sd_ratio: the learned standard deviations divided by NUTS' posterior means of them, geometric mean; NaN if the
+        sd_ratio: The learned standard deviations divided by NUTS' posterior means of them, geometric mean; NaN if the
             learned prior is a point.
-        coverage: share of the learned means (and standard deviations, if any) inside the central 90 % intervals of
+        coverage: Share of the learned means (and standard deviations, if any) inside the central 90 % intervals of
             NUTS.
     """
 
@@ -72,9 +72,9 @@ class Draws(NamedTuple):
     """Draws of a whole hierarchy, along the leading axis of each field.
 
     Attributes:
-        mean: the prior's means.
-        sd: the prior's standard deviations.
-        phi: the coefficients of each task.
+        mean: The prior's means.
+        sd: The prior's standard deviations.
+        phi: The coefficients of each task.
     """
 
     mean: Float[Array, "draws d"]
@@ -89,12 +89,12 @@ def hierarchy_tasks(
 
     Args:
         family: "gaussian", "bernoulli" or "poisson".
-        key: the random key.
-        tasks: the number of tasks.
-        shot: the number of observations of each task.
-        features: the number of coefficients, d.
-        mean: the prior's mean, a number or [d].
-        sd: the prior's standard deviation, a number or [d].
+        key: The random key.
+        tasks: The number of tasks.
+        shot: The number of observations of each task.
+        features: The number of coefficients, d.
+        mean: The prior's mean, a number or [d].
+        sd: The prior's standard deviation, a number or [d].
 
     Returns:
         The observations, with a leading axis of tasks, and the true phi.
@@ -119,9 +119,9 @@ def nuts(family: str, batches: Batch, key: PRNGKeyArray, draws: int = 2000) -> F
 
     Args:
         family: "gaussian", "bernoulli" or "poisson".
-        batches: the observations, with a leading axis of tasks.
-        key: the random key.
-        draws: the number of draws after a warm-up of 1000 steps.
+        batches: The observations, with a leading axis of tasks.
+        key: The random key.
+        draws: The number of draws after a warm-up of 1000 steps.
     """
     tasks, _, features = batches.x.shape
 
@@ -137,9 +137,9 @@ def nuts_hierarchy(family: str, batches: Batch, key: PRNGKeyArray, draws: int = 
 
     Args:
         family: "gaussian", "bernoulli" or "poisson".
-        batches: the observations, with a leading axis of tasks.
-        key: the random key.
-        draws: the number of draws after a warm-up of 1000 steps.
+        batches: The observations, with a leading axis of tasks.
+        key: The random key.
+        draws: The number of draws after a warm-up of 1000 steps.
     """
     lookup("family", family, FAMILIES)
     tasks, _, features = batches.x.shape
@@ -181,11 +181,11 @@ def new_task(
 
     Args:
         family: "gaussian", "bernoulli" or "poisson".
-        hierarchy: draws of the hierarchy.
-        support: the task's observations.
-        key: the random key.
-        draws: the number of draws.
-        each: the number of values of phi per draw of the prior.
+        hierarchy: Draws of the hierarchy.
+        support: The task's observations.
+        key: The random key.
+        draws: The number of draws.
+        each: The number of values of phi per draw of the prior.
     """
     key_phi, key_pick = jax.random.split(key)
     noise = jax.random.normal(key_phi, (each, *hierarchy.mean.shape))
@@ -202,10 +202,10 @@ def given_prior(name: str, family: str, features: int, key: PRNGKeyArray) -> tup
     """Returns a learner and parameters with which its prior is N(0, I).
 
     Args:
-        name: the learner's name.
+        name: The learner's name.
         family: "gaussian", "bernoulli" or "poisson".
-        features: the number of coefficients.
-        key: the random key of parameters that do not belong to the prior.
+        features: The number of coefficients.
+        key: The random key of parameters that do not belong to the prior.
     """
     options = lookup("learner", name, learners_before("nuts"))
     learner = make_learner(name, linear_model(features), FAMILIES[family], **options)
@@ -220,11 +220,11 @@ def posterior_draws(
     """Draws phi from a learner's posterior of one task, which is its prior if the task has no observations.
 
     Args:
-        learner: a learner whose posterior has `sample`.
-        params: its meta-learned parameters.
-        batch: the task's observations.
-        key: the random key.
-        draws: the number of draws.
+        learner: A learner whose posterior has `sample`.
+        params: Its meta-learned parameters.
+        batch: The task's observations.
+        key: The random key.
+        draws: The number of draws.
     """
     key_adapt, key_draw = jax.random.split(key)
     posterior = learner.adapt(params, batch, key_adapt)
@@ -237,9 +237,9 @@ def agreement(found: np.ndarray, reference: np.ndarray, truth: np.ndarray) -> Ag
     """Compares posterior draws with those of a reference and with the true phi.
 
     Args:
-        found: the draws to judge [draws, tasks, d].
-        reference: draws of the reference [draws, tasks, d].
-        truth: the true phi [tasks, d].
+        found: The draws to judge [draws, tasks, d].
+        reference: Draws of the reference [draws, tasks, d].
+        truth: The true phi [tasks, d].
     """
     sd = reference.std(0)
     low, high = np.quantile(found, [0.05, 0.95], axis=0)
@@ -254,9 +254,9 @@ def prior_agreement(mean: np.ndarray, sd: np.ndarray | None, hierarchy: Draws) -
     """Compares a learned prior with the draws of NUTS.
 
     Args:
-        mean: the prior's means [d].
-        sd: the prior's standard deviations [d], or None if it is a point.
-        hierarchy: the draws of NUTS.
+        mean: The prior's means [d].
+        sd: The prior's standard deviations [d], or None if it is a point.
+        hierarchy: The draws of NUTS.
     """
     reference = np.asarray(hierarchy.sd).mean(0)
     numbers = [(mean, hierarchy.mean)] + ([] if sd is None else [(sd, hierarchy.sd)])
@@ -275,10 +275,10 @@ def posteriors(learner: Learner, params: PyTree, batches: Batch, key: PRNGKeyArr
     """Draws phi from a learner's posteriors of many tasks.
 
     Args:
-        learner: a learner whose posterior has `sample`.
-        params: its meta-learned parameters.
-        batches: the observations, with a leading axis of tasks.
-        key: the random key.
+        learner: A learner whose posterior has `sample`.
+        params: Its meta-learned parameters.
+        batches: The observations, with a leading axis of tasks.
+        key: The random key.
 
     Returns:
         The draws [draws, tasks, d].
@@ -299,10 +299,10 @@ def against_nuts(
 
     Args:
         family: "gaussian", "bernoulli" or "poisson".
-        names: the learners. The default is every learner with options for the referee "nuts" (`Traits.referees`).
-        tasks: the number of tasks.
-        shot: the number of observations of each task.
-        seed: the seed of everything random.
+        names: The learners. The default is every learner with options for the referee "nuts" (`Traits.referees`).
+        tasks: The number of tasks.
+        shot: The number of observations of each task.
+        seed: The seed of everything random.
 
     Returns:
         The results by name. The first is "nuts", for NUTS itself.
@@ -335,21 +335,21 @@ def learned_against_nuts(
 
     Args:
         family: "gaussian", "bernoulli" or "poisson".
-        names: the learners. The default is every learner with options for the referee "nuts prior" (`Traits.referees`).
-        steps: the meta-steps of each learner's training.
-        seen: the number of tasks to learn from.
-        tasks: the number of new tasks.
-        shot: the number of observations of each task, at least 2.
-        seed: the seed of everything random.
-        mean: the true prior's mean, a number or one per coefficient.
-        sd: the true prior's standard deviation, a number or one per coefficient.
+        names: The learners. The default is every learner with options for the referee "nuts prior" (`Traits.referees`).
+        steps: The meta-steps of each learner's training.
+        seen: The number of tasks to learn from.
+        tasks: The number of new tasks.
+        shot: The number of observations of each task, at least 2.
+        seed: The seed of everything random.
+        mean: The true prior's mean, a number or one per coefficient.
+        sd: The true prior's standard deviation, a number or one per coefficient.
 
     Returns:
         The results by name. The first is "truth": the true prior with the posteriors of NUTS. Its `bias` is not 0,
         since the tasks are a sample; a perfect learner would have a similar one.
 
     Raises:
-        ValueError: a learner has no options for this referee, or `shot` is below 2.
+        ValueError: A learner has no options for this referee, or `shot` is below 2.
     """
     judged = learners_before("nuts prior")
     names = tuple(judged) if names is None else names

@@ -27,16 +27,16 @@ class Verdict(NamedTuple):
     """How far a learner is from the exact answers. For these, every number is 0, except that `sd_ratio` is 1.
 
     Attributes:
-        prior_mean: difference of the learned prior mean from the exact empirical-Bayes optimum, root mean square over
+        prior_mean: Difference of the learned prior mean from the exact empirical-Bayes optimum, root mean square over
             weights.
-        posterior_mean: root mean square difference from the exact posterior mean, in exact posterior standard
+        posterior_mean: Root mean square difference from the exact posterior mean, in exact posterior standard
             deviations.
-        sd_ratio: posterior standard deviations divided by the exact ones, geometric mean.
+        sd_ratio: Posterior standard deviations divided by the exact ones, geometric mean.
         log_marginal: log p(support) minus the exact one, in nats per task.
-        nll: of the queries, minus that of the exact predictive, in nats per query.
-        ks: largest difference of the distribution of the queries' PIT from the uniform one (simulation-based
+        nll: Of the queries, minus that of the exact predictive, in nats per query.
+        ks: Largest difference of the distribution of the queries' PIT from the uniform one (simulation-based
             calibration).
-        pit: the histogram of that distribution, with mean 1.
+        pit: The histogram of that distribution, with mean 1.
     """
 
     prior_mean: float
@@ -52,7 +52,7 @@ def linear_model(features: int) -> Model:
     """Returns the hierarchy's model, y = x phi.
 
     Args:
-        features: the number of features, d.
+        features: The number of features, d.
     """
 
     def init(key: PRNGKeyArray, x: Array) -> PyTree:
@@ -67,12 +67,12 @@ def judge(
     """Compares a trained learner with the exact answers on new tasks.
 
     Args:
-        learner: the learner.
-        params: its meta-learned parameters.
-        source: the tasks, of a known hierarchy.
-        seen: the tasks that the exact empirical-Bayes optimum is computed from, x [tasks, n, d] and y [tasks, n, 1].
-        key: the random key.
-        tasks: the number of new tasks.
+        learner: The learner.
+        params: Its meta-learned parameters.
+        source: The tasks, of a known hierarchy.
+        seen: The tasks that the exact empirical-Bayes optimum is computed from, x [tasks, n, d] and y [tasks, n, 1].
+        key: The random key.
+        tasks: The number of new tasks.
     """
     theta, units = source.theta, jnp.eye(source.theta.mean.shape[0])
     new = source.sample(key, tasks)
@@ -132,18 +132,18 @@ def referee(
     """Trains learners on tasks of one hierarchy and compares them with the exact answers.
 
     Args:
-        names: the learners. The default is every learner with options for this referee (`Traits.referees["truth"]`).
-        steps: the meta-steps of each learner's training.
-        tasks: the number of new tasks.
-        seed: the seed of everything random.
-        report: is called with a learner's name and verdict as soon as the verdict is known.
-        **hierarchy: options of `linear_gaussian`.
+        names: The learners. The default is every learner with options for this referee (`Traits.referees["truth"]`).
+        steps: The meta-steps of each learner's training.
+        tasks: The number of new tasks.
+        seed: The seed of everything random.
+        report: Is called with a learner's name and verdict as soon as the verdict is known.
+        **hierarchy: Options of `linear_gaussian`.
 
     Returns:
         The verdicts by name.
 
     Raises:
-        ValueError: a learner has no options for this referee.
+        ValueError: A learner has no options for this referee.
     """
     sizes: dict[str, Any] = {"features": 2, "shot": 5, "query": 5, "test_query": 20}
     splits = linear_gaussian(**(sizes | hierarchy))

@@ -46,7 +46,7 @@ def fingerprint(tree: PyTree) -> dict[str, str]:
     """Returns the type and shape of each leaf by its path, e.g. {"['head']['w']": "float32[40,1]"}.
 
     Args:
-        tree: a pytree of arrays.
+        tree: A pytree of arrays.
     """
 
     def describe(leaf: Any) -> str:
@@ -59,12 +59,12 @@ def check_fingerprint(saved: dict[str, str], needed: dict[str, str], where: Path
     """Checks that a checkpoint has the leaves, types and shapes that are needed.
 
     Args:
-        saved: the checkpoint's fingerprint.
-        needed: the fingerprint of the tree to restore.
-        where: the folder, for the error message.
+        saved: The checkpoint's fingerprint.
+        needed: The fingerprint of the tree to restore.
+        where: The folder, for the error message.
 
     Raises:
-        CheckpointMismatch: they differ. The message lists up to 12 differences.
+        CheckpointMismatch: They differ. The message lists up to 12 differences.
     """
     lines = [f"  only saved:  {path} {saved[path]}" for path in saved if path not in needed]
     lines += [f"  only needed: {path} {needed[path]}" for path in needed if path not in saved]
@@ -85,7 +85,7 @@ def digest_of(tree: PyTree) -> str:
     """Returns a hash of all leaves, including their paths, types and shapes.
 
     Args:
-        tree: a pytree of arrays.
+        tree: A pytree of arrays.
 
     Returns:
         32 hexadecimal digits of the SHA-256.
@@ -104,13 +104,13 @@ class Checkpoints:
     as damaged. Reading never changes the folder, so it is safe while another process saves. Only one process may save.
 
     Args:
-        folder: the folder of the checkpoints. It need not exist.
-        keep: how many of the newest checkpoints to keep.
-        run: returns the id of the run, or None if it has none.
+        folder: The folder of the checkpoints. It need not exist.
+        keep: How many of the newest checkpoints to keep.
+        run: Returns the id of the run, or None if it has none.
 
     Attributes:
-        folder: the folder of the checkpoints.
-        keep: how many of the newest checkpoints are kept.
+        folder: The folder of the checkpoints.
+        keep: How many of the newest checkpoints are kept.
     """
 
     def __init__(self, folder: Path, keep: int = 2, run: Callable[[], str | None] = lambda: None):
@@ -126,8 +126,8 @@ class Checkpoints:
         """Restores the newest readable checkpoint.
 
         Args:
-            like: a pytree with the structure, types and shapes of the saved one.
-            most: the latest meta-step to consider. None considers all.
+            like: A pytree with the structure, types and shapes of the saved one.
+            most: The latest meta-step to consider. None considers all.
 
         Returns:
             The checkpoint, and why newer ones could not be read.
@@ -175,11 +175,11 @@ class Checkpoints:
         """Writes a checkpoint. Earlier ones stay intact if this fails.
 
         Args:
-            step: the meta-step of the state.
-            tree: the state, a pytree of arrays.
+            step: The meta-step of the state.
+            tree: The state, a pytree of arrays.
 
         Raises:
-            NotSaved: it cannot be written, for example because the disk is full.
+            NotSaved: It cannot be written, for example because the disk is full.
         """
         with extra("cli", "A run's folder"):
             from orbax.checkpoint.args import StandardSave
@@ -211,8 +211,8 @@ class Checkpoints:
         """Removes checkpoints after a meta-step and damaged ones, so that these meta-steps can be saved again.
 
         Args:
-            after: checkpoints of later meta-steps are deleted.
-            damaged: meta-steps whose checkpoints are damaged. They are renamed, not deleted.
+            after: Checkpoints of later meta-steps are deleted.
+            damaged: Meta-steps whose checkpoints are damaged. They are renamed, not deleted.
         """
         for step in damaged:
             aside = self.folder.with_name(f"{self.folder.name}-damaged-{step}-{time.time_ns()}")
@@ -239,9 +239,9 @@ class Restored(NamedTuple):
     """A restored checkpoint.
 
     Attributes:
-        step: its meta-step, or None if no checkpoint can be read.
-        tree: its pytree, or None if no checkpoint can be read.
-        damaged: for each meta-step that was tried and could not be read, the reason.
+        step: Its meta-step, or None if no checkpoint can be read.
+        tree: Its pytree, or None if no checkpoint can be read.
+        damaged: For each meta-step that was tried and could not be read, the reason.
     """
 
     step: int | None
@@ -253,8 +253,8 @@ def unreadable(folder: Path, damaged: dict[int, str]) -> CheckpointError:
     """Returns the error for a folder in which no checkpoint can be read.
 
     Args:
-        folder: the folder.
-        damaged: the reason for each meta-step.
+        folder: The folder.
+        damaged: The reason for each meta-step.
     """
     problems = "; ".join(f"meta-step {step}: {why}" for step, why in damaged.items())
     return CheckpointError(

@@ -34,25 +34,25 @@ class Training:
     """Settings of the outer loop.
 
     Attributes:
-        steps: the number of meta-steps.
-        meta_batch: the number of tasks per meta-step.
-        rate: the learning rate of the outer optimiser.
-        optimizer: the outer optimiser: the name of an optax optimiser, or an optax transformation, which has its own
+        steps: The number of meta-steps.
+        meta_batch: The number of tasks per meta-step.
+        rate: The learning rate of the outer optimiser.
+        optimizer: The outer optimiser: the name of an optax optimiser, or an optax transformation, which has its own
             learning rate. The transformation receives the mean loss as `value`.
-        schedule: of the learning rate: "constant", or "linear" or "cosine" decay to 0.
-        warmup: the number of meta-steps in which the learning rate rises linearly from 0.
-        clip_value: clips each component of the meta-gradient to [-c, c], as in MAML.
-        clip_norm: clips the global norm of the meta-gradient.
-        skip: how many meta-steps in a row may have a gradient that is not finite (one diverging task is enough). Such
+        schedule: Of the learning rate: "constant", or "linear" or "cosine" decay to 0.
+        warmup: The number of meta-steps in which the learning rate rises linearly from 0.
+        clip_value: Clips each component of the meta-gradient to [-c, c], as in MAML.
+        clip_norm: Clips the global norm of the meta-gradient.
+        skip: How many meta-steps in a row may have a gradient that is not finite (one diverging task is enough). Such
             meta-steps change nothing. With 0, the first one ends training.
-        chunk: the number of meta-steps per compiled call. If the process is killed, it loses the current chunk and at
+        chunk: The number of meta-steps per compiled call. If the process is killed, it loses the current chunk and at
             most ten seconds more.
-        task_chunk: the number of tasks whose gradients are in memory at once, a divisor of `meta_batch`. None means
+        task_chunk: The number of tasks whose gradients are in memory at once, a divisor of `meta_batch`. None means
             all. "auto" means one on a processor, where its tensors stay in the cache, and all on an accelerator.
-        validate_every: the number of meta-steps between validations, rounded up to whole chunks.
-        validation_tasks: the number of validation tasks.
-        seed: the seed of everything random.
-        float64: whether to train in float64.
+        validate_every: The number of meta-steps between validations, rounded up to whole chunks.
+        validation_tasks: The number of validation tasks.
+        seed: The seed of everything random.
+        float64: Whether to train in float64.
     """
 
     steps: Count = 10_000
@@ -104,9 +104,9 @@ class TrainState(NamedTuple):
     """The state of training.
 
     Attributes:
-        params: the meta-learned parameters theta.
-        opt_state: the state of the outer optimiser.
-        step: the number of completed meta-steps.
+        params: The meta-learned parameters theta.
+        opt_state: The state of the outer optimiser.
+        step: The number of completed meta-steps.
     """
 
     params: PyTree
@@ -118,11 +118,11 @@ class Fitted(NamedTuple):
     """The result of training.
 
     Attributes:
-        params: the last parameters.
-        best: the parameters with the lowest validation nll, or the last ones without a validation.
-        state: the last state.
-        history: the metrics of each chunk.
-        interrupted: the number of the signal that ended training early, or 0.
+        params: The last parameters.
+        best: The parameters with the lowest validation nll, or the last ones without a validation.
+        state: The last state.
+        history: The metrics of each chunk.
+        interrupted: The number of the signal that ended training early, or 0.
     """
 
     params: PyTree
@@ -136,14 +136,14 @@ class NonFiniteLoss(RuntimeError):
     """The loss or its gradient became NaN or infinite.
 
     Args:
-        step: the meta-step.
-        name: the learner's name.
-        state: the last good state.
-        cause: the likely cause, if it is known.
+        step: The meta-step.
+        name: The learner's name.
+        state: The last good state.
+        cause: The likely cause, if it is known.
 
     Attributes:
-        step: the meta-step.
-        state: the last good state.
+        step: The meta-step.
+        state: The last good state.
     """
 
     def __init__(self, step: int, name: str, state: TrainState, cause: str | None = None):
@@ -163,10 +163,10 @@ class Restored(NamedTuple):
     """The point from which a run continues.
 
     Attributes:
-        state: the state.
-        best: the parameters with the lowest validation nll, or None before the first validation.
-        lowest: their validation nll, or infinity before the first validation.
-        history: the metrics of each chunk.
+        state: The state.
+        best: The parameters with the lowest validation nll, or None before the first validation.
+        lowest: Their validation nll, or infinity before the first validation.
+        history: The metrics of each chunk.
     """
 
     state: TrainState
@@ -182,10 +182,10 @@ class Recorder(Protocol):
         """Starts or resumes a run.
 
         Args:
-            like: the initial state, from which a new run starts.
-            training: the settings.
-            resume: whether the run may have been trained before.
-            splits: the task sources.
+            like: The initial state, from which a new run starts.
+            training: The settings.
+            resume: Whether the run may have been trained before.
+            splits: The task sources.
 
         Returns:
             The point from which to continue.
@@ -196,7 +196,7 @@ class Recorder(Protocol):
         """Saves the metrics of a chunk.
 
         Args:
-            row: the metrics by name, with the meta-step as "step".
+            row: The metrics by name, with the meta-step as "step".
         """
         ...
 
@@ -204,8 +204,8 @@ class Recorder(Protocol):
         """Saves a state.
 
         Args:
-            state: the state.
-            best: whether its parameters have the lowest validation nll so far.
+            state: The state.
+            best: Whether its parameters have the lowest validation nll so far.
         """
         ...
 
@@ -214,7 +214,7 @@ def outer_optimizer(training: Training) -> optax.GradientTransformation:
     """Returns the outer optimiser with its schedule and clipping.
 
     Args:
-        training: the settings.
+        training: The settings.
     """
     clips = [] if training.clip_value is None else [optax.clip(training.clip_value)]
     clips += [] if training.clip_norm is None else [optax.clip_by_global_norm(training.clip_norm)]
@@ -249,9 +249,9 @@ def init_state(learner: Learner, source: TaskSource, training: Training) -> Trai
     """Returns the state before training, which depends on the seed.
 
     Args:
-        learner: the learner.
-        source: the training tasks, of which one gives the shapes.
-        training: the settings.
+        learner: The learner.
+        source: The training tasks, of which one gives the shapes.
+        training: The settings.
     """
     key_task, key_init = jax.random.split(jax.random.key(training.seed))
     task = jax.tree.map(lambda leaf: leaf[0], _one_task(source, key_task))
@@ -265,11 +265,11 @@ def meta_gradient(
     """Computes the mean metrics and the mean meta-gradient over tasks.
 
     Args:
-        learner: the learner.
-        params: the meta-learned parameters.
-        tasks: a stack of tasks.
-        keys: a random key for each task.
-        task_chunk: the number of tasks in memory at once, a divisor of their number. None means all.
+        learner: The learner.
+        params: The meta-learned parameters.
+        tasks: A stack of tasks.
+        keys: A random key for each task.
+        task_chunk: The number of tasks in memory at once, a divisor of their number. None means all.
 
     Returns:
         The metrics by name, with the loss, and the gradient.
@@ -300,10 +300,10 @@ def step_mesh(training: Training) -> Mesh | None:
     """Returns the devices that share a meta-step's tasks, or None if there is only one.
 
     Args:
-        training: the settings.
+        training: The settings.
 
     Raises:
-        ValueError: the tasks cannot be divided equally.
+        ValueError: The tasks cannot be divided equally.
     """
     mesh = task_mesh(training.meta_batch, at_once := training.at_once or 1)
     if mesh is None and (n := jax.device_count()) > 1:
@@ -318,7 +318,7 @@ def draw_tasks(training: Training) -> Callable[[Int[Array, ""], TaskSource], tup
     """Returns (step, source) -> (a meta-step's tasks, the random keys of their losses), which depends on no other step.
 
     Args:
-        training: the settings.
+        training: The settings.
     """
 
     def draw(step: Int[Array, ""], source: TaskSource) -> tuple[Task, PRNGKeyArray]:
@@ -332,8 +332,8 @@ def mean_gradient(learner: Learner, training: Training) -> Callable[..., tuple[d
     """Returns (params, (tasks, keys)) -> (mean metrics, mean meta-gradient), computed on all devices.
 
     Args:
-        learner: the learner.
-        training: the settings.
+        learner: The learner.
+        training: The settings.
     """
 
     def own_mean(params: PyTree, drawn: tuple[Task, PRNGKeyArray]) -> tuple[dict[str, Array], PyTree]:
@@ -349,7 +349,7 @@ def outer_update(training: Training) -> Callable[..., TrainState]:
     if the learner's loss has one.
 
     Args:
-        training: the settings.
+        training: The settings.
     """
     optimizer = optax.with_extra_args_support(outer_optimizer(training))
 
@@ -365,8 +365,8 @@ def meta_step(learner: Learner, training: Training) -> Callable[..., tuple[Train
     """Returns one outer step, (state, (tasks, keys)) -> (state, metrics): `mean_gradient`, then `outer_update`.
 
     Args:
-        learner: the learner.
-        training: the settings.
+        learner: The learner.
+        training: The settings.
     """
     mean, update = mean_gradient(learner, training), outer_update(training)
 
@@ -384,8 +384,8 @@ def run_chunk(learner: Learner, training: Training) -> Callable[..., tuple[Train
     """Returns a compiled function (state, source, steps) -> (state after `steps` meta-steps, their stacked metrics).
 
     Args:
-        learner: the learner.
-        training: the settings.
+        learner: The learner.
+        training: The settings.
     """
     step, draw = meta_step(learner, training), draw_tasks(training)
 
@@ -408,8 +408,8 @@ def block_length(tasks: Task, steps: int) -> int:
     """Returns the largest divisor of `steps` for which as many batches of tasks fit into BLOCK_BYTES.
 
     Args:
-        tasks: the shapes of a batch of tasks.
-        steps: the number of meta-steps.
+        tasks: The shapes of a batch of tasks.
+        steps: The number of meta-steps.
     """
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tasks))
     most = max(BLOCK_BYTES // max(size, 1), 1)
@@ -424,8 +424,8 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
     (`Learner.settle`) first.
 
     Args:
-        learner: the learner.
-        training: the settings.
+        learner: The learner.
+        training: The settings.
     """
 
     def own_mean(shared: tuple[PyTree, TaskSource, TaskSource], keys: PRNGKeyArray) -> dict[str, Array]:
@@ -469,11 +469,11 @@ def likely_cause(learner: Learner, source: TaskSource, training: Training, state
     Causes are targets that are not possible (labels, counts or numbers), and counts whose rate overflowed.
 
     Args:
-        learner: the learner.
-        source: the tasks.
-        training: the settings.
-        state: the last good state.
-        step: the meta-step.
+        learner: The learner.
+        source: The tasks.
+        training: The settings.
+        state: The last good state.
+        step: The meta-step.
     """
     tasks = draw_tasks(training)(jnp.asarray(step), source)[0]
 
@@ -517,15 +517,15 @@ def fit(
     process at once.
 
     Args:
-        learner: the learner.
-        splits: the task sources.
-        training: the settings. The default is `Training()`.
-        run: saves checkpoints and metrics (see `runs.Run`).
-        resume: whether to continue the run, with the same bits as if it had never stopped, in the same environment. A
+        learner: The learner.
+        splits: The task sources.
+        training: The settings. The default is `Training()`.
+        run: Saves checkpoints and metrics (see `runs.Run`).
+        resume: Whether to continue the run, with the same bits as if it had never stopped, in the same environment. A
             changed environment gives a warning.
-        report: is called with the metrics of each chunk.
-        name: the learner's name, for error messages.
-        seconds: a time limit. Training then ends after the current chunk, is validated and saved, and
+        report: Is called with the metrics of each chunk.
+        name: The learner's name, for error messages.
+        seconds: A time limit. Training then ends after the current chunk, is validated and saved, and
             `Fitted.state.step` is the number of completed meta-steps. It can be resumed.
         refresh: refresh(source, params, step) is called before each chunk, with the last source and the current
             parameters, and returns the chunk's source of training tasks. Use it where tasks come from data that are
@@ -536,8 +536,8 @@ def fit(
         The last and the best parameters, and the metrics of each chunk.
 
     Raises:
-        NonFiniteLoss: the loss or its gradient is not finite. The error holds the last good state.
-        ValueError: an argument has a wrong type, a source has no numbers or impossible weights, or `refresh` is given
+        NonFiniteLoss: The loss or its gradient is not finite. The error holds the last good state.
+        ValueError: An argument has a wrong type, a source has no numbers or impossible weights, or `refresh` is given
             with `resume`.
     """
     training = training or Training()
