@@ -30,7 +30,7 @@ def twin(
     and 0.2 were for its own layer-wise rates), biases at 0.
 
     Raises:
-        ValueError: unlike numbers of filters and kernels, or images too small for them.
+        ValueError: Unlike numbers of filters and kernels, or images too small for them.
     """
     if len(filters) != len(kernels) or not filters:
         raise ValueError(f"filters, kernels: came {tuple(filters)}, {tuple(kernels)}; needs as many of each")

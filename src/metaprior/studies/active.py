@@ -28,10 +28,10 @@ class Acquisition(NamedTuple):
     The errors of a table are in the units of its target.
 
     Attributes:
-        seen: the number of support examples at each step.
-        by_variance: the error when the candidate of largest predictive variance is chosen.
-        at_random: the error when a random candidate is chosen.
-        difference: the error by variance minus the error at random, task by task, with the same start, candidates and
+        seen: The number of support examples at each step.
+        by_variance: The error when the candidate of largest predictive variance is chosen.
+        at_random: The error when a random candidate is chosen.
+        difference: The error by variance minus the error at random, task by task, with the same start, candidates and
             test points.
     """
 
@@ -45,9 +45,9 @@ class Setting(NamedTuple):
     """One task as a study sees it.
 
     Attributes:
-        support: the initial examples and all candidates.
-        weight: the initial weights of the support: 1 for the examples, 0 for the candidates.
-        test: the test points.
+        support: The initial examples and all candidates.
+        weight: The initial weights of the support: 1 for the examples, 0 for the candidates.
+        test: The test points.
     """
 
     support: Batch
@@ -59,9 +59,9 @@ def lay_out(task: Task, start: int, pool: int) -> Setting:
     """Divides a task into initial examples, candidates and test points.
 
     Args:
-        task: a task.
-        start: the first `start` support examples are the initial examples.
-        pool: the first `pool` query examples are the candidates; all others are test points.
+        task: A task.
+        start: The first `start` support examples are the initial examples.
+        pool: The first `pool` query examples are the candidates; all others are test points.
     """
 
     def cut(batch: Batch, low: int, high: int | None) -> Batch:
@@ -79,12 +79,12 @@ def acquire(
     The learner adapts again from the start at each step.
 
     Args:
-        learner: a regression learner.
-        params: its parameters.
-        setting: the task.
-        key: random key.
-        points: the number of acquisitions.
-        informed: whether to choose the candidate of largest predictive variance, summed over targets, instead of a
+        learner: A regression learner.
+        params: Its parameters.
+        setting: The task.
+        key: Random key.
+        points: The number of acquisitions.
+        informed: Whether to choose the candidate of largest predictive variance, summed over targets, instead of a
             random one.
 
     Returns:
@@ -130,21 +130,21 @@ def active(
     A learner whose variance is the same everywhere chooses the first candidate, which is as good as any other.
 
     Args:
-        learner: a regression learner.
-        params: its parameters.
-        source: the source of the tasks.
-        key: random key.
-        tasks: the number of tasks.
-        start: the number of observed examples at the start.
-        pool: the number of candidates, which come from the query. The rest of the query is the test set.
-        points: the number of acquisitions.
-        chunk: the number of tasks in memory at once.
+        learner: A regression learner.
+        params: Its parameters.
+        source: The source of the tasks.
+        key: Random key.
+        tasks: The number of tasks.
+        start: The number of observed examples at the start.
+        pool: The number of candidates, which come from the query. The rest of the query is the test set.
+        points: The number of acquisitions.
+        chunk: The number of tasks in memory at once.
 
     Returns:
         The errors of both policies.
 
     Raises:
-        ValueError: a number above what a task has, tasks of classes, or several targets of different units.
+        ValueError: A number above what a task has, tasks of classes, or several targets of different units.
     """
     like = jax.eval_shape(lambda: source.sample(key, 1))
     if jnp.issubdtype(like.query.y.dtype, jnp.integer):

@@ -27,12 +27,12 @@ class Coverage(NamedTuple):
     """How well the draws of a posterior cover the explanations, over tasks.
 
     Attributes:
-        covered: the fraction of explanations that at least one draw is close to.
-        explaining: the fraction of draws that are close to an explanation.
-        nll: the mean negative log likelihood of each query point alone.
-        joint_nll: the negative log likelihood of all query points of a task together, per point. It is larger for draws
+        covered: The fraction of explanations that at least one draw is close to.
+        explaining: The fraction of draws that are close to an explanation.
+        nll: The mean negative log likelihood of each query point alone.
+        joint_nll: The negative log likelihood of all query points of a task together, per point. It is larger for draws
             that lie between the explanations, or switch between them from point to point.
-        draws: the number of components of the predictive.
+        draws: The number of components of the predictive.
     """
 
     covered: Figure
@@ -46,10 +46,10 @@ def curves(predictive: Any) -> Float[Array, "s n d"] | Int[Array, "s n"]:
     """Returns the prediction of each draw at n inputs: its mean, or its most likely class.
 
     Args:
-        predictive: a mixture of draws.
+        predictive: A mixture of draws.
 
     Raises:
-        ValueError: a predictive that is neither `Normals` nor `Categories`.
+        ValueError: A predictive that is neither `Normals` nor `Categories`.
     """
     if isinstance(predictive, Normals):
         return predictive.means
@@ -67,9 +67,9 @@ def closeness(draws: Array, explanations: Array, near: float) -> Float[Array, "s
     explanations. Explanations that are equal everywhere are never close.
 
     Args:
-        draws: curves [s, n, d] or labels [s, n].
-        explanations: curves [e, n, d] or labels [e, n].
-        near: the largest distance as a fraction.
+        draws: Curves [s, n, d] or labels [s, n].
+        explanations: Curves [e, n, d] or labels [e, n].
+        near: The largest distance as a fraction.
 
     Returns:
         1 or 0, [s, e].
@@ -111,19 +111,19 @@ def ambiguity(
     """Measures how well the draws of a learner's posterior cover the explanations of new supports.
 
     Args:
-        learner: the learner.
-        params: its parameters.
-        source: the source of the tasks.
-        key: random key.
-        tasks: the number of tasks.
-        near: see `closeness`, inside (0, 1/2).
-        chunk: the number of tasks in memory at once.
+        learner: The learner.
+        params: Its parameters.
+        source: The source of the tasks.
+        key: Random key.
+        tasks: The number of tasks.
+        near: See `closeness`, inside (0, 1/2).
+        chunk: The number of tasks in memory at once.
 
     Returns:
         The coverage.
 
     Raises:
-        ValueError: a source whose explanations are unknown, or numbers out of range.
+        ValueError: A source whose explanations are unknown, or numbers out of range.
     """
 
     def one(params: PyTree, explained: Explained, key: PRNGKeyArray) -> Any:
@@ -139,16 +139,16 @@ def referee(source: ExplainedTasks, key: PRNGKeyArray, *, tasks: int = 600, near
     """Measures the exact predictive on the tasks that `ambiguity` draws from the same key.
 
     Args:
-        source: the source of the tasks.
-        key: random key.
-        tasks: the number of tasks.
-        near: see `closeness`, inside (0, 1/2).
+        source: The source of the tasks.
+        key: Random key.
+        tasks: The number of tasks.
+        near: See `closeness`, inside (0, 1/2).
 
     Returns:
         The coverage.
 
     Raises:
-        ValueError: as in `ambiguity`.
+        ValueError: As in `ambiguity`.
     """
 
     def one(params: PyTree, explained: Explained, key: PRNGKeyArray) -> Any:
@@ -161,8 +161,8 @@ def exact(targets: Float[Array, "e m 1"] | Int[Array, "e m"], noise: float) -> N
     """Returns the predictive with equal mass on each explanation.
 
     Args:
-        targets: the targets under each explanation.
-        noise: the standard deviation of the observations, for curves.
+        targets: The targets under each explanation.
+        noise: The standard deviation of the observations, for curves.
     """
     if jnp.issubdtype(targets.dtype, jnp.integer):
         return Categories(jnp.log(jax.nn.one_hot(targets, 2)))

@@ -30,10 +30,10 @@ class Novelty(NamedTuple):
     """How well uncertainty detects novel images, over tasks.
 
     Attributes:
-        accuracy: the accuracy on the task's own queries.
-        auroc: the AUROC by score and kind of novel image: 1/2 if the score distinguishes nothing, 1 if it distinguishes
+        accuracy: The accuracy on the task's own queries.
+        auroc: The AUROC by score and kind of novel image: 1/2 if the score distinguishes nothing, 1 if it distinguishes
             all.
-        means: the mean of each score by kind; "known" stands for the task's own queries.
+        means: The mean of each score by kind; "known" stands for the task's own queries.
     """
 
     accuracy: Figure
@@ -50,7 +50,7 @@ def uncertainty(predictive: Categories) -> dict[str, Float[Array, " n"]]:
     """Computes the uncertainty scores of each example.
 
     Args:
-        predictive: the predictive of n examples.
+        predictive: The predictive of n examples.
 
     Returns:
         The entropy and, if there are at least two draws, the mutual information, each [n].
@@ -68,8 +68,8 @@ def novel_images(source: ClassPool, key: PRNGKeyArray) -> tuple[Task, dict[str, 
     the smallest and the largest value of the task's own queries.
 
     Args:
-        source: a pool with at least twice as many classes as a task.
-        key: random key.
+        source: A pool with at least twice as many classes as a task.
+        key: Random key.
 
     Returns:
         The task, and the novel images by kind.
@@ -111,18 +111,18 @@ def novelty(
     come.
 
     Args:
-        learner: a classification learner.
-        params: its parameters.
-        source: a pool of square images with at least twice as many classes as a task.
-        key: random key.
-        tasks: the number of tasks.
-        chunk: the number of tasks in memory at once.
+        learner: A classification learner.
+        params: Its parameters.
+        source: A pool of square images with at least twice as many classes as a task.
+        key: Random key.
+        tasks: The number of tasks.
+        chunk: The number of tasks in memory at once.
 
     Returns:
         Accuracy, AUROC and mean scores.
 
     Raises:
-        ValueError: another source, or no tasks.
+        ValueError: Another source, or no tasks.
     """
     if not isinstance(source, ClassPool):
         raise ValueError(f"source must be a pool of images by class, such as omniglot, got {type(source).__name__}.")

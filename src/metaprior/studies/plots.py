@@ -29,10 +29,10 @@ def explanations(
     it predicts.
 
     Args:
-        source: the source of the tasks.
-        learners: learners with their parameters, by name.
-        key: random key.
-        show: the number of tasks.
+        source: The source of the tasks.
+        learners: Learners with their parameters, by name.
+        key: Random key.
+        show: The number of tasks.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -92,7 +92,7 @@ def acquisitions(found: dict[str, Acquisition]) -> Figure:
     """Plots the error over the number of observed points, chosen by variance and at random, with one panel per learner.
 
     Args:
-        found: the results of `active`, by name of the learner.
+        found: The results of `active`, by name of the learner.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -113,7 +113,7 @@ def novelty_bars(found: dict[str, Novelty]) -> Figure:
     """Plots the AUROC of each learner's uncertainty for each kind of novel image, with 95 % intervals.
 
     Args:
-        found: the results of `novelty`, by name of the learner.
+        found: The results of `novelty`, by name of the learner.
 
     Raises:
         MissingExtra: matplotlib is not installed.

@@ -69,15 +69,15 @@ def with_hidden_labels(splits: Splits, *, labelled: Fraction = 1.0, unlabelled: 
     """Wraps the splits of a source of classes so that some support labels are hidden.
 
     Args:
-        splits: the splits of any source of classes.
-        labelled: the fraction of support labels per class that stay known; see `hide_labels`.
-        unlabelled: how the other examples appear; see `hide_labels`.
+        splits: The splits of any source of classes.
+        labelled: The fraction of support labels per class that stay known; see `hide_labels`.
+        unlabelled: How the other examples appear; see `hide_labels`.
 
     Returns:
         The splits of `hide_labels`; with the defaults, `splits` themselves.
 
     Raises:
-        ValueError: a value that `hide_labels` rejects.
+        ValueError: A value that `hide_labels` rejects.
     """
     return splits if (labelled, unlabelled) == (1, "shown") else hide_labels(splits, labelled, unlabelled)
 
@@ -89,7 +89,7 @@ def preparation_of(source: TaskSource) -> Preparation | None:
     """Returns the preparation of a table's tasks.
 
     Args:
-        source: a task source. Sources that wrap another one are unwrapped first.
+        source: A task source. Sources that wrap another one are unwrapped first.
 
     Returns:
         The `Preparation`; None if the tasks do not come from a table.

@@ -14,15 +14,15 @@ def check_interval(name: str, interval: Any, least: float = -inf) -> Interval:
     """Returns an interval as two floats.
 
     Args:
-        name: the argument's name, for the error.
-        interval: a pair (low, high).
-        least: the smallest `low` that is allowed.
+        name: The argument's name, for the error.
+        interval: A pair (low, high).
+        least: The smallest `low` that is allowed.
 
     Returns:
         (low, high) with least <= low <= high.
 
     Raises:
-        ValueError: anything else.
+        ValueError: Anything else.
     """
     return accept(Annotated[tuple[float, float], Ordered(least)], interval, name)
 
@@ -31,12 +31,12 @@ def check_count(name: str, count: Any, least: int = 1) -> int:
     """Returns an integer of at least `least`.
 
     Args:
-        name: the argument's name, for the error.
-        count: the value to check.
-        least: the smallest value that is allowed.
+        name: The argument's name, for the error.
+        count: The value to check.
+        least: The smallest value that is allowed.
 
     Raises:
-        ValueError: anything else.
+        ValueError: Anything else.
     """
     return accept(Annotated[int, Range(least=least)], count, name)
 
@@ -45,10 +45,10 @@ def check_scale(name: str, scale: Any) -> float:
     """Returns a finite number of at least 0.
 
     Args:
-        name: the argument's name, for the error.
-        scale: the value to check.
+        name: The argument's name, for the error.
+        scale: The value to check.
 
     Raises:
-        ValueError: anything else.
+        ValueError: Anything else.
     """
     return accept(NonNegative, scale, name)

@@ -13,9 +13,9 @@ def distinct(key: PRNGKeyArray, population: Int[Array, ""] | int, k: int) -> Int
     The method is Floyd's, followed by a shuffle of the k integers. Its cost is O(k^2) for any population.
 
     Args:
-        key: random key.
-        population: the number of integers to draw from. It may be traced.
-        k: how many integers to draw. It must be static.
+        key: Random key.
+        population: The number of integers to draw from. It may be traced.
+        k: How many integers to draw. It must be static.
 
     Returns:
         The integers [k]. If the population is smaller than k, all of it comes first and -1 fills the rest.
@@ -48,13 +48,13 @@ def draw_rows(
     """Draws `way` different classes, and `size` different rows of each.
 
     Args:
-        key: random key.
-        starts: the first row of each class, [classes].
-        counts: the number of rows of each class, [classes]. The rows of class i are starts[i] .. starts[i] + counts[i]
+        key: Random key.
+        starts: The first row of each class, [classes].
+        counts: The number of rows of each class, [classes]. The rows of class i are starts[i] .. starts[i] + counts[i]
             - 1.
-        way: the number of classes to draw.
-        size: the number of rows to draw per class.
-        turns: how many classes each set of rows stands for: i, i + classes, i + 2 classes, ... have the same rows.
+        way: The number of classes to draw.
+        size: The number of rows to draw per class.
+        turns: How many classes each set of rows stands for: i, i + classes, i + 2 classes, ... have the same rows.
 
     Returns:
         The rows [way, size], and the drawn classes [way], which are below turns * classes.
@@ -70,9 +70,9 @@ def as_task(x: Shaped[Array, "way m ..."], labels: Int[Array, " way"], shot: int
     """Makes a task from examples that are sorted by class.
 
     Args:
-        x: examples, [way, m, ...].
-        labels: the label of each class, [way].
-        shot: the first `shot` examples of each class are the support, the others the query.
+        x: Examples, [way, m, ...].
+        labels: The label of each class, [way].
+        shot: The first `shot` examples of each class are the support, the others the query.
 
     Returns:
         The task; support and query are sorted by class.

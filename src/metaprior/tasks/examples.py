@@ -16,10 +16,10 @@ class Examples(NamedTuple):
     """Examples as they were read.
 
     Attributes:
-        x: float32 [n, h, w, c] in 0..1 (pictures), float32 [n, d] (tables), or int32 [n, length] (texts).
-        labels: the label or target of each example; None if there are none.
-        names: the name of each example, for reports.
-        features: the name of each column of x, in order, for tables. A text column has one feature per level that
+        x: Float32 [n, h, w, c] in 0..1 (pictures), float32 [n, d] (tables), or int32 [n, length] (texts).
+        labels: The label or target of each example; None if there are none.
+        names: The name of each example, for reports.
+        features: The name of each column of x, in order, for tables. A text column has one feature per level that
             occurs in this file.
     """
 
@@ -42,21 +42,21 @@ def read_examples(
     """Reads examples from a folder, an archive, a picture, a CSV file or an NPZ file.
 
     Args:
-        path: a folder of class folders, a flat folder of pictures, a zip or tar archive of either, one picture, a CSV
+        path: A folder of class folders, a flat folder of pictures, a zip or tar archive of either, one picture, a CSV
             file or an NPZ file. In an NPZ file, the array `x` or `images` holds the examples. In a CSV file, the
             columns `features` do, or all columns except the target.
-        size: size of the pictures: the side or (height, width) in pixels. By default that of the first picture.
-        channels: channels of the pictures: 1, 3 or 4. By default 1 if the first picture is grey, else 3.
-        labelled: whether labels are required, as for a support set. If False, labels that exist are still returned.
-        target: the column or array of labels. By default the first that exists of label, labels, class, target and y.
-        features: the feature columns.
-        invert: whether to turn dark on light into light on dark. Recipes for Omniglot need this for ink on paper.
+        size: Size of the pictures: the side or (height, width) in pixels. By default that of the first picture.
+        channels: Channels of the pictures: 1, 3 or 4. By default 1 if the first picture is grey, else 3.
+        labelled: Whether labels are required, as for a support set. If False, labels that exist are still returned.
+        target: The column or array of labels. By default the first that exists of label, labels, class, target and y.
+        features: The feature columns.
+        invert: Whether to turn dark on light into light on dark. Recipes for Omniglot need this for ink on paper.
 
     Returns:
         The examples.
 
     Raises:
-        DataError: nothing to read, required labels that are missing, NaN (naming column and row), or a damaged file.
+        DataError: Nothing to read, required labels that are missing, NaN (naming column and row), or a damaged file.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -151,11 +151,11 @@ def check_same_form(support: np.ndarray, query: np.ndarray) -> None:
     """Checks that the query's examples have the shape of the support's examples.
 
     Args:
-        support: examples [n, ...].
-        query: examples [m, ...].
+        support: Examples [n, ...].
+        query: Examples [m, ...].
 
     Raises:
-        DataError: different shapes; the error names both.
+        DataError: Different shapes; the error names both.
     """
     if support.shape[1:] != query.shape[1:]:
         raise DataError(

@@ -16,7 +16,7 @@ class FixedTasks:
     """A source of given tasks.
 
     Attributes:
-        tasks: the tasks, stacked along a leading axis.
+        tasks: The tasks, stacked along a leading axis.
     """
 
     tasks: Task
@@ -39,11 +39,11 @@ class FixedTasks:
         """Draws n different tasks; with n equal to `total`, returns all of them in their order.
 
         Args:
-            key: random key.
-            n: the number of tasks.
+            key: Random key.
+            n: The number of tasks.
 
         Raises:
-            ValueError: n above `total`, because a repeated task would count as new evidence.
+            ValueError: N above `total`, because a repeated task would count as new evidence.
         """
         if n > self.total:
             raise ValueError(f"n must be at most {self.total}, the number of fixed tasks, got {n}.")

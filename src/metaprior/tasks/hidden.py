@@ -17,7 +17,7 @@ def ask_for(label: Int[Array, " n"]) -> Int[Array, " n"]:
     """Encodes a hidden label that a learner may request.
 
     Args:
-        label: labels of at least 0, or codes made by this function.
+        label: Labels of at least 0, or codes made by this function.
 
     Returns:
         -2 - label, which is below 0, like every hidden label. The function is its own inverse.
@@ -29,10 +29,10 @@ def known(key: PRNGKeyArray, y: Int[Array, " n"], weight: Float[Array, " n"], sh
     """Draws which examples keep their labels.
 
     Args:
-        key: random key.
-        y: labels.
-        weight: weights; 0 marks padding.
-        share: the fraction of labels to keep in each class.
+        key: Random key.
+        y: Labels.
+        weight: Weights; 0 marks padding.
+        share: The fraction of labels to keep in each class.
 
     Returns:
         True for the examples whose label is known: in each class round(share * its number of examples), but at least
@@ -51,9 +51,9 @@ class HiddenLabels:
     """Classification tasks of another source with some support labels hidden.
 
     Attributes:
-        source: the source of the tasks.
-        labelled: the fraction of each class's support examples that keep their label.
-        unlabelled: how the other examples appear: "shown", "askable" or "left_out"; see `hide_labels`.
+        source: The source of the tasks.
+        labelled: The fraction of each class's support examples that keep their label.
+        unlabelled: How the other examples appear: "shown", "askable" or "left_out"; see `hide_labels`.
     """
 
     source: TaskSource
@@ -67,7 +67,7 @@ class HiddenLabels:
             Tasks whose support has `known`. A hidden label is -1, or -2 - label if it may be requested ("askable").
 
         Raises:
-            ValueError: tasks whose targets are not labels.
+            ValueError: Tasks whose targets are not labels.
         """
         key_task, key_hide = jax.random.split(key)
         task = self.source.sample(key_task, n)
@@ -104,9 +104,9 @@ def hide_labels(splits: Splits, labelled: Fraction, unlabelled: str = "shown") -
     """Hides labels in the supports of all three splits; at least one label per class stays known.
 
     Args:
-        splits: classification tasks.
-        labelled: the fraction of each class's support examples that keep their label, above 0 and at most 1.
-        unlabelled: how the other examples appear: "shown" with label -1; "askable" with label -2 - label, of which
+        splits: Classification tasks.
+        labelled: The fraction of each class's support examples that keep their label, above 0 and at most 1.
+        unlabelled: How the other examples appear: "shown" with label -1; "askable" with label -2 - label, of which
             `gnn` with the option `ask` may request one; or "left_out" with weight 0, which is the baseline for the
             other two.
 
@@ -114,7 +114,7 @@ def hide_labels(splits: Splits, labelled: Fraction, unlabelled: str = "shown") -
         The splits with hidden labels.
 
     Raises:
-        ValueError: a fraction or a word outside these ranges, or tasks whose targets are not labels.
+        ValueError: A fraction or a word outside these ranges, or tasks whose targets are not labels.
     """
     if not 0 < labelled <= 1:
         raise ValueError(f"labelled must be a fraction above 0 and at most 1 of each class's support, got {labelled}.")

@@ -27,7 +27,7 @@ def check_regular(path: str | Path) -> None:
     """Checks that a path is a regular file or a folder, because reading from a pipe or a device may never end.
 
     Raises:
-        DataError: anything else.
+        DataError: Anything else.
     """
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -38,8 +38,8 @@ def check_expansion(path: str | Path, total: int) -> None:
     """Checks that a file does not expand far beyond its own size.
 
     Args:
-        path: the file.
-        total: the number of bytes that it expands to.
+        path: The file.
+        total: The number of bytes that it expands to.
 
     Raises:
         DataError: `total` is above TOTAL_BYTES and above EXPANSION times the file's size.
@@ -56,11 +56,11 @@ def check_pixels(place: str, size: tuple[int, int]) -> None:
     """Checks the size of a picture, as stated in its header, before it is decoded.
 
     Args:
-        place: where the picture is, for the error.
+        place: Where the picture is, for the error.
         size: (width, height) in pixels.
 
     Raises:
-        DataError: more than PIXELS pixels.
+        DataError: More than PIXELS pixels.
     """
     if prod(size) > PIXELS:
         raise DataError(
@@ -74,7 +74,7 @@ def open_zip(path: str | Path) -> Iterator[zipfile.ZipFile]:
     """Opens a zip archive, after checking that it does not expand beyond the limits.
 
     Raises:
-        DataError: an archive that does.
+        DataError: An archive that does.
     """
     with zipfile.ZipFile(path) as archive:
         check_expansion(path, sum(member.file_size for member in archive.infolist()))
@@ -85,11 +85,11 @@ def check_member(place: str, size: int) -> None:
     """Checks the size of one file in an archive.
 
     Args:
-        place: where the file is, for the error.
-        size: its expanded size in bytes.
+        place: Where the file is, for the error.
+        size: Its expanded size in bytes.
 
     Raises:
-        DataError: more than FILE_BYTES, which is larger than a picture or a text can be.
+        DataError: More than FILE_BYTES, which is larger than a picture or a text can be.
     """
     if size > FILE_BYTES:
         raise DataError(
@@ -102,7 +102,7 @@ def open_arrays(path: str | Path) -> Iterator[Any]:
     """Opens an NPZ file as `np.load` does, after checking its size and the header of each array.
 
     Raises:
-        DataError: a file that expands beyond the limits, or an array whose header claims more bytes than the file
+        DataError: A file that expands beyond the limits, or an array whose header claims more bytes than the file
             holds.
     """
     check_regular(path)
@@ -131,11 +131,11 @@ def read_limited(file: IO[bytes], path: str | Path) -> bytes:
     """Reads a compressed file to its end, but not beyond the limit.
 
     Args:
-        file: the open file, which expands as it is read.
-        path: the compressed file, for its size and for the error.
+        file: The open file, which expands as it is read.
+        path: The compressed file, for its size and for the error.
 
     Raises:
-        DataError: a file that expands beyond the limit.
+        DataError: A file that expands beyond the limit.
     """
     limit = max(TOTAL_BYTES, EXPANSION * os.stat(path).st_size)
     data = file.read(limit + 1)

@@ -19,8 +19,8 @@ def rotate(images: UInt8[Array, "w m h h c"], turns: Int[Array, " w"]) -> UInt8[
     """Rotates the images of each class counterclockwise.
 
     Args:
-        images: m square images of each of w classes, [w, m, h, h, c].
-        turns: the number of quarter turns of each class, 0 to 3, [w].
+        images: M square images of each of w classes, [w, m, h, h, c].
+        turns: The number of quarter turns of each class, 0 to 3, [w].
 
     Returns:
         The rotated images, of the same shape.
@@ -44,17 +44,17 @@ def check_enough(
     """Checks that a split has enough classes, and each class enough examples.
 
     Args:
-        classes: the classes of the split.
-        counts: the number of examples of each class.
-        names: the name of each class, for the error; None to name it by its number.
-        way: the number of classes per task.
-        shot: support examples per class.
-        query: query examples per class.
-        kind: what an example is, in the plural, for the error.
-        turns: how many classes each class counts as, by rotation.
+        classes: The classes of the split.
+        counts: The number of examples of each class.
+        names: The name of each class, for the error; None to name it by its number.
+        way: The number of classes per task.
+        shot: Support examples per class.
+        query: Query examples per class.
+        kind: What an example is, in the plural, for the error.
+        turns: How many classes each class counts as, by rotation.
 
     Raises:
-        DataError: fewer classes than `way`, or a class of fewer examples than shot + query.
+        DataError: Fewer classes than `way`, or a class of fewer examples than shot + query.
     """
     if len(classes) * turns < way:
         raise DataError(
@@ -78,17 +78,17 @@ class ClassPool:
     An image is scaled to (bytes / 255 - mean) / deviation, per channel.
 
     Attributes:
-        images: all images, sorted by class; the splits share this array.
-        classes: the numbers of the classes that this source draws from.
-        starts: the first image of each class. The images of class i are images[starts[i] : starts[i] + counts[i]].
-        counts: the number of images of each class.
-        mean: what is subtracted, per channel.
-        deviation: what is divided by, per channel.
-        way: classes per task.
-        shot: support examples per class.
-        query: query examples per class.
+        images: All images, sorted by class; the splits share this array.
+        classes: The numbers of the classes that this source draws from.
+        starts: The first image of each class. The images of class i are images[starts[i] : starts[i] + counts[i]].
+        counts: The number of images of each class.
+        mean: What is subtracted, per channel.
+        deviation: What is divided by, per channel.
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class.
         rotations: 1, or 4 if each class rotated by 90, 180 and 270 degrees is a separate class (square images only).
-        own_labels: whether a label is the number of the class in this source instead of its place in the task.
+        own_labels: Whether a label is the number of the class in this source instead of its place in the task.
     """
 
     images: UInt8[Array, "total h w c"]
@@ -153,24 +153,24 @@ def class_pool(
     """Makes episodes from images that are sorted by class.
 
     Args:
-        images: uint8 [total, h, w, c]: all images of the first class, then all of the second, and so on.
-        counts: the number of images of each class; the sum is `total`.
-        classes: the classes that this source draws from, as positions in `counts`. By default all.
-        names: the name of each class, for errors.
-        way: classes per task.
-        shot: support examples per class.
-        query: query examples per class.
-        rotations: whether each class rotated by 90, 180 and 270 degrees is a separate class (square images only).
-        own_labels: whether a label is the number of the class instead of its place in the task.
-        mean: subtracted from the images scaled to 0..1; one number or one per channel.
-        deviation: divides the images after that; one number or one per channel, above 0.
+        images: Uint8 [total, h, w, c]: all images of the first class, then all of the second, and so on.
+        counts: The number of images of each class; the sum is `total`.
+        classes: The classes that this source draws from, as positions in `counts`. By default all.
+        names: The name of each class, for errors.
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class.
+        rotations: Whether each class rotated by 90, 180 and 270 degrees is a separate class (square images only).
+        own_labels: Whether a label is the number of the class instead of its place in the task.
+        mean: Subtracted from the images scaled to 0..1; one number or one per channel.
+        deviation: Divides the images after that; one number or one per channel, above 0.
 
     Returns:
         The source.
 
     Raises:
-        DataError: fewer classes than `way`, a class of fewer images than shot + query, or arrays that do not fit.
-        ValueError: a deviation that is not above 0.
+        DataError: Fewer classes than `way`, a class of fewer images than shot + query, or arrays that do not fit.
+        ValueError: A deviation that is not above 0.
     """
     way, shot, query = check_count("way", way, 2), check_count("shot", shot), check_count("query", query)
     counts = np.asarray(counts, np.int32)
@@ -218,28 +218,28 @@ def pool_splits(
     """Makes training, validation and test pools that share one array of images.
 
     Args:
-        images: uint8 [total, h, w, c], sorted by class.
-        counts: the number of images of each class.
-        split: the classes of training, validation and test: three disjoint lists of positions in `counts`.
-        way: classes per task.
-        shot: support examples per class.
-        query: query examples per class in training.
-        test_query: query examples per class in validation and test.
-        rotations: whether rotated classes are separate classes in training; see `class_pool`.
-        test_rotations: the same in validation and test.
-        train_way: classes per task in training. By default `way`.
-        train_labels: the labels of training tasks: "task" for the place of the class in the task, "class" for the
+        images: Uint8 [total, h, w, c], sorted by class.
+        counts: The number of images of each class.
+        split: The classes of training, validation and test: three disjoint lists of positions in `counts`.
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class in training.
+        test_query: Query examples per class in validation and test.
+        rotations: Whether rotated classes are separate classes in training; see `class_pool`.
+        test_rotations: The same in validation and test.
+        train_way: Classes per task in training. By default `way`.
+        train_labels: The labels of training tasks: "task" for the place of the class in the task, "class" for the
             number of the class (`own_labels` of `class_pool`).
-        names: the name of each class, for errors.
-        mean: as in `class_pool`.
-        deviation: as in `class_pool`.
+        names: The name of each class, for errors.
+        mean: As in `class_pool`.
+        deviation: As in `class_pool`.
 
     Returns:
         The three pools.
 
     Raises:
-        DataError: lists that share a class, or an argument that `class_pool` rejects.
-        ValueError: another word for `train_labels`, or a deviation that is not above 0.
+        DataError: Lists that share a class, or an argument that `class_pool` rejects.
+        ValueError: Another word for `train_labels`, or a deviation that is not above 0.
     """
     if train_labels not in ("task", "class"):
         raise ValueError(f"train_labels must be 'task' or 'class', got {train_labels!r}.")

@@ -16,16 +16,16 @@ def split_groups(names: Sequence[Hashable], split: Any, seed: int, kind: str) ->
     """Assigns groups to training, validation and test.
 
     Args:
-        names: the name of each group.
-        split: three fractions that sum to 1, three lists of names, or the lists under 'train', 'validation' and 'test'.
-        seed: the seed of the random assignment by fractions.
-        kind: what a group is, for errors.
+        names: The name of each group.
+        split: Three fractions that sum to 1, three lists of names, or the lists under 'train', 'validation' and 'test'.
+        seed: The seed of the random assignment by fractions.
+        kind: What a group is, for errors.
 
     Returns:
         Three arrays of positions in `names`, disjoint. Random ones are sorted, listed ones keep their order.
 
     Raises:
-        DataError: not three parts, fractions that do not sum to 1 or leave a part empty, or unknown or repeated names.
+        DataError: Not three parts, fractions that do not sum to 1 or leave a part empty, or unknown or repeated names.
     """
     if isinstance(split, Mapping):
         split = [split.get(part, ()) for part in ("train", "validation", "test")]
@@ -54,8 +54,8 @@ def rows_of(groups: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Returns the rows of some groups.
 
     Args:
-        groups: the numbers of the groups.
-        counts: the number of rows of every group; the groups follow one another.
+        groups: The numbers of the groups.
+        counts: The number of rows of every group; the groups follow one another.
     """
     return np.flatnonzero(np.isin(np.repeat(np.arange(len(counts)), counts), groups))
 

@@ -31,7 +31,7 @@ def data_folder(name: str) -> Path | None:
     """Returns the folder of a data set.
 
     Args:
-        name: the name of a folder inside the folder that the environment variable METAPRIOR_DATA names.
+        name: The name of a folder inside the folder that the environment variable METAPRIOR_DATA names.
 
     Returns:
         The folder; None if it does not exist.
@@ -46,11 +46,11 @@ def reading(path: str | Path, fix: str = "Delete it and download or copy it agai
     """Turns the errors that a damaged file raises into a DataError that names the file and the fix.
 
     Args:
-        path: the file that is read inside the `with` block.
-        fix: what the user can do, a sentence that ends the message.
+        path: The file that is read inside the `with` block.
+        fix: What the user can do, a sentence that ends the message.
 
     Raises:
-        DataError: a file that is absent, not regular, or damaged.
+        DataError: A file that is absent, not regular, or damaged.
     """
     if not Path(path).exists():
         raise DataError(f"{path}: no such file. Correct the path, or download or copy the file there.")
@@ -67,14 +67,14 @@ def read_npz(path: str | Path, names: tuple[str, ...]) -> list[np.ndarray]:
     """Reads arrays of an NPZ file.
 
     Args:
-        path: the file.
-        names: the names of the arrays.
+        path: The file.
+        names: The names of the arrays.
 
     Returns:
         The arrays, in the order of `names`.
 
     Raises:
-        DataError: a file that is absent, damaged, or lacks one of the arrays.
+        DataError: A file that is absent, damaged, or lacks one of the arrays.
     """
     with reading(path), open_arrays(path) as file:
         missing = [name for name in names if name not in file.files]
@@ -89,16 +89,16 @@ def download(url: str, sha256: str | None, dataset: str) -> Path:
     A broken transfer leaves nothing behind, so that the next call starts from the beginning. A progress bar is shown.
 
     Args:
-        url: the address of the file.
-        sha256: its checksum; None if it is not known.
-        dataset: the name of the data set.
+        url: The address of the file.
+        sha256: Its checksum; None if it is not known.
+        dataset: The name of the data set.
 
     Returns:
         The path of the file.
 
     Raises:
-        DataError: no network, or a file that is not the official one.
-        MissingExtra: pooch, requests or tqdm is not installed.
+        DataError: No network, or a file that is not the official one.
+        MissingExtra: Pooch, requests or tqdm is not installed.
     """
     with extra("data", f"Downloading {dataset}"):
         import pooch
@@ -125,7 +125,7 @@ def stamp(*paths: str | Path) -> list[list[Any]]:
     """Returns what identifies the current state of local files.
 
     Args:
-        *paths: the files.
+        *paths: The files.
 
     Returns:
         Path, size in bytes and modification time in ns of each.
@@ -140,9 +140,9 @@ def cached(name: str, identity: Any, build: Callable[[], Arrays]) -> Mapping[str
     The folder appears complete or not at all. Its checksums are verified at each load, and a damaged folder is rebuilt.
 
     Args:
-        name: a readable prefix of the folder's name.
-        identity: what the arrays depend on, as JSON. Another identity is another folder.
-        build: makes the arrays.
+        name: A readable prefix of the folder's name.
+        identity: What the arrays depend on, as JSON. Another identity is another folder.
+        build: Makes the arrays.
 
     Returns:
         The arrays by name. If the disk is full or read-only, they are not stored, and a warning says so.

@@ -18,11 +18,11 @@ class Augmented:
     """The tasks of another source, with every image of support and query changed at random.
 
     Attributes:
-        source: the source of the tasks.
-        warp: whether images are warped; see `augmented`.
-        crop: the width of the border for random crops, in pixels.
-        flip: whether images are mirrored at random.
-        jitter: the largest relative change of brightness, contrast and saturation.
+        source: The source of the tasks.
+        warp: Whether images are warped; see `augmented`.
+        crop: The width of the border for random crops, in pixels.
+        flip: Whether images are mirrored at random.
+        jitter: The largest relative change of brightness, contrast and saturation.
     """
 
     source: TaskSource
@@ -66,8 +66,8 @@ def shifted(image: Float[Array, "h w c"], corner: Array, crop: int) -> Float[Arr
 
     Args:
         image: [h, w, c].
-        corner: the row and column where the window starts, each 0 to 2 * crop.
-        crop: the width of the border in pixels.
+        corner: The row and column where the window starts, each 0 to 2 * crop.
+        crop: The width of the border in pixels.
     """
     padded = jnp.pad(image, ((crop, crop), (crop, crop), (0, 0)))
     return jax.lax.dynamic_slice(padded, (corner[0], corner[1], 0), image.shape)
@@ -78,9 +78,9 @@ def recoloured(image: Float[Array, "h w c"], light: Array, contrast: Array, colo
 
     Args:
         image: [h, w, c].
-        light: factor of all values.
-        contrast: factor of the differences from the mean of the image, applied second.
-        colour: factor of the differences from the grey value of each pixel, applied last.
+        light: Factor of all values.
+        contrast: Factor of the differences from the mean of the image, applied second.
+        colour: Factor of the differences from the grey value of each pixel, applied last.
     """
     image = light * image
     image = image.mean() + contrast * (image - image.mean())
@@ -95,18 +95,18 @@ def augmented(
     """Augments the training images; validation, test, and attributes in place of images stay as they are.
 
     Args:
-        splits: tasks of images.
-        warp: whether to rotate, shear, scale and shift images at random; see `random_affine`.
-        crop: the width of a border of zeros in pixels. A window of the image's size is cut out at random.
-        flip: whether to mirror images left to right with probability 1/2.
-        jitter: brightness, contrast and saturation are multiplied by random factors of 1 - jitter to 1 + jitter; 0 to
+        splits: Tasks of images.
+        warp: Whether to rotate, shear, scale and shift images at random; see `random_affine`.
+        crop: The width of a border of zeros in pixels. A window of the image's size is cut out at random.
+        flip: Whether to mirror images left to right with probability 1/2.
+        jitter: Brightness, contrast and saturation are multiplied by random factors of 1 - jitter to 1 + jitter; 0 to
             1.
 
     Returns:
         The splits with an augmented training source.
 
     Raises:
-        ValueError: tasks whose x are not images, or options out of range.
+        ValueError: Tasks whose x are not images, or options out of range.
 
     References:
         Koch, Zemel & Salakhutdinov 2015, for the warps.

@@ -33,9 +33,9 @@ class Picture(NamedTuple):
     """One picture.
 
     Attributes:
-        group: its class; '' if it lies in no folder.
-        place: where it is, for errors.
-        read: reads it: encoded bytes, or an array of pixels.
+        group: Its class; '' if it lies in no folder.
+        place: Where it is, for errors.
+        read: Reads it: encoded bytes, or an array of pixels.
     """
 
     group: str
@@ -49,7 +49,7 @@ def find_pictures(path: str | Path) -> list[Picture]:
     The class of a picture is the path of its folder, without the part that all pictures share.
 
     Args:
-        path: a folder of class folders, or a zip or tar archive of one. Or an NPZ file with `images` (uint8 [n, h, w]
+        path: A folder of class folders, or a zip or tar archive of one. Or an NPZ file with `images` (uint8 [n, h, w]
             or [n, h, w, c]) or with `jpeg` and `offsets` (encoded files end to end), and with `labels` [n]. Or a folder
             of `train.npz`, `val.npz` and `test.npz`. Or one picture.
 
@@ -57,7 +57,7 @@ def find_pictures(path: str | Path) -> list[Picture]:
         The pictures, not yet read.
 
     Raises:
-        DataError: nothing there, no pictures in it, or a damaged archive.
+        DataError: Nothing there, no pictures in it, or a damaged archive.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -212,7 +212,7 @@ def decode_picture(picture: Picture, size: tuple[int, int] | None, channels: int
     """Decodes one picture.
 
     Args:
-        picture: the picture.
+        picture: The picture.
         size: (height, width) in pixels; None keeps the size. Pictures of another size are resized by antialiased
             bicubic interpolation, which does not preserve the aspect ratio.
         channels: 1 (grey), 3 (colour) or 4 (with transparency).
@@ -221,8 +221,8 @@ def decode_picture(picture: Picture, size: tuple[int, int] | None, channels: int
         uint8 [h, w, channels].
 
     Raises:
-        DataError: a picture that is damaged, too large, or of an unsupported mode.
-        MissingExtra: pillow is not installed.
+        DataError: A picture that is damaged, too large, or of an unsupported mode.
+        MissingExtra: Pillow is not installed.
     """
     with extra("data", "Reading pictures"):
         from PIL import Image, ImageOps
@@ -272,7 +272,7 @@ def decode_pictures(pictures: Sequence[Picture], size: tuple[int, int], channels
     """Decodes pictures with up to 8 threads and a progress bar.
 
     Args:
-        pictures: the pictures.
+        pictures: The pictures.
         size: (height, width) in pixels.
         channels: 1, 3 or 4.
 
@@ -280,8 +280,8 @@ def decode_pictures(pictures: Sequence[Picture], size: tuple[int, int], channels
         uint8 [n, h, w, channels], in the order of `pictures`.
 
     Raises:
-        DataError: a picture that cannot be decoded.
-        MissingExtra: pillow or tqdm is not installed.
+        DataError: A picture that cannot be decoded.
+        MissingExtra: Pillow or tqdm is not installed.
     """
     check_channels(channels)
     out = np.empty((len(pictures), *size, channels), np.uint8)
@@ -306,7 +306,7 @@ def check_channels(channels: int) -> None:
     """Checks a number of channels.
 
     Raises:
-        ValueError: anything but 1, 3 and 4.
+        ValueError: Anything but 1, 3 and 4.
     """
     if channels not in MODES:
         raise ValueError(f"channels must be 1 (grey), 3 (colour) or 4 (with transparency), got {channels!r}.")
@@ -316,7 +316,7 @@ def fingerprint(path: str | Path) -> Any:
     """Returns what identifies the current state of a file, or of all files in a folder.
 
     Args:
-        path: the file or folder.
+        path: The file or folder.
 
     Returns:
         The absolute path, the number of files, and a digest of their names, sizes and modification times.

@@ -41,35 +41,35 @@ def images(
     The pictures are decoded once to bytes. Later calls memory-map them from the cache.
 
     Args:
-        path: a folder of class folders, a zip or tar archive of one, an NPZ file (`images`, `labels`), or a folder of
+        path: A folder of class folders, a zip or tar archive of one, an NPZ file (`images`, `labels`), or a folder of
             `train.npz`, `val.npz` and `test.npz`.
-        way: classes per task.
-        shot: support examples per class.
-        query: query examples per class in training.
-        test_query: query examples per class in validation and test.
-        train_way: classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class in training.
+        test_query: Query examples per class in validation and test.
+        train_way: Classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
             test with.
-        train_labels: the labels of training tasks: 'task' for the place of the class in the task, which is random, or
+        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random, or
             'class' for the number of the class among the training classes, for learners that are pretrained by plain
             classification.
-        size: the side in pixels, or (height, width). Pictures of another size are resized with antialiasing.
+        size: The side in pixels, or (height, width). Pictures of another size are resized with antialiasing.
         channels: 1 (grey), 3 (colour) or 4 (with transparency).
-        split: how classes are assigned: three fractions, three lists of class names, or a table of 'train',
+        split: How classes are assigned: three fractions, three lists of class names, or a table of 'train',
             'validation' and 'test'. By default by folders named train, val and test if they exist, else (0.64, 0.16,
             0.2).
-        seed: the seed of the random assignment.
-        drop_small: whether to leave out classes of fewer than shot + query examples instead of raising an error.
-        rotations: whether each class rotated by 90, 180 and 270 degrees is a separate class in training.
-        test_rotations: the same in validation and test.
-        normalise: whether to scale each channel by the mean and standard deviation of the training classes, which are
+        seed: The seed of the random assignment.
+        drop_small: Whether to leave out classes of fewer than shot + query examples instead of raising an error.
+        rotations: Whether each class rotated by 90, 180 and 270 degrees is a separate class in training.
+        test_rotations: The same in validation and test.
+        normalise: Whether to scale each channel by the mean and standard deviation of the training classes, which are
             computed from about 2,000 pictures.
 
     Returns:
         Tasks of the training, validation and test classes.
 
     Raises:
-        DataError: nothing to read, damaged files, unknown class names, or too few classes or examples.
-        ValueError: options out of range.
+        DataError: Nothing to read, damaged files, unknown class names, or too few classes or examples.
+        ValueError: Options out of range.
     """
     height, width = (size, size) if isinstance(size, int) else size
     shape = check_count("size", height), check_count("size", width)
@@ -120,25 +120,25 @@ def miniimagenet(
     The pictures may not be redistributed, so this function reads files that you already have.
 
     Args:
-        way: classes per task.
-        shot: support examples per class.
-        query: query examples per class in training.
-        test_query: query examples per class in validation and test.
-        train_way: classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class in training.
+        test_query: Query examples per class in validation and test.
+        train_way: Classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
             test with.
-        train_labels: the labels of training tasks: 'task' for the place of the class in the task, which is random, or
+        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random, or
             'class' for the number of the class among the training classes, for learners that are pretrained by plain
             classification.
-        path: a folder with train.npz, val.npz and test.npz, or with folders train, val and test of class folders. By
+        path: A folder with train.npz, val.npz and test.npz, or with folders train, val and test of class folders. By
             default METAPRIOR_DATA/miniimagenet.
-        size: the side in pixels.
-        normalise: as in `images`.
+        size: The side in pixels.
+        normalise: As in `images`.
 
     Returns:
         Tasks of the training, validation and test classes.
 
     Raises:
-        DataError: no such folder, or an argument that `images` rejects.
+        DataError: No such folder, or an argument that `images` rejects.
 
     References:
         Vinyals et al. 2016; the classes are those of Ravi & Larochelle 2017.

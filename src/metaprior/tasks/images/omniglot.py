@@ -60,29 +60,29 @@ def omniglot(
     Ink is 1 and the background 0.
 
     Args:
-        way: classes per task.
-        shot: support examples per class.
-        query: query examples per class in training.
-        test_query: query examples per class in validation and test.
-        train_way: classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
+        way: Classes per task.
+        shot: Support examples per class.
+        query: Query examples per class in training.
+        test_query: Query examples per class in validation and test.
+        train_way: Classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
             test with.
-        train_labels: the labels of training tasks: 'task' for the place of the class in the task, which is random, or
+        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random, or
             'class' for the number of the class among the training classes, for learners that are pretrained by plain
             classification.
         split: 'vinyals' (1028 / 172 / 423 characters); 'maml' (1100 / 100 / 423 at random by `seed`); or 'lake' (the
             background set without the validation alphabets of Vinyals et al., those alphabets, and the evaluation set).
             Use 'lake' before `one_shot_runs`, because the other two train on characters of its runs.
-        rotations: whether characters rotated by 90, 180 and 270 degrees are separate classes in training.
-        test_rotations: the same in validation and test, as in the published protocols.
-        size: the side of the images in pixels, at most 105.
-        seed: the seed of the split 'maml'.
+        rotations: Whether characters rotated by 90, 180 and 270 degrees are separate classes in training.
+        test_rotations: The same in validation and test, as in the published protocols.
+        size: The side of the images in pixels, at most 105.
+        seed: The seed of the split 'maml'.
 
     Returns:
         Tasks of the training, validation and test characters.
 
     Raises:
-        DataError: damaged or absent data, no network, or fewer examples than shot + query.
-        ValueError: options out of range.
+        DataError: Damaged or absent data, no network, or fewer examples than shot + query.
+        ValueError: Options out of range.
 
     References:
         Lake, Salakhutdinov & Tenenbaum 2015; the splits are those of Vinyals et al. 2016 and Finn, Abbeel & Levine
@@ -103,13 +103,13 @@ def character_split(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray, 
 
     Args:
         split: 'vinyals', 'maml' or 'lake'; see `omniglot`.
-        seed: the seed of 'maml'.
+        seed: The seed of 'maml'.
 
     Returns:
         Three arrays of indices: official numbers less 1.
 
     Raises:
-        ValueError: another split.
+        ValueError: Another split.
     """
     total = sum(characters for characters, _ in ARCHIVES.values())
     if split == "maml":
@@ -127,14 +127,14 @@ def load_omniglot(size: int = 28) -> UInt8[np.ndarray, "32460 size size 1"]:
     """Returns all drawings; they are decoded once, and later calls memory-map them from the cache.
 
     Args:
-        size: the side in pixels, 1 to 105.
+        size: The side in pixels, 1 to 105.
 
     Returns:
         uint8 [32460, size, size, 1], ink 255 on background 0, in the order (character, drawer).
 
     Raises:
-        DataError: damaged data, or no data and no network.
-        ValueError: another size.
+        DataError: Damaged data, or no data and no network.
+        ValueError: Another size.
     """
     check_size(size)
     folder = data_folder("omniglot")
@@ -156,7 +156,7 @@ def check_size(size: int) -> None:
     """Checks the side of the images.
 
     Raises:
-        ValueError: anything but 1 to 105.
+        ValueError: Anything but 1 to 105.
     """
     if not 1 <= size <= SIDE:
         raise ValueError(f"size must be 1 to {SIDE} pixels, got {size!r}.")
@@ -171,14 +171,14 @@ def read_drawings(path: Path, characters: int) -> Bool[np.ndarray, "characters 2
     """Reads the drawings of one archive.
 
     Args:
-        path: the .npz file or the official .zip file.
-        characters: the number of characters that it must hold.
+        path: The .npz file or the official .zip file.
+        characters: The number of characters that it must hold.
 
     Returns:
         bool [characters, 20, 105, 105], True for paper, in the order of the official numbers.
 
     Raises:
-        DataError: a damaged archive, or another one.
+        DataError: A damaged archive, or another one.
     """
     paper = read_zip(path) if path.suffix == ".zip" else read_npz(path, ("images",))[0]
     if paper.shape != (characters, DRAWERS, SIDE, SIDE):
@@ -193,13 +193,13 @@ def read_zip(path: Path) -> Bool[np.ndarray, "characters drawers h w"]:
     """Decodes an archive of files alphabet/character/NNNN_MM.png, with character number NNNN and drawer MM.
 
     Args:
-        path: the .zip file.
+        path: The .zip file.
 
     Returns:
         bool [characters, drawers, h, w], True for paper.
 
     Raises:
-        DataError: a damaged archive, or one with missing drawings.
+        DataError: A damaged archive, or one with missing drawings.
     """
     pattern = re.compile(r"(?:^|/)(\d{4})_(\d{2})\.png$")
     with reading(path), open_zip(path) as archive:
@@ -228,7 +228,7 @@ def ink_bytes(paper: Bool[np.ndarray, "n h h"], size: int) -> UInt8[np.ndarray, 
 
     Args:
         paper: True for paper, [n, h, h].
-        size: the side of the result in pixels.
+        size: The side of the result in pixels.
 
     Returns:
         uint8 [n, size, size], 0 (no ink) to 255.

@@ -33,14 +33,14 @@ def one_shot_runs(*, size: int = 28) -> Task:
     is the source for `evaluate`. The results of Lake et al. are 95.5 % for humans and 21.7 % for the nearest neighbour.
 
     Args:
-        size: the side of the images in pixels, 1 to 105.
+        size: The side of the images in pixels, 1 to 105.
 
     Returns:
         Support and query x float32 [20, 20, size, size, 1], ink 1 on background 0, and y int32 [20, 20].
 
     Raises:
-        DataError: an archive that is not the official one, or no METAPRIOR_DATA/omniglot/all_runs.zip and no network.
-        ValueError: another size.
+        DataError: An archive that is not the official one, or no METAPRIOR_DATA/omniglot/all_runs.zip and no network.
+        ValueError: Another size.
 
     References:
         Lake, Salakhutdinov & Tenenbaum 2015.
@@ -62,11 +62,11 @@ def one_shot_source(*, size: Count = 28) -> FixedTasks:
     """Returns the 20 runs as a task source.
 
     Args:
-        size: as in `one_shot_runs`.
+        size: As in `one_shot_runs`.
 
     Raises:
-        DataError: as in `one_shot_runs`.
-        ValueError: as in `one_shot_runs`.
+        DataError: As in `one_shot_runs`.
+        ValueError: As in `one_shot_runs`.
     """
     return FixedTasks(one_shot_runs(size=size))
 
@@ -87,14 +87,14 @@ def read_runs(path: Path) -> tuple[Drawings, Drawings, Int[np.ndarray, "runs way
     """Reads the drawings and labels of all runs.
 
     Args:
-        path: an archive of runNN/training/classMM.png, runNN/test/itemMM.png and runNN/class_labels.txt. Each line of
+        path: An archive of runNN/training/classMM.png, runNN/test/itemMM.png and runNN/class_labels.txt. Each line of
             the last pairs a test file with the training file of the same character.
 
     Returns:
         Training drawings and test drawings (True for paper), and the labels of the test drawings, run by run.
 
     Raises:
-        DataError: a damaged archive, or another one.
+        DataError: A damaged archive, or another one.
     """
     with reading(path), open_zip(path) as archive:
         listings = sorted(name for name in archive.namelist() if re.search(r"run\d+/class_labels\.txt$", name))

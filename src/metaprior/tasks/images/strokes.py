@@ -43,7 +43,7 @@ def describe(strokes: list[Stroke]) -> Float[np.ndarray, " a"]:
     """Computes the attributes of one drawing; lengths are in sides of the image.
 
     Args:
-        strokes: the strokes of the drawing.
+        strokes: The strokes of the drawing.
 
     Returns:
         The attributes [18], named in ATTRIBUTES. 'curvature' is the sum of the angles turned, in full turns.
@@ -83,8 +83,8 @@ def turned(strokes: list[Stroke], quarters: int) -> list[Stroke]:
     """Rotates a drawing counterclockwise by quarter turns, as `pool.rotate` rotates its image.
 
     Args:
-        strokes: the strokes of the drawing.
-        quarters: the number of quarter turns.
+        strokes: The strokes of the drawing.
+        quarters: The number of quarter turns.
     """
     for _ in range(quarters):
         strokes = [np.stack([s[:, 1], 1 - s[:, 0]], axis=-1) for s in strokes]
@@ -95,13 +95,13 @@ def read_strokes(path: Path) -> dict[int, dict[int, list[Stroke]]]:
     """Reads the drawings of an archive.
 
     Args:
-        path: the .zip file.
+        path: The .zip file.
 
     Returns:
         Strokes by official character number and drawer.
 
     Raises:
-        DataError: a damaged archive, or not 20 drawings of each character.
+        DataError: A damaged archive, or not 20 drawings of each character.
     """
     found: dict[int, dict[int, list[Stroke]]] = {}
     with reading(path), open_zip(path) as archive:
@@ -132,8 +132,8 @@ class DescribedTasks:
     """Zero-shot episodes, whose support has one row of attributes per class instead of examples.
 
     Attributes:
-        pool: draws the queries, with `own_labels`.
-        attributes: the attributes of each class of the pool.
+        pool: Draws the queries, with `own_labels`.
+        attributes: The attributes of each class of the pool.
     """
 
     pool: ClassPool
@@ -172,21 +172,21 @@ def omniglot_strokes(
     float32 [n, size, size, 1], ink 1 on background 0.
 
     Args:
-        way: classes per task.
-        query: images per class in training, at most 9.
-        test_query: images per class in validation and test, at most 9.
-        train_way: classes per task in training. By default `way`.
-        split: how the 242 characters are assigned: three fractions, or three lists of official numbers.
-        rotations: whether quarter turns are training separate classes, with the attributes of the rotated strokes.
-        size: the side of the images in pixels, at most 105.
-        seed: the seed of the random assignment.
+        way: Classes per task.
+        query: Images per class in training, at most 9.
+        test_query: Images per class in validation and test, at most 9.
+        train_way: Classes per task in training. By default `way`.
+        split: How the 242 characters are assigned: three fractions, or three lists of official numbers.
+        rotations: Whether quarter turns are training separate classes, with the attributes of the rotated strokes.
+        size: The side of the images in pixels, at most 105.
+        seed: The seed of the random assignment.
 
     Returns:
         Tasks of the training, validation and test characters.
 
     Raises:
-        DataError: damaged archives, or no METAPRIOR_DATA/omniglot/strokes_background_small1.zip (and 2) and no network.
-        ValueError: options out of range.
+        DataError: Damaged archives, or no METAPRIOR_DATA/omniglot/strokes_background_small1.zip (and 2) and no network.
+        ValueError: Options out of range.
 
     References:
         Lake, Salakhutdinov & Tenenbaum 2015; zero-shot tasks as in Snell, Swersky & Zemel 2017, sec. 2.7 and 3.3.
@@ -222,7 +222,7 @@ def load_attributes() -> Arrays:
             turns.
 
     Raises:
-        DataError: damaged archives, or no archives and no network.
+        DataError: Damaged archives, or no archives and no network.
     """
     folder = data_folder("omniglot")
     local = {name: folder / name if folder and (folder / name).is_file() else None for name in ARCHIVES}

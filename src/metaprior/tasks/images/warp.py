@@ -29,7 +29,7 @@ def warp(image: Float[Array, "h w c"], matrix: Float[Array, "2 2"], shift: Float
     Args:
         image: [h, w, c].
         matrix: [2, 2], invertible.
-        shift: rows and columns, in pixels.
+        shift: Rows and columns, in pixels.
 
     Returns:
         The warped image, of the same shape.
@@ -53,7 +53,7 @@ def random_affine(key: PRNGKeyArray) -> tuple[Float[Array, "2 2"], Float[Array, 
     """Draws a warp as in the paper.
 
     Args:
-        key: random key.
+        key: Random key.
 
     Returns:
         The matrix (rotation, then shear, then scaling), and the shift in sides of the image.

@@ -27,9 +27,9 @@ class Lines:
     """Lines y = slope x + intercept.
 
     Attributes:
-        slope: the interval of the slope, which is uniform.
-        intercept: the interval of the intercept, which is uniform.
-        noise_sd: the standard deviation of the noise.
+        slope: The interval of the slope, which is uniform.
+        intercept: The interval of the intercept, which is uniform.
+        noise_sd: The standard deviation of the noise.
     """
 
     slope: Interval
@@ -63,10 +63,10 @@ class Parabolas:
     """Parabolas y = curvature (x - vertex)^2 + height.
 
     Attributes:
-        curvature: the interval of the curvature, which is uniform.
-        vertex: the interval of the vertex, which is uniform.
-        height: the interval of the height, which is uniform.
-        noise_sd: the standard deviation of the noise.
+        curvature: The interval of the curvature, which is uniform.
+        vertex: The interval of the vertex, which is uniform.
+        height: The interval of the height, which is uniform.
+        noise_sd: The standard deviation of the noise.
     """
 
     curvature: Interval
@@ -93,8 +93,8 @@ class Choice(NamedTuple):
     """n functions, each from one of several families.
 
     Attributes:
-        candidates: the parameters that each family drew, for all n functions.
-        which: the family of each function.
+        candidates: The parameters that each family drew, for all n functions.
+        which: The family of each function.
     """
 
     candidates: tuple[Any, ...]
@@ -106,7 +106,7 @@ class OneOf:
     """A mixture of families with equal probabilities; a few points often do not determine the family.
 
     Attributes:
-        families: the families.
+        families: The families.
     """
 
     families: tuple[Family, ...]
@@ -144,22 +144,22 @@ def linear(
     """Makes tasks of lines y = slope x + intercept + noise; x and y are [n, 1].
 
     Args:
-        shot: points of the support.
-        query: points of the query in training.
-        test_query: points of the query in validation and test.
-        slope: the interval (low, high) of the slope.
-        intercept: the interval of the intercept.
-        noise: the standard deviation of the observations' noise.
-        test_noise: whether the validation and test queries are noisy too. The support always is.
-        domain: the interval of x.
-        support_domain: the interval of the support's x, if another one. It shows what is predicted where nothing was
+        shot: Points of the support.
+        query: Points of the query in training.
+        test_query: Points of the query in validation and test.
+        slope: The interval (low, high) of the slope.
+        intercept: The interval of the intercept.
+        noise: The standard deviation of the observations' noise.
+        test_noise: Whether the validation and test queries are noisy too. The support always is.
+        domain: The interval of x.
+        support_domain: The interval of the support's x, if another one. It shows what is predicted where nothing was
             observed.
 
     Returns:
         Three sources of the same distribution, with disjoint random keys.
 
     Raises:
-        ValueError: a size below 1, an interval that is not (low, high), or a negative noise.
+        ValueError: A size below 1, an interval that is not (low, high), or a negative noise.
     """
     lines = Lines(slope, intercept, noise)
     return function_splits(lines, shot, query, test_query, domain, support_domain, test_noise)
@@ -185,24 +185,24 @@ def ambiguous(
     With noise of standard deviation 0.3, five points often do not determine which of the two a function is.
 
     Args:
-        shot: points of the support.
-        query: points of the query in training.
-        test_query: points of the query in validation and test.
-        amplitude: the interval (low, high) of the sinusoids' amplitude.
-        phase: the interval of the sinusoids' phase, in radians.
-        slope: the interval of the lines' slope.
-        intercept: the interval of the lines' intercept.
-        noise: the standard deviation of the observations' noise.
-        test_noise: whether the validation and test queries are noisy too. The support always is.
-        domain: the interval of x.
-        support_domain: the interval of the support's x, if another one. It shows what is predicted where nothing was
+        shot: Points of the support.
+        query: Points of the query in training.
+        test_query: Points of the query in validation and test.
+        amplitude: The interval (low, high) of the sinusoids' amplitude.
+        phase: The interval of the sinusoids' phase, in radians.
+        slope: The interval of the lines' slope.
+        intercept: The interval of the lines' intercept.
+        noise: The standard deviation of the observations' noise.
+        test_noise: Whether the validation and test queries are noisy too. The support always is.
+        domain: The interval of x.
+        support_domain: The interval of the support's x, if another one. It shows what is predicted where nothing was
             observed.
 
     Returns:
         Three sources of the same distribution, with disjoint random keys.
 
     Raises:
-        ValueError: a size below 1, an interval that is not (low, high), or a negative noise.
+        ValueError: A size below 1, an interval that is not (low, high), or a negative noise.
 
     References:
         Finn, Xu & Levine 2018 (PLATIPUS), one-dimensional regression. Here amplitudes start at 1.
@@ -230,20 +230,20 @@ def three_families(
     -0.15 to 0.15, v in -2 to 2 and h in -3 to 3.
 
     Args:
-        shot: points of the support.
-        query: points of the query in training.
-        test_query: points of the query in validation and test.
-        noise: the standard deviation of the observations' noise.
-        test_noise: whether the validation and test queries are noisy too. The support always is.
-        domain: the interval of x.
-        support_domain: the interval of the support's x, if another one. It shows what is predicted where nothing was
+        shot: Points of the support.
+        query: Points of the query in training.
+        test_query: Points of the query in validation and test.
+        noise: The standard deviation of the observations' noise.
+        test_noise: Whether the validation and test queries are noisy too. The support always is.
+        domain: The interval of x.
+        support_domain: The interval of the support's x, if another one. It shows what is predicted where nothing was
             observed.
 
     Returns:
         Three sources of the same distribution, with disjoint random keys.
 
     Raises:
-        ValueError: a size below 1, an interval that is not (low, high), or a negative noise.
+        ValueError: A size below 1, an interval that is not (low, high), or a negative noise.
     """
     families = (
         Sinusoids((0.1, 5.0), (0.0, pi), (1.0, 1.0), noise, 0.0),

@@ -22,8 +22,8 @@ class Explained(NamedTuple):
     """n tasks, and their query targets under each explanation.
 
     Attributes:
-        task: the tasks.
-        targets: the query targets under each of e equally likely explanations of the support, without noise.
+        task: The tasks.
+        targets: The query targets under each of e equally likely explanations of the support, without noise.
     """
 
     task: Task
@@ -35,7 +35,7 @@ class ExplainedTasks(Protocol):
     """A task source that knows the explanations of its supports.
 
     Attributes:
-        noise: the standard deviation of the query targets around the true explanation; 0 for classes.
+        noise: The standard deviation of the query targets around the true explanation; 0 for classes.
     """
 
     noise: float
@@ -59,12 +59,12 @@ class WaveOrLine:
     """The wave a sin x + b cos x and the line through the same two points, one of which is true.
 
     Attributes:
-        amplitude: the interval of the wave's amplitude.
-        gap: the interval of the distance between the two points.
-        domain: the interval of all points.
-        noise: the standard deviation of the query noise.
-        query: points of the query.
-        stream: a number that is folded into every key, so that the splits differ.
+        amplitude: The interval of the wave's amplitude.
+        gap: The interval of the distance between the two points.
+        domain: The interval of all points.
+        noise: The standard deviation of the query noise.
+        query: Points of the query.
+        stream: A number that is folded into every key, so that the splits differ.
     """
 
     amplitude: Interval = field(metadata={"static": True})
@@ -114,10 +114,10 @@ class TwoCircles:
     """Points inside or outside a circle of known radius, given two points of its rim; two circles pass through these.
 
     Attributes:
-        radius: the radius of all circles.
-        apart: the interval of the distance between the two centres, in radii.
-        query: points of the query.
-        stream: a number that is folded into every key, so that the splits differ.
+        radius: The radius of all circles.
+        apart: The interval of the distance between the two centres, in radii.
+        query: Points of the query.
+        stream: A number that is folded into every key, so that the splits differ.
         noise: 0, because targets are classes.
     """
 
@@ -182,18 +182,18 @@ def wave_or_line(
     The two points determine both functions exactly. A fair coin decides which of the two the queries come from.
 
     Args:
-        query: points of the query in training.
-        test_query: points of the query in validation and test.
-        amplitude: the interval (low, high) of the wave's amplitude. Its phase is uniform.
-        gap: the interval of the distance between the two points, inside (0, pi), where the wave through them is unique.
-        domain: the interval of all points.
-        noise: the standard deviation of the query noise.
+        query: Points of the query in training.
+        test_query: Points of the query in validation and test.
+        amplitude: The interval (low, high) of the wave's amplitude. Its phase is uniform.
+        gap: The interval of the distance between the two points, inside (0, pi), where the wave through them is unique.
+        domain: The interval of all points.
+        noise: The standard deviation of the query noise.
 
     Returns:
         Three sources of the same distribution, with disjoint random keys.
 
     Raises:
-        ValueError: a size below 1, an interval that is not (low, high) or lies outside its range, or a domain that is
+        ValueError: A size below 1, an interval that is not (low, high) or lies outside its range, or a domain that is
             shorter than the gap.
 
     References:
@@ -222,16 +222,16 @@ def two_circles(
     fair coin decides which of the two is true.
 
     Args:
-        query: points of the query in training.
-        test_query: points of the query in validation and test.
-        radius: the radius of all circles.
-        apart: the interval (low, high) of the distance between the two centres in radii, inside (0, 2).
+        query: Points of the query in training.
+        test_query: Points of the query in validation and test.
+        radius: The radius of all circles.
+        apart: The interval (low, high) of the distance between the two centres in radii, inside (0, 2).
 
     Returns:
         Three sources of the same distribution, with disjoint random keys.
 
     Raises:
-        ValueError: a size below 1, a radius that is not positive, or a distance outside (0, 2) radii.
+        ValueError: A size below 1, a radius that is not positive, or a distance outside (0, 2) radii.
 
     References:
         Finn, Xu & Levine 2018, the ambiguous 2-D classification (circles from positive examples). Here both

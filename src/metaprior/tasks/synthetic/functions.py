@@ -37,13 +37,13 @@ class FunctionTasks:
     """Tasks y = f(x) + noise with f drawn from a family and x uniform on an interval; x and y are [n, 1].
 
     Attributes:
-        family: the family of f.
-        shot: points of the support.
-        query: points of the query.
-        support_domain: the interval of the support's x.
-        domain: the interval of the query's x.
-        noisy_query: whether the query is noisy. The support always is.
-        stream: a number that is folded into every key, so that the splits differ.
+        family: The family of f.
+        shot: Points of the support.
+        query: Points of the query.
+        support_domain: The interval of the support's x.
+        domain: The interval of the query's x.
+        noisy_query: Whether the query is noisy. The support always is.
+        stream: A number that is folded into every key, so that the splits differ.
     """
 
     family: Family = field(metadata={"static": True})
@@ -90,13 +90,13 @@ def function_splits(
     """Makes the three splits of a family: the same distribution, with disjoint random keys.
 
     Args:
-        family: the family of functions.
-        shot: points of the support.
-        query: points of the query in training.
-        test_query: points of the query in validation and test.
-        domain: the interval of x.
-        support_domain: the interval of the support's x; None for `domain`.
-        test_noise: whether the validation and test queries are noisy too.
+        family: The family of functions.
+        shot: Points of the support.
+        query: Points of the query in training.
+        test_query: Points of the query in validation and test.
+        domain: The interval of x.
+        support_domain: The interval of the support's x; None for `domain`.
+        test_noise: Whether the validation and test queries are noisy too.
     """
     sizes = [query] + 2 * [test_query]
     support_domain = domain if support_domain is None else support_domain

@@ -20,9 +20,9 @@ class Hierarchy(NamedTuple):
     """The parameters theta of the hierarchy: the prior N(mean, covariance) of phi, and the noise.
 
     Attributes:
-        mean: the mean of phi.
-        covariance: the covariance of phi.
-        noise: the standard deviation of the observations' noise.
+        mean: The mean of phi.
+        covariance: The covariance of phi.
+        noise: The standard deviation of the observations' noise.
     """
 
     mean: Float[Array, " d"]
@@ -36,11 +36,11 @@ class LinearGaussianTasks:
     """Tasks of the hierarchy with standard normal inputs: x [n, d], y [n, 1].
 
     Attributes:
-        theta: the true parameters.
-        shot: observations of the support.
-        query: observations of the query.
-        bias: whether the first input is the constant 1.
-        stream: a number that is folded into every key, so that the splits differ.
+        theta: The true parameters.
+        shot: Observations of the support.
+        query: Observations of the query.
+        bias: Whether the first input is the constant 1.
+        stream: A number that is folded into every key, so that the splits differ.
     """
 
     theta: Hierarchy
@@ -86,20 +86,20 @@ def linear_gaussian(
     """Makes tasks of the conjugate linear-Gaussian hierarchy with standard normal inputs; x is [n, d], y is [n, 1].
 
     Args:
-        features: d, the length of phi.
-        shot: observations of the support.
-        query: observations of the query in training.
-        test_query: observations of the query in validation and test.
-        mean: the mean of phi, a number or [d].
-        covariance: the covariance of phi: a number, variances [d], or a matrix [d, d].
-        noise: the standard deviation of the observations' noise, above 0.
-        bias: whether the first input is the constant 1.
+        features: D, the length of phi.
+        shot: Observations of the support.
+        query: Observations of the query in training.
+        test_query: Observations of the query in validation and test.
+        mean: The mean of phi, a number or [d].
+        covariance: The covariance of phi: a number, variances [d], or a matrix [d, d].
+        noise: The standard deviation of the observations' noise, above 0.
+        bias: Whether the first input is the constant 1.
 
     Returns:
         Three sources of the same distribution, with disjoint random keys.
 
     Raises:
-        ValueError: shapes that do not fit, a covariance that is not positive semidefinite, or a noise that is not above
+        ValueError: Shapes that do not fit, a covariance that is not positive semidefinite, or a noise that is not above
             0.
     """
     d = features

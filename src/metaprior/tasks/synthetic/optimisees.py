@@ -20,8 +20,8 @@ class Quadratics:
     The query is the support, because a function is judged by its own value.
 
     Attributes:
-        dimension: d, the number of rows and columns of W.
-        stream: a number that is folded into every key, so that the splits differ.
+        dimension: D, the number of rows and columns of W.
+        stream: A number that is folded into every key, so that the splits differ.
     """
 
     dimension: int = field(metadata={"static": True})
@@ -47,7 +47,7 @@ def quadratics(*, dimension: Count = 10) -> Splits:
     to a constant.
 
     Args:
-        dimension: the number of rows and columns of W.
+        dimension: The number of rows and columns of W.
 
     Returns:
         Three sources of the same distribution, with disjoint random keys.
@@ -68,18 +68,18 @@ def digits(
     no image.
 
     Args:
-        shot: random images of the split to fit.
-        query: other images to evaluate on in training.
-        test_query: the same in validation and test.
-        split: the fractions of the images for training, validation and test.
-        seed: the seed of the random assignment.
+        shot: Random images of the split to fit.
+        query: Other images to evaluate on in training.
+        test_query: The same in validation and test.
+        split: The fractions of the images for training, validation and test.
+        seed: The seed of the random assignment.
 
     Returns:
         Tasks of the training, validation and test images.
 
     Raises:
-        DataError: shot + query above the number of images of a split.
-        MissingExtra: scikit-learn is not installed.
+        DataError: Shot + query above the number of images of a split.
+        MissingExtra: Scikit-learn is not installed.
     """
     with extra("sklearn", "The task source 'digits'"):
         from sklearn.datasets import load_digits

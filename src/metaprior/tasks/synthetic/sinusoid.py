@@ -27,11 +27,11 @@ class Sinusoids:
     """Sinusoids y = amplitude sin(frequency x - phase).
 
     Attributes:
-        amplitude: the interval of the amplitude, which is uniform.
-        phase: the interval of the phase in radians, which is uniform.
-        frequency: the interval of the frequency, which is uniform.
-        noise_sd: the constant part of the noise's standard deviation, noise_sd + relative_noise * amplitude.
-        relative_noise: the part that is proportional to the amplitude.
+        amplitude: The interval of the amplitude, which is uniform.
+        phase: The interval of the phase in radians, which is uniform.
+        frequency: The interval of the frequency, which is uniform.
+        noise_sd: The constant part of the noise's standard deviation, noise_sd + relative_noise * amplitude.
+        relative_noise: The part that is proportional to the amplitude.
     """
 
     amplitude: Interval
@@ -73,24 +73,24 @@ def sinusoid(
     """Makes tasks of sinusoids y = A sin(w x - b), with x uniform on the domain; x and y are [n, 1].
 
     Args:
-        shot: points of the support.
-        query: points of the query in training.
-        test_query: points of the query in validation and test.
-        amplitude: the interval (low, high) of A.
-        phase: the interval of b, in radians.
-        frequency: the interval of w.
-        noise: the constant part of the noise's standard deviation, noise + relative_noise * A.
-        relative_noise: the part that is proportional to A.
-        test_noise: whether the validation and test queries are noisy too. The support always is.
-        domain: the interval of x.
-        support_domain: the interval of the support's x, if another one. It shows what is predicted where nothing was
+        shot: Points of the support.
+        query: Points of the query in training.
+        test_query: Points of the query in validation and test.
+        amplitude: The interval (low, high) of A.
+        phase: The interval of b, in radians.
+        frequency: The interval of w.
+        noise: The constant part of the noise's standard deviation, noise + relative_noise * A.
+        relative_noise: The part that is proportional to A.
+        test_noise: Whether the validation and test queries are noisy too. The support always is.
+        domain: The interval of x.
+        support_domain: The interval of the support's x, if another one. It shows what is predicted where nothing was
             observed.
 
     Returns:
         Three sources of the same distribution, with disjoint random keys.
 
     Raises:
-        ValueError: a size below 1, an interval that is not (low, high), or a negative noise.
+        ValueError: A size below 1, an interval that is not (low, high), or a negative noise.
 
     References:
         Finn, Abbeel & Levine 2017, sec. 5.1 (the defaults: A in 0.1 to 5, b in 0 to pi, x in -5 to 5, no noise).
@@ -124,22 +124,22 @@ def sinusoid_hard(
     By default, the validation and test queries are free of noise.
 
     Args:
-        shot: as in `sinusoid`.
-        query: as in `sinusoid`.
-        test_query: as in `sinusoid`.
-        amplitude: as in `sinusoid`.
-        phase: as in `sinusoid`.
-        frequency: as in `sinusoid`.
-        relative_noise: as in `sinusoid`.
-        test_noise: as in `sinusoid`.
-        domain: as in `sinusoid`.
-        support_domain: as in `sinusoid`.
+        shot: As in `sinusoid`.
+        query: As in `sinusoid`.
+        test_query: As in `sinusoid`.
+        amplitude: As in `sinusoid`.
+        phase: As in `sinusoid`.
+        frequency: As in `sinusoid`.
+        relative_noise: As in `sinusoid`.
+        test_noise: As in `sinusoid`.
+        domain: As in `sinusoid`.
+        support_domain: As in `sinusoid`.
 
     Returns:
         Three sources of the same distribution, with disjoint random keys.
 
     Raises:
-        ValueError: as in `sinusoid`.
+        ValueError: As in `sinusoid`.
 
     References:
         Zou & Lu 2020, gradient-EM Bayesian meta-learning, the challenging setting.

@@ -33,15 +33,15 @@ class ArrayTasks:
     the query. Missing rows are padding of weight 0 ('pad') or repeated rows ('resample').
 
     Attributes:
-        x: features of all rows, sorted by group.
-        y: targets [total, c] or labels [total].
-        groups: the numbers of the groups of this source.
-        starts: the first row of each group. The rows of group i are starts[i] .. starts[i] + counts[i] - 1.
-        counts: the number of rows of each group.
-        preparation: how the table was encoded; None for features that are not columns, such as images.
-        shot: rows of the support.
-        query: rows of the query.
-        ragged: what happens to small groups: 'pad', 'resample' or 'exact'; see `array_tasks`.
+        x: Features of all rows, sorted by group.
+        y: Targets [total, c] or labels [total].
+        groups: The numbers of the groups of this source.
+        starts: The first row of each group. The rows of group i are starts[i] .. starts[i] + counts[i] - 1.
+        counts: The number of rows of each group.
+        preparation: How the table was encoded; None for features that are not columns, such as images.
+        shot: Rows of the support.
+        query: Rows of the query.
+        ragged: What happens to small groups: 'pad', 'resample' or 'exact'; see `array_tasks`.
         shots: 'fixed' or 'uniform'; see `array_tasks`.
     """
 
@@ -124,40 +124,40 @@ def array_tasks(
     """Makes tasks from rows, each of which belongs to a group.
 
     Args:
-        x: features [N, d] or [N]; any [N, ...] if not standardised; or a mapping of columns by name. In a mapping, a
+        x: Features [N, d] or [N]; any [N, ...] if not standardised; or a mapping of columns by name. In a mapping, a
             text column is a category, with one feature per level.
-        y: targets [N] or [N, c], or labels [N].
-        groups: the group of each row, [N], any hashable values. The rows of a group need not be adjacent.
-        shot: rows of the support.
-        query: rows of the query in training.
-        test_query: rows of the query in validation and test. By default `query`.
-        split: three fractions of the groups, or three lists of groups.
-        seed: the seed of the random assignment of groups to splits.
-        ragged: what happens to groups of fewer than shot + query rows. They are padded with weight 0 ('pad'), filled
+        y: Targets [N] or [N, c], or labels [N].
+        groups: The group of each row, [N], any hashable values. The rows of a group need not be adjacent.
+        shot: Rows of the support.
+        query: Rows of the query in training.
+        test_query: Rows of the query in validation and test. By default `query`.
+        split: Three fractions of the groups, or three lists of groups.
+        seed: The seed of the random assignment of groups to splits.
+        ragged: What happens to groups of fewer than shot + query rows. They are padded with weight 0 ('pad'), filled
             with their own rows again ('resample'), or count as too small ('exact').
-        small: what happens to groups that are too small for a task (fewer than 2 rows, or fewer than shot + query with
+        small: What happens to groups that are too small for a task (fewer than 2 rows, or fewer than shot + query with
             'exact'). They raise an error ('error') or are left out ('drop').
-        shots: a task shows `shot` rows ('fixed'), or any number from 0 to `shot` with equal probability ('uniform').
+        shots: A task shows `shot` rows ('fixed'), or any number from 0 to `shot` with equal probability ('uniform').
             With 'uniform' a learner also learns to predict from few rows; it needs ragged='pad'.
-        standardise: whether to scale features and real targets to mean 0 and standard deviation 1 over the training
+        standardise: Whether to scale features and real targets to mean 0 and standard deviation 1 over the training
             groups; see `.scaling`. Counts are never standardised, but only the option `counts` marks them. Without it,
             a Poisson likelihood would receive standardised numbers.
-        classification: whether y holds labels. By default it does if it is text or truth values. Whole numbers need an
+        classification: Whether y holds labels. By default it does if it is text or truth values. Whole numbers need an
             explicit value, because they could be labels or numbers. Labels become 0..k-1, in sorted order.
-        counts: whether y holds counts, for a Poisson likelihood.
-        columns: the names of the features.
-        categories: the names of columns that are categories although they hold numbers. pandas Categoricals always are.
-        names: the names of the target and of the group, for errors and reports.
-        preparation: the preparation of an earlier run, whose levels, classes, scaling and assignment of groups are
+        counts: Whether y holds counts, for a Poisson likelihood.
+        columns: The names of the features.
+        categories: The names of columns that are categories although they hold numbers. pandas Categoricals always are.
+        names: The names of the target and of the group, for errors and reports.
+        preparation: The preparation of an earlier run, whose levels, classes, scaling and assignment of groups are
             used. By default one is fitted here.
 
     Returns:
         Tasks of the training, validation and test groups.
 
     Raises:
-        DataError: different lengths, NaN (naming column and row), groups that are too small, a split that does not fit,
+        DataError: Different lengths, NaN (naming column and row), groups that are too small, a split that does not fit,
             or numbers that float32 cannot distinguish.
-        ValueError: options that contradict each other, or target and group of the same name.
+        ValueError: Options that contradict each other, or target and group of the same name.
     """
     for name, values in (("x", x), ("y", y), ("groups", groups)):
         if values is None:
@@ -249,7 +249,7 @@ def cast_images(values: np.ndarray) -> np.ndarray:
     """Checks features that are not columns and converts them to the type that learners use.
 
     Args:
-        values: features [n, ...].
+        values: Features [n, ...].
 
     Raises:
         DataError: NaN, infinity, or a value that is too large for that type.

@@ -16,15 +16,15 @@ def encode_labels(
     """Encodes labels as integers 0..k-1.
 
     Args:
-        labels: the label of each example, of any hashable type, [n].
-        way: the largest number of classes that is allowed. By default any.
+        labels: The label of each example, of any hashable type, [n].
+        way: The largest number of classes that is allowed. By default any.
 
     Returns:
         The codes [n], and the k classes that they stand for. The classes are sorted if they can be compared, else they
             are in order of appearance.
 
     Raises:
-        DataError: no labels, a label that is not hashable, NaN, or more than `way` classes.
+        DataError: No labels, a label that is not hashable, NaN, or more than `way` classes.
     """
     values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
     if not values:
@@ -50,14 +50,14 @@ def check_labels(labels: Any, way: int) -> Int[np.ndarray, " n"]:
     """Checks labels that are already integers.
 
     Args:
-        labels: integers 0..way-1, [n].
-        way: the number of classes.
+        labels: Integers 0..way-1, [n].
+        way: The number of classes.
 
     Returns:
         The labels as int32 [n].
 
     Raises:
-        DataError: a label that is not a whole number or is out of range, naming the first. `encode_labels` accepts any
+        DataError: A label that is not a whole number or is out of range, naming the first. `encode_labels` accepts any
             labels.
     """
     values = np.asarray(labels)

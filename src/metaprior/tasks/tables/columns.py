@@ -51,7 +51,7 @@ def dates_as_text(values: np.ndarray) -> np.ndarray:
     """Returns dates of any numpy unit as text.
 
     Args:
-        values: datetime64, of any shape.
+        values: Datetime64, of any shape.
 
     Returns:
         Text such as 2024-03-01 or 2024-03-01T12:00:00, of the same shape; None for a missing date.
@@ -65,20 +65,20 @@ class Columns(dict[str, np.ndarray]):
     """Columns by name, with the place of each row in its file.
 
     Attributes:
-        path: the file; None for columns that come from Python.
-        lines: the line of each row in the file; None if unknown.
+        path: The file; None for columns that come from Python.
+        lines: The line of each row in the file; None if unknown.
     """
 
     def __init__(self, columns: Mapping[str, Any], path: Path | None = None, lines: Sequence[int] | None = None):
         """Converts the columns to arrays.
 
         Args:
-            columns: columns by name; names are converted to text.
-            path: the file.
-            lines: the line of each row in the file.
+            columns: Columns by name; names are converted to text.
+            path: The file.
+            lines: The line of each row in the file.
 
         Raises:
-            DataError: two columns of the same name.
+            DataError: Two columns of the same name.
         """
         super().__init__({str(name): as_array(values) for name, values in columns.items()})
         if len(self) < len(columns):
@@ -92,7 +92,7 @@ class Columns(dict[str, np.ndarray]):
         """The number of rows, which is the same for all columns.
 
         Raises:
-            DataError: columns of different lengths, or no rows.
+            DataError: Columns of different lengths, or no rows.
         """
         sizes = {name: len(values) if values.ndim else None for name, values in self.items()}
         first = next(iter(sizes), "")
@@ -112,11 +112,11 @@ class Columns(dict[str, np.ndarray]):
         """Returns one column; a column of width k may also be stored as columns name[0], name[1], ...
 
         Args:
-            name: the name of the column.
-            argument: the argument that names it, for errors.
+            name: The name of the column.
+            argument: The argument that names it, for errors.
 
         Raises:
-            DataError: no such column (listing those that exist, and the nearest name), or a column without rows.
+            DataError: No such column (listing those that exist, and the nearest name), or a column without rows.
         """
         if name not in self and f"{name}[0]" in self:
             wide = [f"{name}[{i}]" for i in range(len(self)) if f"{name}[{i}]" in self]
@@ -135,13 +135,13 @@ def read_columns(path: str | Path) -> Columns:
     """Reads the columns of a CSV file as text, stripped of white space, or the arrays of an NPZ file.
 
     Args:
-        path: a file that ends in .npz, or a CSV file with a header.
+        path: A file that ends in .npz, or a CSV file with a header.
 
     Returns:
         The columns by name.
 
     Raises:
-        DataError: no such file, no header, a repeated name, rows of different lengths, or a damaged file.
+        DataError: No such file, no header, a repeated name, rows of different lengths, or a damaged file.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -228,13 +228,13 @@ def refuse_missing(values: np.ndarray, name: str, columns: Columns, argument: st
     """Checks that a column has no missing value.
 
     Args:
-        values: the column, [n] or [n, k].
-        name: its name.
-        columns: the table, for the place of a row.
-        argument: the argument that names the column, for errors.
+        values: The column, [n] or [n, k].
+        name: Its name.
+        columns: The table, for the place of a row.
+        argument: The argument that names the column, for errors.
 
     Raises:
-        DataError: a missing value; the error names the column and the first such row.
+        DataError: A missing value; the error names the column and the first such row.
     """
     lost = missing(values)
     if lost.any():
@@ -252,16 +252,16 @@ def as_numbers(values: np.ndarray, name: str, columns: Columns, argument: str = 
     Text is read strictly: digits, a decimal point and an exponent. '1_0', '1,5' and 'infinity' are errors.
 
     Args:
-        values: the column, [n] or [n, k].
-        name: its name.
-        columns: the table, for the place of a row.
-        argument: the argument that names the column, for errors.
+        values: The column, [n] or [n, k].
+        name: Its name.
+        columns: The table, for the place of a row.
+        argument: The argument that names the column, for errors.
 
     Returns:
         The numbers [n, k], with k = 1 except for arrays of several columns.
 
     Raises:
-        DataError: anything that is not a number, a missing value, or whole numbers whose differences float64 cannot
+        DataError: Anything that is not a number, a missing value, or whole numbers whose differences float64 cannot
             represent. The error names column, row and value.
     """
     refuse_missing(values, name, columns, argument)
@@ -361,12 +361,12 @@ def kind_of(name: str, columns: Columns, argument: str = "features") -> str:
     """Returns what a column holds: 'number', 'truth value' or 'category'.
 
     Args:
-        name: the name of the column.
-        columns: the table.
-        argument: the argument that names the column, for errors.
+        name: The name of the column.
+        columns: The table.
+        argument: The argument that names the column, for errors.
 
     Raises:
-        DataError: a missing value, numbers beside words, decimal commas, dates, or text with a different level in most
+        DataError: A missing value, numbers beside words, decimal commas, dates, or text with a different level in most
             rows, which is not a category. Each error states the fix.
     """
     values = columns.find(name, argument)
@@ -402,16 +402,16 @@ def as_ids(values: np.ndarray, name: str, columns: Columns, argument: str) -> li
     """Returns ids or class labels without changing them.
 
     Args:
-        values: the column, [n].
-        name: its name.
-        columns: the table, for the place of a row.
-        argument: the argument that names the column, for errors.
+        values: The column, [n].
+        name: Its name.
+        columns: The table, for the place of a row.
+        argument: The argument that names the column, for errors.
 
     Returns:
         Text becomes integers if every cell is written as one, else it stays text. Other types stay as they are.
 
     Raises:
-        DataError: a missing value, or floats that are too large to distinguish ids.
+        DataError: A missing value, or floats that are too large to distinguish ids.
     """
     if values.ndim != 1:
         raise DataError(f"{argument}: column {name!r} must have one value per row, got shape {values.shape}.")

@@ -36,7 +36,7 @@ def read_posteriordb(name: str) -> Any:
         The parsed JSON.
 
     Raises:
-        DataError: no such file, or a damaged one.
+        DataError: No such file, or a damaged one.
     """
     folder = data_folder("posteriordb")
     if folder is None or not (folder / f"{name}.json.zip").is_file():
@@ -55,7 +55,7 @@ def eight_schools() -> Batch:
         x [8, 1, 2] holds (1, known standard deviation), y [8, 1, 1] the estimated effect.
 
     Raises:
-        DataError: no such file, or a damaged one.
+        DataError: No such file, or a damaged one.
     """
     table = read_posteriordb("eight_schools")
     sd = jnp.asarray(table["sigma"], float)
@@ -70,7 +70,7 @@ def eight_schools_reference() -> dict[str, np.ndarray]:
         theta [draws, 8], mu [draws] and tau [draws], under the priors mu ~ N(0, 5^2) and tau ~ |Cauchy(0, 5)|.
 
     Raises:
-        DataError: no such file, or a damaged one.
+        DataError: No such file, or a damaged one.
     """
     chains = read_posteriordb("eight_schools-eight_schools_noncentered")
     joined = {name: np.concatenate([chain[name] for chain in chains]) for name in chains[0]}
@@ -85,7 +85,7 @@ def radon_all_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         x [n, 2] (1 if above the basement, log uranium), y [n, 1] log radon, and the county [n].
 
     Raises:
-        DataError: no such file, or a damaged one.
+        DataError: No such file, or a damaged one.
     """
     table = read_posteriordb("radon_all")
     floor = np.asarray(table["floor_measure"])
@@ -99,15 +99,15 @@ def radon_all(*, standardise: bool = True, small: Literal["error", "drop"] = "dr
     """Predicts log radon in the houses of 386 counties; each county is a task.
 
     Args:
-        standardise: as in `array_tasks`.
-        small: as in `array_tasks`.
-        **options: other options of `array_tasks`.
+        standardise: As in `array_tasks`.
+        small: As in `array_tasks`.
+        **options: Other options of `array_tasks`.
 
     Returns:
         Tasks of the training, validation and test counties.
 
     Raises:
-        DataError: no such file, a damaged one, or an argument that `array_tasks` rejects.
+        DataError: No such file, a damaged one, or an argument that `array_tasks` rejects.
     """
     x, y, county = radon_all_table()
     named: dict[str, Any] = {"columns": ("floor", "log_uranium"), "names": ("log_radon", "county")} | options

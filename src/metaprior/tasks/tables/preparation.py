@@ -33,12 +33,12 @@ class Column:
     """A feature column.
 
     Attributes:
-        name: the name of the column.
+        name: The name of the column.
         kind: 'number', 'truth value', or 'category', which makes one feature per level.
-        levels: the levels of a category.
-        mean: what is subtracted from each feature.
-        deviation: what each feature is divided by.
-        constant: which features had a single value in training. The effect of another value is unknown, so such a
+        levels: The levels of a category.
+        mean: What is subtracted from each feature.
+        deviation: What each feature is divided by.
+        constant: Which features had a single value in training. The effect of another value is unknown, so such a
             feature is always 0.
     """
 
@@ -59,10 +59,10 @@ class Column:
         """Warns of numbers far from the training range, and of new values of a feature that was constant in training.
 
         Args:
-            raw: the features before scaling.
-            columns: the table, for the place of a row.
-            argument: the argument that holds the column, for the warning.
-            stacklevel: as in `warnings.warn`.
+            raw: The features before scaling.
+            columns: The table, for the place of a row.
+            argument: The argument that holds the column, for the warning.
+            stacklevel: As in `warnings.warn`.
         """
         if self.kind != "number":
             return
@@ -88,7 +88,7 @@ class Column:
         """Checks that the fields are consistent.
 
         Raises:
-            ValueError: inconsistent fields.
+            ValueError: Inconsistent fields.
         """
         _check_kind(self.name, self.kind, ("number", "truth value", "category"))
         width = {"category": len(self.levels), "truth value": 1}.get(self.kind)
@@ -107,12 +107,12 @@ class Column:
         """Returns the features of the column before scaling.
 
         Args:
-            columns: the table.
-            unknown: what happens to a level that does not occur in training. It is an 'error', or the row has none of
+            columns: The table.
+            unknown: What happens to a level that does not occur in training. It is an 'error', or the row has none of
                 the levels, with a warning ('warn') or without ('pass').
 
         Raises:
-            DataError: a column that is missing or does not fit its kind, a missing value, or an unknown level with
+            DataError: A column that is missing or does not fit its kind, a missing value, or an unknown level with
                 'error'.
         """
         values = columns.find(self.name, "features")
@@ -142,11 +142,11 @@ class Target:
     """The target column.
 
     Attributes:
-        name: the name of the column.
+        name: The name of the column.
         kind: 'number' (scaled), 'count' (not scaled) or 'class' (encoded as positions in `classes`).
-        classes: the classes.
-        mean: what is subtracted from each target.
-        deviation: what each target is divided by.
+        classes: The classes.
+        mean: What is subtracted from each target.
+        deviation: What each target is divided by.
     """
 
     name: str
@@ -159,7 +159,7 @@ class Target:
         """Checks that the fields are consistent.
 
         Raises:
-            ValueError: inconsistent fields.
+            ValueError: Inconsistent fields.
         """
         _check_kind(self.name, self.kind, ("number", "count", "class"))
         _check_scaling(self.name, self.mean, self.deviation)
@@ -171,16 +171,16 @@ class Target:
         """Encodes labels as the run did.
 
         Args:
-            values: labels [n].
-            name: the name of their column.
-            columns: the table, for the place of a row.
-            argument: the argument that holds them, for errors.
+            values: Labels [n].
+            name: The name of their column.
+            columns: The table, for the place of a row.
+            argument: The argument that holds them, for errors.
 
         Returns:
             Codes int32 [n].
 
         Raises:
-            DataError: a label that does not occur in training; the error names it and the nearest.
+            DataError: A label that does not occur in training; the error names it and the nearest.
         """
         place: dict[Hashable, int] = {str(label): code for code, label in enumerate(self.classes)}
         place |= {label: code for code, label in enumerate(self.classes)}
@@ -199,13 +199,13 @@ class Target:
         """Returns the targets before scaling.
 
         Args:
-            values: targets [n] or [n, d].
-            name: the name of their column.
-            columns: the table, for the place of a row.
-            argument: the argument that holds them, for errors.
+            values: Targets [n] or [n, d].
+            name: The name of their column.
+            columns: The table, for the place of a row.
+            argument: The argument that holds them, for errors.
 
         Raises:
-            DataError: values that are not numbers, or counts that are not whole numbers of at least 0.
+            DataError: Values that are not numbers, or counts that are not whole numbers of at least 0.
         """
         numbers = as_numbers(values, name, columns, argument)
         if self.kind == "count" and ((numbers < 0) | (numbers != np.rint(numbers))).any():
@@ -222,10 +222,10 @@ class Preparation:
     """The preparation of one table.
 
     Attributes:
-        columns: the feature columns, in the order in which a learner sees them.
-        target: the target column.
-        group: the name of the group column.
-        groups: the names of the groups of training, validation and test; None if unknown.
+        columns: The feature columns, in the order in which a learner sees them.
+        target: The target column.
+        group: The name of the group column.
+        groups: The names of the groups of training, validation and test; None if unknown.
     """
 
     columns: tuple[Column, ...]
@@ -248,20 +248,20 @@ class Preparation:
         """Fits levels and scaling on the training rows, and the kind of each column on all rows.
 
         Args:
-            columns: the feature columns and no others.
-            target: the name, kind and classes of the target.
-            goal: the raw values of the target.
-            rows: which rows belong to training groups.
-            standardise: whether to scale features and real targets to mean 0 and standard deviation 1. Counts are never
+            columns: The feature columns and no others.
+            target: The name, kind and classes of the target.
+            goal: The raw values of the target.
+            rows: Which rows belong to training groups.
+            standardise: Whether to scale features and real targets to mean 0 and standard deviation 1. Counts are never
                 scaled.
-            categories: columns that are categories although they hold numbers, dates or many levels.
+            categories: Columns that are categories although they hold numbers, dates or many levels.
             **names: `group` and `groups`.
 
         Returns:
             The preparation.
 
         Raises:
-            DataError: columns that cannot be read, or numbers that float32 cannot distinguish.
+            DataError: Columns that cannot be read, or numbers that float32 cannot distinguish.
         """
         if unknown := [name for name in categories if name not in columns]:
             columns.find(unknown[0], "categories")
@@ -293,15 +293,15 @@ class Preparation:
         """Encodes features as a learner sees them.
 
         Args:
-            columns: columns by name. Other columns than the features (group, target) are ignored.
-            strict: whether to refuse levels that do not occur in training, and to warn of numbers far outside the
+            columns: Columns by name. Other columns than the features (group, target) are ignored.
+            strict: Whether to refuse levels that do not occur in training, and to warn of numbers far outside the
                 training range. Only the held-out groups of a run's own table are encoded with False.
 
         Returns:
             Features [n, d].
 
         Raises:
-            DataError: an unknown or missing column or level (naming it and the nearest), or values that are not
+            DataError: An unknown or missing column or level (naming it and the nearest), or values that are not
                 numbers.
         """
         columns = columns if isinstance(columns, Columns) else Columns(columns)
@@ -326,16 +326,16 @@ class Preparation:
         """Encodes targets as a learner sees them.
 
         Args:
-            values: raw targets [n] or [n, d], or labels [n].
-            columns: the table, for the place of a row.
-            name: the name of their column. By default that of training.
-            strict: whether to warn of numbers far outside the training range.
+            values: Raw targets [n] or [n, d], or labels [n].
+            columns: The table, for the place of a row.
+            name: The name of their column. By default that of training.
+            strict: Whether to warn of numbers far outside the training range.
 
         Returns:
             Numbers [n, d], or class codes [n].
 
         Raises:
-            DataError: values that are not numbers, or a class that does not occur in training, naming place and value.
+            DataError: Values that are not numbers, or a class that does not occur in training, naming place and value.
         """
         values, name = np.asanyarray(values), self.target.name if name is None else name
         columns = Columns({name: values}) if columns is None else columns
@@ -355,9 +355,9 @@ class Preparation:
         """Warns of raw features and numeric targets far outside the training range.
 
         Args:
-            x: raw features, as one array with the columns in the order of training.
-            y: raw targets; None to check features only.
-            stacklevel: as in `warnings.warn`.
+            x: Raw features, as one array with the columns in the order of training.
+            y: Raw targets; None to check features only.
+            stacklevel: As in `warnings.warn`.
         """
         columns, first, deeper = Columns({"x": x}), 0, stacklevel + 1
         for column in self.columns:
@@ -372,14 +372,14 @@ class Preparation:
         The target is the column that the run was trained on, or else one of the usual names.
 
         Args:
-            columns: the columns of the file.
-            labelled: whether to return targets.
+            columns: The columns of the file.
+            labelled: Whether to return targets.
 
         Returns:
             Features [n, d], and targets if `labelled`, else None.
 
         Raises:
-            DataError: an argument that `encode` or `encode_target` rejects, or no target column.
+            DataError: An argument that `encode` or `encode_target` rejects, or no target column.
         """
         x = self.encode(columns)
         if not labelled:
@@ -396,9 +396,9 @@ class Preparation:
         """Makes tasks of the right shapes without the data of the table, for a run whose table is not available.
 
         Args:
-            shot: rows of the support.
-            query: rows of the query.
-            padded: whether support and query have weights.
+            shot: Rows of the support.
+            query: Rows of the query.
+            padded: Whether support and query have weights.
 
         Returns:
             The same source of zeros three times.
@@ -438,7 +438,7 @@ class Preparation:
             text: JSON.
 
         Raises:
-            DataError: other or damaged text.
+            DataError: Other or damaged text.
         """
         try:
             table = json.loads(text)
@@ -496,16 +496,16 @@ def target_of(
     """Returns the name, kind and classes of the target.
 
     Args:
-        goal: the raw values of the target.
-        name: its name.
-        columns: the table, for the place of a row.
-        classification: whether the target holds labels; None to decide by its type.
-        counts: whether it holds counts.
-        integers: what whole numbers are if neither is given: 'number', or 'error'.
+        goal: The raw values of the target.
+        name: Its name.
+        columns: The table, for the place of a row.
+        classification: Whether the target holds labels; None to decide by its type.
+        counts: Whether it holds counts.
+        integers: What whole numbers are if neither is given: 'number', or 'error'.
 
     Raises:
-        DataError: with 'error', a target that could hold classes or numbers; or a missing value.
-        ValueError: both `classification` and `counts`.
+        DataError: With 'error', a target that could hold classes or numbers; or a missing value.
+        ValueError: Both `classification` and `counts`.
     """
     if classification and counts:
         raise ValueError("classification and counts must not both be true, because a target holds classes or counts.")

@@ -22,10 +22,10 @@ class Scaling(NamedTuple):
     constant in training has an infinite deviation, so that a learner sees 0 for any value.
 
     Attributes:
-        x_mean: mean of each feature.
-        x_deviation: standard deviation of each feature.
-        y_mean: mean of each target.
-        y_deviation: standard deviation of each target.
+        x_mean: Mean of each feature.
+        x_deviation: Standard deviation of each feature.
+        y_mean: Mean of each target.
+        y_deviation: Standard deviation of each target.
     """
 
     x_mean: Float[np.ndarray, " d"]
@@ -62,14 +62,14 @@ def moments(values: Float[np.ndarray, "n k"], name: str) -> tuple[np.ndarray, np
     """Computes mean and standard deviation of each column.
 
     Args:
-        values: the columns, [n, k].
-        name: their name, for the error.
+        values: The columns, [n, k].
+        name: Their name, for the error.
 
     Returns:
         The means [k] and the standard deviations [k], which are 1 for a column that is constant up to rounding.
 
     Raises:
-        DataError: numbers whose mean or variance overflows.
+        DataError: Numbers whose mean or variance overflows.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         mean = values.mean(0)
@@ -90,14 +90,14 @@ def cast(
     """Casts standardised values to the type that learners use.
 
     Args:
-        scaled: standardised values, [n, k].
-        raw: the same values before scaling, for the error.
-        name: the name of the column.
-        columns: the table, for the place of a row.
-        argument: the argument that holds the column, for the error.
+        scaled: Standardised values, [n, k].
+        raw: The same values before scaling, for the error.
+        name: The name of the column.
+        columns: The table, for the place of a row.
+        argument: The argument that holds the column, for the error.
 
     Raises:
-        DataError: a value that is too large for that type, naming column, row and value.
+        DataError: A value that is too large for that type, naming column, row and value.
     """
     with np.errstate(over="ignore"):
         small = scaled.astype(jax.dtypes.canonicalize_dtype(float))
@@ -120,15 +120,15 @@ def check_digits(
     The median rounding error of the values that a learner sees is compared with the range of the middle 80 %.
 
     Args:
-        raw: values before scaling, [n, k].
-        mean: what is subtracted, [k].
-        deviation: what is divided by, [k].
-        names: the name of each column.
-        columns: the table, for the place of a row.
-        argument: the argument that holds the columns, for the error.
+        raw: Values before scaling, [n, k].
+        mean: What is subtracted, [k].
+        deviation: What is divided by, [k].
+        names: The name of each column.
+        columns: The table, for the place of a row.
+        argument: The argument that holds the columns, for the error.
 
     Raises:
-        DataError: a column whose rows float32 cannot distinguish, naming it and its most extreme value.
+        DataError: A column whose rows float32 cannot distinguish, naming it and its most extreme value.
     """
     for at, name in enumerate(names):
         values = raw[:, at]

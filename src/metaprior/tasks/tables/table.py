@@ -50,30 +50,30 @@ def table(
     are never read as floats. They are integers if every cell is written as one, else text, so 007 and 7 are two groups.
 
     Args:
-        path: a file, or 'sleepstudy', 'radon', 'exam' or 'hsb82', which are read from METAPRIOR_DATA/grouped_tables.
-        target: the target column. By default that of the named table.
-        group: the group column. By default that of the named table.
-        features: the feature columns. By default those of the named table, else all other columns.
-        categories: features that are categories although they hold numbers, dates or many levels.
-        standardise: whether to scale features and real targets to mean 0 and standard deviation 1 over the training
+        path: A file, or 'sleepstudy', 'radon', 'exam' or 'hsb82', which are read from METAPRIOR_DATA/grouped_tables.
+        target: The target column. By default that of the named table.
+        group: The group column. By default that of the named table.
+        features: The feature columns. By default those of the named table, else all other columns.
+        categories: Features that are categories although they hold numbers, dates or many levels.
+        standardise: Whether to scale features and real targets to mean 0 and standard deviation 1 over the training
             groups. Counts are never scaled.
-        shot: as in `array_tasks`.
-        query: as in `array_tasks`.
-        test_query: as in `array_tasks`.
-        split: as in `array_tasks`.
-        seed: as in `array_tasks`.
-        ragged: as in `array_tasks`.
-        small: as in `array_tasks`.
-        classification: whether the target holds classes. By default it does if it is text or truth values. A recipe
+        shot: As in `array_tasks`.
+        query: As in `array_tasks`.
+        test_query: As in `array_tasks`.
+        split: As in `array_tasks`.
+        seed: As in `array_tasks`.
+        ragged: As in `array_tasks`.
+        small: As in `array_tasks`.
+        classification: Whether the target holds classes. By default it does if it is text or truth values. A recipe
             sets it by its likelihood.
-        counts: whether the target holds counts. A recipe sets it by its likelihood.
-        preparation: the preparation of an earlier run. By default one is fitted here.
+        counts: Whether the target holds counts. A recipe sets it by its likelihood.
+        preparation: The preparation of an earlier run. By default one is fitted here.
 
     Returns:
         Tasks of the training, validation and test groups.
 
     Raises:
-        DataError: a column that does not exist, or an argument that `read_columns` or `array_tasks` rejects.
+        DataError: A column that does not exist, or an argument that `read_columns` or `array_tasks` rejects.
     """
     file = Path(path)
     if str(path) in NAMED:

@@ -38,8 +38,8 @@ class Window:
     """Encodes sentences with one blank as rows of numbers; the blank is in the middle.
 
     Attributes:
-        numbers: the number of each known word.
-        reach: the number of words before the blank, and after it. A row has length 2 * reach + 1.
+        numbers: The number of each known word.
+        reach: The number of words before the blank, and after it. A row has length 2 * reach + 1.
     """
 
     numbers: dict[str, int]
@@ -49,13 +49,13 @@ class Window:
         """Encodes texts.
 
         Args:
-            texts: texts with one blank each, written as two or more underscores.
+            texts: Texts with one blank each, written as two or more underscores.
 
         Returns:
             One row per text, int32 [n, 2 * reach + 1].
 
         Raises:
-            DataError: a text without a blank, or with more than one.
+            DataError: A text without a blank, or with more than one.
         """
         rows = []
         for i, text in enumerate(texts):
@@ -74,18 +74,18 @@ class ClozePool:
     """Episodes of `way` words with `shot` support and `query` query sentences per word, in which the word is blank.
 
     Attributes:
-        words: the whole text, as positions in the vocabulary.
-        sentences: the number of the sentence of each word of the text.
-        shown: the number that a network sees for each word of the vocabulary.
-        places: the positions in the text of the words that can be blank, sorted by word.
-        starts: the first place of each word of this split. Word i occurs at places[starts[i] : starts[i] + counts[i]],
+        words: The whole text, as positions in the vocabulary.
+        sentences: The number of the sentence of each word of the text.
+        shown: The number that a network sees for each word of the vocabulary.
+        places: The positions in the text of the words that can be blank, sorted by word.
+        starts: The first place of each word of this split. Word i occurs at places[starts[i] : starts[i] + counts[i]],
             each time in another sentence.
-        counts: the number of places of each word.
-        encode: encodes the user's sentences.
-        way: words per task.
-        shot: support sentences per word.
-        query: query sentences per word.
-        own_labels: whether a label is the number of the word in this split instead of its place in the task.
+        counts: The number of places of each word.
+        encode: Encodes the user's sentences.
+        way: Words per task.
+        shot: Support sentences per word.
+        query: Query sentences per word.
+        own_labels: Whether a label is the number of the word in this split instead of its place in the task.
     """
 
     words: Int[Array, " total"]
@@ -154,30 +154,30 @@ def cloze(
     sentence of the test occurs in training.
 
     Args:
-        path: a text file in UTF-8 (.txt, or a compressed .xz or .gz). By default
+        path: A text file in UTF-8 (.txt, or a compressed .xz or .gz). By default
             METAPRIOR_DATA/text/warandpeace.txt.xz. Of a Project Gutenberg file, only the book is read.
-        way: words per task.
-        shot: support sentences per word.
-        query: query sentences per word in training.
-        test_query: query sentences per word in validation and test.
-        train_way: words per task in training. By default `way`.
-        train_labels: as in `images`.
-        split: the fractions of the words for training, validation and test.
-        sentence_split: the fractions of the sentences, which are divided in blocks of 100.
-        hide: whether the words of validation and test are unknown as context, too. If False, they are known as context,
+        way: Words per task.
+        shot: Support sentences per word.
+        query: Query sentences per word in training.
+        test_query: Query sentences per word in validation and test.
+        train_way: Words per task in training. By default `way`.
+        train_labels: As in `images`.
+        split: The fractions of the words for training, validation and test.
+        sentence_split: The fractions of the sentences, which are divided in blocks of 100.
+        hide: Whether the words of validation and test are unknown as context, too. If False, they are known as context,
             but are never blank in training.
-        seed: the seed of both divisions.
-        least: the number of sentences of its part that a word must occur in (at least shot + query). With the same
+        seed: The seed of both divisions.
+        least: The number of sentences of its part that a word must occur in (at least shot + query). With the same
             value, tasks of different shots can have the same words.
-        vocabulary: the number of words that are known as context, the most frequent ones of the training sentences.
-        reach: the number of words that are visible before the blank, and after it.
+        vocabulary: The number of words that are known as context, the most frequent ones of the training sentences.
+        reach: The number of words that are visible before the blank, and after it.
 
     Returns:
         Tasks of the training, validation and test words.
 
     Raises:
-        DataError: no such file, or a text with too few repeated words for a task.
-        ValueError: options out of range.
+        DataError: No such file, or a text with too few repeated words for a task.
+        ValueError: Options out of range.
     """
     train_way = way if train_way is None else train_way
     if train_labels not in ("task", "class"):

@@ -20,8 +20,8 @@ class Texts(NamedTuple):
     """Texts and their labels.
 
     Attributes:
-        texts: the texts.
-        labels: the label of each text; None if the file has no labels.
+        texts: The texts.
+        labels: The label of each text; None if the file has no labels.
     """
 
     texts: list[str]
@@ -32,19 +32,19 @@ def read_texts(path: str | Path, *, text: str | None = None, label: str | None =
     """Reads texts and their labels; white space around a label is ignored.
 
     Args:
-        path: a CSV or TSV file with a header. Or a JSON file: a list of objects, a list of [text, label] pairs, an
+        path: A CSV or TSV file with a header. Or a JSON file: a list of objects, a list of [text, label] pairs, an
             object with a list of texts per label, or an object with a list of such pairs per part. Or a file of JSON
             lines. Or a text file with one text per line, which has no labels. Or a folder of class folders of text
             files, or of text files that are named by class and have one text per line. Files may end in .xz or .gz.
-        text: the column (or key of the objects) of the texts. By default the first that exists of the usual names.
-        label: the column (or key of the objects) of the labels. By default the first that exists of the usual names.
-        labelled: whether labels are required.
+        text: The column (or key of the objects) of the texts. By default the first that exists of the usual names.
+        label: The column (or key of the objects) of the labels. By default the first that exists of the usual names.
+        labelled: Whether labels are required.
 
     Returns:
         The texts and labels.
 
     Raises:
-        DataError: no such file, no texts, unknown columns (naming those that exist), an empty text or label, or a label
+        DataError: No such file, no texts, unknown columns (naming those that exist), an empty text or label, or a label
             that is text in one row and a number in another.
     """
     path = Path(path).expanduser()

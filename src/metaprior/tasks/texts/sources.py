@@ -32,16 +32,16 @@ class TextPool:
     """Episodes of `way` classes with `shot` support and `query` query texts per class; a text is a row of its n-grams.
 
     Attributes:
-        grams: the n-grams of all texts, sorted by class; the splits share this array.
-        classes: the numbers of the classes of this source.
-        starts: the first text of each class. The texts of class i are grams[starts[i] : starts[i] + counts[i]].
-        counts: the number of texts of each class.
-        outside: texts that belong to no class, to be distinguished from the others; None if there are none.
-        encode: encodes the user's texts.
-        way: classes per task.
-        shot: support texts per class.
-        query: query texts per class.
-        own_labels: whether a label is the number of the class in this split instead of its place in the task.
+        grams: The n-grams of all texts, sorted by class; the splits share this array.
+        classes: The numbers of the classes of this source.
+        starts: The first text of each class. The texts of class i are grams[starts[i] : starts[i] + counts[i]].
+        counts: The number of texts of each class.
+        outside: Texts that belong to no class, to be distinguished from the others; None if there are none.
+        encode: Encodes the user's texts.
+        way: Classes per task.
+        shot: Support texts per class.
+        query: Query texts per class.
+        own_labels: Whether a label is the number of the class in this split instead of its place in the task.
     """
 
     grams: Int[Array, "total length"]
@@ -95,30 +95,30 @@ def text_splits(
     """Makes pools of texts, which are encoded once and then cached.
 
     Args:
-        name: a readable prefix of the name in the cache.
-        origin: what identifies the texts, as JSON. Other texts must have another value.
-        read: reads the texts.
-        outside: as in `texts`.
-        drop_small: as in `texts`.
-        way: classes per task.
-        shot: support texts per class.
-        query: query texts per class in training.
-        test_query: query texts per class in validation and test.
-        train_way: as in `images`.
-        train_labels: as in `images`.
-        split: how classes are assigned: three fractions, three lists of labels, or a table of 'train', 'validation' and
+        name: A readable prefix of the name in the cache.
+        origin: What identifies the texts, as JSON. Other texts must have another value.
+        read: Reads the texts.
+        outside: As in `texts`.
+        drop_small: As in `texts`.
+        way: Classes per task.
+        shot: Support texts per class.
+        query: Query texts per class in training.
+        test_query: Query texts per class in validation and test.
+        train_way: As in `images`.
+        train_labels: As in `images`.
+        split: How classes are assigned: three fractions, three lists of labels, or a table of 'train', 'validation' and
             'test'.
-        seed: the seed of the random assignment.
-        words: as in `Hashing`.
-        characters: as in `Hashing`.
-        length: as in `Hashing`.
+        seed: The seed of the random assignment.
+        words: As in `Hashing`.
+        characters: As in `Hashing`.
+        length: As in `Hashing`.
 
     Returns:
         Tasks of the training, validation and test classes.
 
     Raises:
-        DataError: unknown labels, or too few classes or texts.
-        ValueError: options out of range.
+        DataError: Unknown labels, or too few classes or texts.
+        ValueError: Options out of range.
     """
     train_way = way if train_way is None else train_way
     if train_labels not in ("task", "class"):
@@ -160,19 +160,19 @@ def texts(
     once. Later calls memory-map them from the cache.
 
     Args:
-        path: a CSV, TSV or JSON file, or a folder by class; see `read_texts`.
-        text: the column of the texts; see `read_texts`.
-        label: the column of the labels; see `read_texts`.
-        outside: the label of texts that belong to no class. Half of them go to validation and half to test.
-        drop_small: whether to leave out classes of fewer than shot + query texts instead of raising an error.
-        **options: options of `text_splits`, from `way` on.
+        path: A CSV, TSV or JSON file, or a folder by class; see `read_texts`.
+        text: The column of the texts; see `read_texts`.
+        label: The column of the labels; see `read_texts`.
+        outside: The label of texts that belong to no class. Half of them go to validation and half to test.
+        drop_small: Whether to leave out classes of fewer than shot + query texts instead of raising an error.
+        **options: Options of `text_splits`, from `way` on.
 
     Returns:
         Tasks of the training, validation and test classes.
 
     Raises:
-        DataError: nothing to read, unknown columns or labels, or too few classes or texts.
-        ValueError: options out of range.
+        DataError: Nothing to read, unknown columns or labels, or too few classes or texts.
+        ValueError: Options out of range.
     """
     if not Path(path).expanduser().exists():
         raise DataError(f"path must be a CSV or JSON file, or a folder by class, got {path}, which does not exist.")
@@ -188,14 +188,14 @@ def clinc150(*, path: str | Path | None = None, **options: Any) -> Splits:
     The utterances out of scope are `outside` of validation and test, half each, at random.
 
     Args:
-        path: the official data_full.json. By default METAPRIOR_DATA/text/clinc150_full.json.xz.
-        **options: options of `text_splits`, from `way` on.
+        path: The official data_full.json. By default METAPRIOR_DATA/text/clinc150_full.json.xz.
+        **options: Options of `text_splits`, from `way` on.
 
     Returns:
         Tasks of the training, validation and test intents.
 
     Raises:
-        DataError: no such file, or an argument that `texts` rejects.
+        DataError: No such file, or an argument that `texts` rejects.
 
     References:
         Larson et al. 2019 (CC BY 3.0).
@@ -209,14 +209,14 @@ def banking77(*, path: str | Path | None = None, **options: Any) -> Splits:
     """Makes tasks of Banking77: 77 intents of a bank's customers, 13,083 utterances.
 
     Args:
-        path: one CSV file with text and category. By default METAPRIOR_DATA/text/banking77_{train,test}.csv.xz.
-        **options: options of `text_splits`, from `way` on.
+        path: One CSV file with text and category. By default METAPRIOR_DATA/text/banking77_{train,test}.csv.xz.
+        **options: Options of `text_splits`, from `way` on.
 
     Returns:
         Tasks of the training, validation and test intents.
 
     Raises:
-        DataError: no such file, or an argument that `texts` rejects.
+        DataError: No such file, or an argument that `texts` rejects.
 
     References:
         Casanueva et al. 2020 (CC BY 4.0).

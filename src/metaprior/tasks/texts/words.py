@@ -28,10 +28,10 @@ def read_text(path: str | Path) -> str:
     """Reads a text file in UTF-8, which may be compressed (.xz or .gz).
 
     Args:
-        path: the file.
+        path: The file.
 
     Raises:
-        DataError: no such file, a folder, a damaged archive, or another encoding.
+        DataError: No such file, a folder, a damaged archive, or another encoding.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -63,8 +63,8 @@ def rows_of_numbers(lists: Sequence[Sequence[int]], length: int) -> Int[np.ndarr
     """Returns lists as rows of one length; longer lists are cut, shorter ones are filled with 0.
 
     Args:
-        lists: lists of integers.
-        length: the length of a row.
+        lists: Lists of integers.
+        length: The length of a row.
     """
     rows = np.zeros((len(lists), length), np.int32)
     for row, numbers in zip(rows, lists, strict=True):
@@ -77,10 +77,10 @@ class Hashing:
     """Encodes a text as the set of its n-grams, each a number from 1 to 2^31 - 1 (a CRC-32).
 
     Attributes:
-        words: the largest n of the word n-grams, which start with single words.
-        characters: the smallest and largest n of the character n-grams of each word, whose ends are marked (Bojanowski
+        words: The largest n of the word n-grams, which start with single words.
+        characters: The smallest and largest n of the character n-grams of each word, whose ends are marked (Bojanowski
             et al. 2017); (0, 0) for none.
-        length: the largest number of n-grams per text. Those that come last, the longest character n-grams, are cut.
+        length: The largest number of n-grams per text. Those that come last, the longest character n-grams, are cut.
     """
 
     words: int = 2
@@ -91,7 +91,7 @@ class Hashing:
         """Checks the fields.
 
         Raises:
-            ValueError: a field out of range.
+            ValueError: A field out of range.
         """
         check_count("words", self.words)
         check_count("length", self.length)
@@ -114,7 +114,7 @@ class Hashing:
         """Encodes texts.
 
         Args:
-            texts: the texts.
+            texts: The texts.
 
         Returns:
             One row of numbers per text, filled with 0, int32 [n, length].
