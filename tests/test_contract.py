@@ -403,7 +403,7 @@ def test_bad_input_is_named(name):
         case = problem(name)
         tasks, params = case.start
         support = first(tasks).support
-        with pytest.raises(ValueError, match="y: the outputs predict"):
+        with pytest.raises(ValueError, match="y must have shape"):
             case.learner.adapt(params, support._replace(y=support.y[:, 0]), jax.random.key(0))
 
 

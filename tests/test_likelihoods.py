@@ -104,7 +104,7 @@ def test_epistemic_variance_widens_and_softens():
 
 
 def test_wrong_shapes_say_what_is_needed():
-    with pytest.raises(ValueError, match="one column an output"):
+    with pytest.raises(ValueError, match="one column per output"):
         Gaussian().nll(jnp.zeros((3, 1)), jnp.zeros(3))
     with pytest.raises(ValueError, match="even number"):
         Gaussian(None).nll(jnp.zeros((3, 1)), jnp.zeros((3, 1)))
@@ -176,14 +176,19 @@ def test_an_uncertain_log_sd_or_log_rate_is_integrated_out(variance):
 
 
 BAD_TARGETS = {
-    "a label too high": (Categorical(), jnp.zeros((2, 3)), [0, 3], "label 3 is not one of the 3 classes"),
-    "a hidden label": (Categorical(), jnp.zeros((2, 3)), [0, -1], "label -1 is not one"),
-    "a label between": (Categorical(), jnp.zeros((2, 3)), [0, 1.5], "label 1.5 is not one"),
-    "a third of two": (Bernoulli(), jnp.zeros((2, 1)), [0, 2], "label 2 is not one of the 2"),
-    "a negative count": (Poisson(), jnp.zeros((2, 1)), [[0.0], [-1.0]], "-1.0 is not a count"),
-    "half a count": (Poisson(), jnp.zeros((2, 1)), [[0.0], [0.5]], "0.5 is not a count"),
-    "a target that is NaN": (Gaussian(), jnp.zeros((2, 1)), [[0.0], [np.nan]], "nan is not a finite"),
-    "a target without bound": (Gaussian(None), jnp.zeros((2, 2)), [[0.0], [np.inf]], "inf is not a finite"),
+    "a label too high": (Categorical(), jnp.zeros((2, 3)), [0, 3], "labels of the 3 classes 0..2, got 3"),
+    "a hidden label": (Categorical(), jnp.zeros((2, 3)), [0, -1], "0..2, got -1"),
+    "a label between": (Categorical(), jnp.zeros((2, 3)), [0, 1.5], "0..2, got 1.5"),
+    "a third of two": (Bernoulli(), jnp.zeros((2, 1)), [0, 2], "labels of the 2 classes 0..1, got 2"),
+    "a negative count": (Poisson(), jnp.zeros((2, 1)), [[0.0], [-1.0]], "at least 0, got -1.0"),
+    "half a count": (Poisson(), jnp.zeros((2, 1)), [[0.0], [0.5]], "at least 0, got 0.5"),
+    "a target that is NaN": (Gaussian(), jnp.zeros((2, 1)), [[0.0], [np.nan]], "must hold finite numbers, got nan"),
+    "a target without bound": (
+        Gaussian(None),
+        jnp.zeros((2, 2)),
+        [[0.0], [np.inf]],
+        "must hold finite numbers, got inf",
+    ),
 }
 
 
@@ -205,7 +210,7 @@ def test_impossible_targets_are_errors_or_nan_in_compiled_code(case):
 def test_targets_of_another_shape_are_not_broadcast(likelihood):
     mixture = likelihood.predictive(jnp.zeros((1, 3, 1)))
     for call in (lambda y: likelihood.nll(jnp.zeros((3, 1)), y), mixture.log_prob, mixture.cdf):
-        with pytest.raises(ValueError, match="one column an output"):
+        with pytest.raises(ValueError, match="one column per output"):
             call(jnp.zeros(3))
     with pytest.raises(ValueError, match="labels of shape"):
         Categorical().nll(jnp.zeros((3, 2)), jnp.zeros((3, 1), int))

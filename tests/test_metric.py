@@ -348,7 +348,7 @@ def test_a_label_beyond_the_ways_is_no_small_loss():
     params = learner.init(KEY, TASK)
     beyond = TASK._replace(query=TASK.query._replace(y=TASK.query.y.at[0].set(WAY)))
     assert jnp.isnan(jax.jit(learner.loss)(params, beyond, KEY)[0])
-    with pytest.raises(ValueError, match=f"label {WAY} is not one of the {WAY} classes"):
+    with pytest.raises(ValueError, match=f"labels of the {WAY} classes 0..{WAY - 1}, got {WAY}"):
         learner.loss(params, beyond, KEY)
     padding = beyond.query._replace(weight=jnp.array([0.0, 1, 1, 1, 1]))
     rest = jax.tree.map(lambda leaf: leaf[1:], TASK.query)

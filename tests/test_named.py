@@ -71,7 +71,7 @@ def test_entry_points_are_found_when_a_name_is_not_known(monkeypatch):
     assert build(recipe).learner.path is not None
     points["metaprior.networks"] = [EntryPoint("broken", "test_named:nothing", "metaprior.networks")]
     NETWORKS._searched = False
-    with pytest.raises(ValueError, match="network broken: cannot be had from test_named:nothing"):
+    with pytest.raises(ValueError, match="network broken: cannot be loaded from test_named:nothing"):
         NETWORKS.discovered()
 
 
@@ -80,10 +80,10 @@ def test_entry_points_are_found_when_a_name_is_not_known(monkeypatch):
     ("given", "told"),
     [
         (("lerner", "slow", slow), "did you mean 'learner'"),
-        (("learner", "maml", slow), "there is a learner 'maml' already"),
+        (("learner", "maml", slow), "name must be new, got 'maml'"),
         (("learner", "slow", own_network), r"must take \(model, likelihood, \*, ...\), got \(width, ...\)"),
         (("network", "", own_network), "name must be text"),
-        (("network", "own", 3), "needs a function that makes one, got 3"),
+        (("network", "own", 3), "must be a function that makes one, got 3"),
     ],
 )
 def test_what_cannot_be_registered_is_named(given, told):

@@ -176,7 +176,7 @@ def test_a_private_folder_is_this_users_alone(tmp_path, monkeypatch):
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    with pytest.warns(UserWarning, match=r"native-\d+ is not a folder of this user's"):
+    with pytest.warns(UserWarning, match=r"native-\d+ is not a folder of this user"):
         assert private_folder("native") is None
     monkeypatch.setenv("METAPRIOR_CACHE", str(SOURCE / "below a file"))
     with pytest.warns(UserWarning, match="cannot be used"):

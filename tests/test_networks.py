@@ -153,7 +153,7 @@ def test_running_statistics_mean_the_same_in_training_evaluation_and_calibration
     np.testing.assert_allclose(warm, jax.nn.softmax(jnp.log(plain) / 2), rtol=1e-4)
     for judge in (evaluate, calibrate_softmax):
         for unsettled in (learner, temperature_scaled(learner, 2.0)):
-            with pytest.raises(ValueError, match=r"have not been gathered. Use learner = mp.settled\("):
+            with pytest.raises(ValueError, match=r"have not been computed. Use learner = mp.settled\("):
                 judge(unsettled, fitted.params, pool, KEY, tasks=2)
 
 
@@ -300,7 +300,7 @@ def test_a_network_without_calls_says_so():
     plain = small()
     model = Model(plain.init, lambda params, x: plain.apply(params, x))
     learner = make_learner("maml", model, Categorical(), posterior=laplace(curvature="kfac"))
-    with pytest.raises(ValueError, match=r"takes no `Call`.*curvature='dual'"):
+    with pytest.raises(ValueError, match=r"model must take a `Call`.*curvature='dual'"):
         learner.adapt(learner.init(KEY, TASK), TASK.support, KEY)
     learner = make_learner("amortized_bml", model, Categorical(), local=True)
     with pytest.raises(ValueError, match="local: needs a network that takes"):

@@ -124,9 +124,9 @@ WEIGHTS: dict[str, tuple[Callable[[Batch], Batch], tuple[str, ...]]] = {
     "weight text": (becomes("weight", lambda w: w.astype(str)), ("weight must be numbers",)),
 }
 LABELS: dict[str, tuple[Callable[[Batch], Batch], tuple[str, ...]]] = {
-    "label out of range": (changed("y", WAY), ("label 3", "classes 0..2")),
-    "label not whole": (changed("y", 0.5), ("label 0.5", "classes 0..2")),
-    "label nan": (changed("y", np.nan), ("label nan", "classes 0..2")),
+    "label out of range": (changed("y", WAY), ("labels", "classes 0..2, got 3")),
+    "label not whole": (changed("y", 0.5), ("got 0.5", "classes 0..2")),
+    "label nan": (changed("y", np.nan), ("got nan", "classes 0..2")),
     "labels text": (becomes("y", lambda y: np.array(list("abc"))[y]), ("y must be numbers", "encode_labels")),
     "labels objects": (becomes("y", lambda y: np.array(["a", 1, None], object)[y]), ("y must be numbers",)),
     "labels one-hot": (becomes("y", lambda y: np.eye(WAY)[y]), ("shape (6,)", "(6, 3)")),
@@ -134,8 +134,8 @@ LABELS: dict[str, tuple[Callable[[Batch], Batch], tuple[str, ...]]] = {
     "labels short": (becomes("y", lambda y: y[:4]), ("y", "6", "4")),
 }
 TARGETS: dict[str, tuple[Callable[[Batch], Batch], tuple[str, ...]]] = {
-    "target nan": (changed("y", np.nan), ("nan is not a finite number",)),
-    "target inf": (changed("y", np.inf), ("inf is not a finite number",)),
+    "target nan": (changed("y", np.nan), ("must hold finite numbers, got nan",)),
+    "target inf": (changed("y", np.inf), ("must hold finite numbers, got inf",)),
     "targets text": (becomes("y", lambda y: y.astype(str)), ("y must be numbers",)),
     "targets flat": (becomes("y", lambda y: y[:, 0]), ("shape (6, 1)", "(6,)")),
     "targets wide": (becomes("y", lambda y: np.repeat(y, 2, 1)), ("shape (6, 1)", "(6, 2)")),

@@ -1,1 +1,1 @@
-"""What everything else stands on: the types of tasks and learners, likelihoods, options, files, devices."""
+"""The foundation of the library: the types of tasks and learners, likelihoods, options, files and devices."""

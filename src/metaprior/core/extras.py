@@ -1,9 +1,9 @@
-"""Libraries that only a part of the package needs: an extra installs them, and an error names it where one is missing.
+"""Optional libraries: an extra installs them, and the error for a missing one names the extra.
 
     with extra("plots", "A picture"):
         from matplotlib.figure import Figure
 
-The base dependencies are imported as usual. `tests/test_imports.py` checks that nothing else is.
+The base dependencies are imported as usual. `tests/test_imports.py` checks that no other library is.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ class MissingExtra(ImportError):
 
 @contextmanager
 def extra(name: str, purpose: str) -> Iterator[None]:
-    """Around imports of libraries that an extra installs.
+    """Context manager for imports of libraries that an extra installs.
 
     Args:
-        name: the extra in pyproject.toml, such as "plots".
-        purpose: what needs the libraries, as the message begins with it.
+        name: The extra in pyproject.toml, e.g. "plots".
+        purpose: What needs the libraries: the first words of the message.
 
     Raises:
-        MissingExtra: an import failed: "A picture needs the extra `plots` (No module named 'matplotlib'): ...".
+        MissingExtra: An import failed: "A picture needs the extra `plots` (No module named 'matplotlib'): ...".
     """
     try:
         yield

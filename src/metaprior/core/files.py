@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside and renamed, locked by one process, errors told in a sentence."""
+"""Atomic writes of files, locks between processes, and errors of the file system in one sentence."""
 
 import errno
 import hashlib
@@ -32,7 +32,12 @@ ADVICE = {
 
 
 def explained(error: OSError, path: Path | str | None = None) -> str:
-    """One sentence: the path, what the system says, and what to do about it."""
+    """Describes an error of the file system in one sentence: the path, the system's message, and what to do.
+
+    Args:
+        error: The error.
+        path: The path; None takes that of the error.
+    """
     where = path if path is not None else error.filename
     said = error.strerror or str(error) or type(error).__name__
     advice = ADVICE.get(error.errno or 0)
@@ -41,16 +46,20 @@ def explained(error: OSError, path: Path | str | None = None) -> str:
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A path to write to in the same folder; it becomes `path` if the block ends well, and is removed if it does not.
+    """Context manager for an atomic write: yields a path in the same folder to write to.
 
-    Readers see the old file or the new one. Both the content and the name have reached the disk at the end. A device or
-    a pipe, such as /dev/stdout, is written to as it is; a link's target is what is replaced.
+    If the block succeeds, the new file replaces `path`; otherwise it is removed. Readers see the old file or the new
+    one. At the end, both the content and the name have reached the disk. A device or a pipe, such as /dev/stdout, is
+    written to directly. For a link, its target is replaced.
+
+    Args:
+        path: The file to write.
     """
     if path.exists() and not path.is_file():
         yield path
         return
     path = path.resolve() if path.is_symlink() else path
-    # Short, so that any name that the file system takes for `path` can be written this way.
+    # A short name, so that it is valid in the file system whenever that of `path` is.
     partial = path.with_name(f"{partial_prefix()}{uuid.uuid4().hex[:8]}{path.suffix}")
     remove_partials(path.parent)
     try:
@@ -59,7 +68,7 @@ def beside(path: Path) -> Iterator[Path]:
         partial.replace(path)
         sync(path.parent)
     except OSError as error:
-        error.filename = str(path)  # not of the file beside it, nor none at all
+        error.filename = str(path)  # instead of the temporary file, or no file
         raise
     finally:
         with suppress(OSError):
@@ -67,17 +76,21 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def _mark() -> str:
-    """How the names of this machine's partial files start; a folder may be shared by several."""
+    """Returns the first part of the names of this machine's partial files. Several machines may share a folder."""
     return f".partial-{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]}-"
 
 
 def partial_prefix() -> str:
-    """How the names of this process's partial files and folders start (see `remove_partials`)."""
+    """Returns the first part of the names of this process's partial files and folders (see `remove_partials`)."""
     return f"{_mark()}{os.getpid()}-"
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what processes of this machine were writing in a folder when they were killed."""
+    """Removes the partial files that killed processes of this machine left in a folder.
+
+    Args:
+        folder: The folder.
+    """
     for partial in folder.glob(f"{_mark()}*"):
         if not _alive(partial.name.removeprefix(_mark()).partition("-")[0]):
             with suppress(OSError):
@@ -85,27 +98,45 @@ def remove_partials(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text whole or not at all (see `beside`)."""
+    """Writes a text atomically (see `beside`).
+
+    Args:
+        path: The file.
+        text: Its content.
+    """
     with beside(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """Have the disk keep a file's content, or a folder's names, before going on."""
+    """Waits until a file's content, or a folder's names, have reached the disk.
+
+    Args:
+        path: The file or folder.
+    """
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system does not support it
             raise
     finally:
         os.close(opened)
 
 
 def check_output(path: Path, option: str, file: bool = False) -> None:
-    """Raise a ValueError, before any work, where a folder (or a file) cannot be made or written to; makes nothing."""
+    """Checks, before any work, that a folder or a file can be created and written to. It creates nothing.
+
+    Args:
+        path: The folder or file.
+        option: The option that names it, for the message.
+        file: Whether it is a file.
+
+    Raises:
+        ValueError: It cannot be created or written to.
+    """
     try:
         if path.exists() and path.is_dir() == file:
             raise OSError(errno.EISDIR if file else errno.ENOTDIR, os.strerror(errno.EISDIR if file else errno.ENOTDIR))
@@ -127,17 +158,23 @@ class Locked(ValueError):
 
 
 class Lock:
-    """One process at a time: the system's lock on a file, which ends with the process that holds it.
+    """The system's lock on a file, for one process at a time. It ends with the process that holds it.
 
-    The file also says who holds it, for messages. Where the file system has no locks (some network file systems), this
-    text decides: a holder on this machine counts while its process is alive, one on another machine until the file is
-    deleted.
-
-    Raises:
-        Locked: naming the process and the machine that hold it.
+    The file's text names its holder, for messages. If the file system has no locks (some network file systems), the
+    text decides: a holder on this machine counts while its process is alive, and a holder on another machine counts
+    until the file is deleted.
     """
 
     def __init__(self, path: Path, what: str):
+        """Takes the lock.
+
+        Args:
+            path: The file, which is created if needed.
+            what: What is locked: the first words of the message.
+
+        Raises:
+            Locked: Another process holds it. The message names the process and its machine.
+        """
         self._pid = os.getpid()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         try:
@@ -167,9 +204,9 @@ class Lock:
         os.write(self._file, f"{os.getpid()} {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
-        """Let others have it; again is harmless."""
+        """Releases the lock. Further calls do nothing."""
         if self._file is not None:
-            if self._pid == os.getpid():  # a forked child leaves the text to its parent
+            if self._pid == os.getpid():  # a forked child must not erase its parent's text
                 with suppress(OSError):
                     os.ftruncate(self._file, 0)
             os.close(self._file)
@@ -182,7 +219,7 @@ class Lock:
 
 def _alive(pid: str) -> bool:
     if os.name == "nt":
-        return True  # where asking would end it
+        return True  # on Windows, os.kill would end the process
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, ValueError):

@@ -1,6 +1,6 @@
-"""Expectations under Gaussian outputs that predictives need: of a sigmoid, of a softmax, of an exponential.
+"""Expectations under Gaussian outputs, for predictives: of a sigmoid, a softmax and an exponential.
 
-Deterministic, so that the same posterior gives the same predictive, and differentiable, also at variance 0.
+They are deterministic, so that the same posterior gives the same predictive, and differentiable, also at variance 0.
 """
 
 from math import pi
@@ -16,27 +16,35 @@ from jaxtyping import Array, Float
 SLICES = 32
 LEVELS = 64
 GUMBEL_VARIANCE, LOGISTIC_VARIANCE = pi**2 / 6, pi**2 / 3
-WIDEST_SOFTMAX, WIDEST_SIGMOID = 5.0**2, 8.0**2  # variances up to which the quadratures resolve the noise
+WIDEST_SOFTMAX, WIDEST_SIGMOID = 5.0**2, 8.0**2  # the largest variances that the quadratures resolve
 
 
 def _hermite(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and log weights of E h(z), z ~ N(0, 1), exact for polynomials up to degree 2 n - 1."""
+    """Returns nodes and log weights for E h(z), z ~ N(0, 1), exact for polynomials up to degree 2 n - 1."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(n)
     kept = weights > 1e-30
     return nodes[kept], np.log(weights[kept] / weights.sum())
 
 
 def standard_deviation(variance: Float[Array, "..."]) -> Float[Array, "..."]:
-    """sqrt(max(variance, 0)), whose derivative at 0 is 0 and not infinite."""
+    """Computes sqrt(max(variance, 0)) with a derivative of 0 at 0, where that of sqrt is infinite.
+
+    Args:
+        variance: Array of any shape.
+    """
     positive = variance > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
 
 
 def log_sigmoid_mean(mean: Float[Array, "..."], variance: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log E sigmoid(d) for d ~ N(mean, variance), by Gauss-Hermite quadrature; within 0.002 of the probability.
+    """Computes log E sigmoid(d) for d ~ N(mean, variance) by Gauss-Hermite quadrature.
 
-    Above a variance of 64 the sigmoid is almost a step: mean and variance are scaled down so that
-    mean / sqrt(variance + pi^2/3) stays.
+    The error of the probability is below 0.002. Above a variance of 64 the sigmoid is almost a step relative to the
+    noise: mean and variance are then scaled down so that mean / sqrt(variance + pi^2/3) does not change.
+
+    Args:
+        mean: Means, of any shape.
+        variance: Variances, of the same shape.
     """
     ratio = jnp.minimum(1, (WIDEST_SIGMOID + LOGISTIC_VARIANCE) / (variance + LOGISTIC_VARIANCE))
     sd = standard_deviation(ratio * (variance + LOGISTIC_VARIANCE) - LOGISTIC_VARIANCE)
@@ -46,16 +54,24 @@ def log_sigmoid_mean(mean: Float[Array, "..."], variance: Float[Array, "..."]) -
 
 
 def log_softmax_mean(mean: Float[Array, "... c"], variance: Float[Array, "... c"]) -> Float[Array, "... c"]:
-    """log E softmax(l) for independent logits l_j ~ N(mean_j, variance_j).
+    """Computes log E softmax(l) for independent logits l_j ~ N(mean_j, variance_j).
 
-    Two classes: the sigmoid of their difference. More: softmax is the law of the largest of l_j + g_j, g_j standard
-    Gumbel noise, and given t = the largest of them the classes are independent,
+    For two classes it is the sigmoid of the logits' difference. For more, softmax is the distribution of the index of
+    the largest l_j + g_j, with g_j standard Gumbel noise. Given that t is the largest value, the classes are
+    independent,
 
-        P(c) = ∫ f_c(t) prod_{j != c} F_j(t) dt,    F_j(t) = E exp(-exp(l_j - t)),    f_j = F_j',
+        P(c) = ∫ f_c(t) prod_{j != c} F_j(t) dt,    F_j(t) = E exp(-exp(l_j - t)),    f_j = F_j'.
 
-    one quadrature in t (trapezoidal) and one for each F_j (Gauss-Hermite with 24 nodes). Within 0.005 of the
-    probabilities up to a variance of 100. Above 25 noise and logits are scaled down together, as in
-    `log_sigmoid_mean`.
+    One quadrature is over t (trapezoidal), and one is for each F_j (Gauss-Hermite with 24 nodes). The error of the
+    probabilities is below 0.005 up to a variance of 100. Above a variance of 25, noise and logits are scaled down
+    together, as in `log_sigmoid_mean`.
+
+    Args:
+        mean: Means of the logits [..., c].
+        variance: Variances of the logits [..., c].
+
+    Returns:
+        Log probabilities [..., c].
     """
     if mean.shape[-1] == 2:
         return jnp.stack([
@@ -70,7 +86,7 @@ def log_softmax_mean(mean: Float[Array, "... c"], variance: Float[Array, "... c"
     high = jax.lax.stop_gradient((mean + 5 * sd).max(-1, keepdims=True) + 12)
     nodes, logs = (leaf.astype(mean.dtype) for leaf in _hermite(24))
     logits = mean[..., None] + sd[..., None] * nodes
-    # An unlikely class's density is carried in units of its own size, lest it underflow.
+    # The density of an unlikely class is computed relative to its own size, so that it does not underflow.
     unit = jax.lax.stop_gradient(jnp.minimum(mean + sd**2 / 2, 0))
     tiny = jnp.finfo(mean.dtype).tiny
 
@@ -89,15 +105,23 @@ def log_softmax_mean(mean: Float[Array, "... c"], variance: Float[Array, "... c"
 def log_normal_slices(
     mean: Float[Array, "s *rest"], variance: Float[Array, "s *rest"], power: float = 1.0
 ) -> Float[Array, "slices*s *rest"]:
-    """log E[exp(power l) | slice] for l ~ N(mean, variance), over slices of equal probability.
+    """Computes log E[exp(power l) | slice] for l ~ N(mean, variance), over 32 slices of equal probability.
 
-    An equally weighted mixture over the slices has the exact mean exp(power mean + power^2 variance / 2).
-    With a = power sd and the slice's edges e < f of z: slices exp(power mean + a^2/2) (Phi(f - a) - Phi(e - a)).
+    An equally weighted mixture over the slices has the exact mean exp(power mean + power^2 variance / 2). With
+    a = power sd, a slice with edges e < f of z has the value slices exp(power mean + a^2/2) (Phi(f - a) - Phi(e - a)).
+
+    Args:
+        mean: Means [s, ...].
+        variance: Variances [s, ...].
+        power: Exponent.
+
+    Returns:
+        Array [slices s, ...]; slices vary slowest.
     """
     a = abs(power) * standard_deviation(variance)
     inner = [NormalDist().inv_cdf(i / SLICES) for i in range(1, SLICES)]
     edges = jnp.asarray([-40.0, *inner, 40.0], mean.dtype).reshape(-1, *[1] * mean.ndim)
-    # Above the middle by the upper tail: differences of numbers near 1 have no digits.
+    # Above the middle uses the upper tail, because differences of numbers near 1 lose all digits.
     lower, upper = norm.logcdf(edges - a), norm.logcdf(a - edges)
     late = edges[:-1] >= a
     big = jnp.where(late, upper[:-1], lower[1:])

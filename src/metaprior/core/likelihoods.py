@@ -1,10 +1,10 @@
-"""Likelihoods p(y | outputs) of a network's outputs, and the predictive mixtures they make.
+"""Likelihoods p(y | outputs) of a network's outputs, and their predictive mixtures.
 
-A likelihood has `nll` (what is fitted), `hessian_root` (its curvature in the outputs, for Gauss-Newton) and
-`predictive` (an equally weighted mixture with one component a posterior draw).
+A likelihood has `nll` (which is minimised), `hessian_root` (its curvature in the outputs, for Gauss-Newton) and
+`predictive` (an equally weighted mixture with one component per posterior draw).
 
-Targets that cannot be (a label that is no class, a negative count, NaN) are a ValueError where they are concrete
-values. In compiled code, which cannot raise, their nll, log probability and gradients are NaN.
+Impossible targets (a label that is not a class, a negative count, NaN) raise a ValueError if they are concrete values.
+In compiled code, which cannot raise, their nll, log probability and gradients are NaN.
 """
 
 from collections.abc import Callable
@@ -28,21 +28,30 @@ Share = Annotated[float, Range(above=0, below=1)]
 
 
 def _possible(y: Any, fine: Callable[[Any], Any], fault: Callable[[Any], str]) -> Array | float:
-    """1 where a target is `fine`, else NaN; a ValueError with `fault` of the first that is not, if y is concrete."""
+    """Returns 1 where a target is `fine`, else NaN. Raises a ValueError with the first `fault` if y is concrete."""
     check_numbers("y", y)
     if isinstance(y, Tracer):
         return jnp.where(fine(y), 1.0, jnp.nan)
     values = np.asarray(y)
     bad = values[~np.asarray(fine(values), bool)]
     if bad.size:
-        raise ValueError(f"y: {fault(bad[0])}")
+        raise ValueError(fault(bad[0]))
     return 1.0
 
 
 def check_labels(y: Any, classes: int, rows: int | None = None) -> Array | float:
-    """1 where y is one of the labels 0..classes-1, else NaN; a ValueError that names the label, if y is concrete.
+    """Checks that y holds the labels 0..classes-1.
 
-    rows: how many labels there must be, one a row.
+    Args:
+        y: Labels [n].
+        classes: Number of classes.
+        rows: The n that is needed, or None for any shape.
+
+    Returns:
+        1, or for traced labels an array with 1 where a label is possible, else NaN.
+
+    Raises:
+        ValueError: A concrete label is impossible, or the shape is not [rows].
     """
     if rows is not None and np.shape(y) != (rows,):
         raise ValueError(f"y must be labels of shape {(rows,)}, got shape {tuple(np.shape(y))}.")
@@ -50,41 +59,72 @@ def check_labels(y: Any, classes: int, rows: int | None = None) -> Array | float
         y,
         lambda v: (v >= 0) & (v < classes) & (v == v // 1),
         lambda v: (
-            f"label {v} is not one of the {classes} classes 0..{classes - 1}. Number the classes from 0 (see "
+            f"y must hold labels of the {classes} classes 0..{classes - 1}, got {v}. Number the classes from 0 (see "
             "metaprior.tasks.encode_labels), or give the network as many outputs as there are classes."
         ),
     )
 
 
 def one_hot(y: Any, classes: int, dtype: Any = None) -> Float[Array, "... classes"]:
-    """Labels of any type of number (False and True are 0 and 1) as indicators; a row of zeros for one below 0."""
+    """Returns labels as rows of indicators.
+
+    Args:
+        y: Labels of any numeric type; False and True are 0 and 1.
+        classes: Number of classes.
+        dtype: Type of the result; None is the default float.
+
+    Returns:
+        A row per label: 1 at the label, else 0. A label below 0 has a row of zeros.
+    """
     return jax.nn.one_hot(jnp.asarray(y).astype(int), classes, dtype=dtype)
 
 
 def check_counts(y: Any) -> Array | float:
-    """1 where y is a whole number of at least 0, else NaN; a ValueError that names the value, if y is concrete."""
+    """Checks that y holds integers of at least 0.
+
+    Args:
+        y: Targets of any shape.
+
+    Returns:
+        1, or for traced targets an array with 1 where a target is possible, else NaN.
+
+    Raises:
+        ValueError: A concrete target is impossible.
+    """
     return _possible(
         y,
         lambda v: (v >= 0) & (v == v // 1),
-        lambda v: f"{v} is not a count. Poisson needs whole numbers of at least 0: do not standardise counts.",
+        lambda v: f"y must hold counts, integers of at least 0, got {v}. Do not standardise the targets of Poisson.",
     )
 
 
 def check_real(y: Any) -> Array | float:
-    """1 where y is finite, else NaN; a ValueError, if y is concrete."""
-    return _possible(y, lambda v: abs(v) < float("inf"), lambda v: f"{v} is not a finite number. Leave such rows out.")
+    """Checks that y holds finite numbers.
+
+    Args:
+        y: Targets of any shape.
+
+    Returns:
+        1, or for traced targets an array with 1 where a target is finite, else NaN.
+
+    Raises:
+        ValueError: A concrete target is not finite.
+    """
+    return _possible(
+        y, lambda v: abs(v) < float("inf"), lambda v: f"y must hold finite numbers, got {v}. Leave such rows out."
+    )
 
 
 def _same_shape(y: Any, shape: tuple[int, ...]) -> None:
     if tuple(np.shape(y)) != tuple(shape):
         raise ValueError(
-            f"y: the outputs predict targets of shape {tuple(shape)}, but y has shape {tuple(np.shape(y))}; give "
-            "targets one column an output, e.g. y[:, None]"
+            f"y must have shape {tuple(shape)} like the predictions, got {tuple(np.shape(y))}. Give the targets one "
+            "column per output, e.g. y[:, None]."
         )
 
 
 def _bisect(cdf: Callable, survival: Callable, q: float, low: Array, high: Array, middle: Callable) -> Array:
-    """The bracket around quantile q after 40 halvings; above the median by the upper tail, which keeps its digits."""
+    """Bisects for quantile q 40 times and returns the bracket. Above the median it uses the more precise upper tail."""
 
     def halve(_: Any, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bracket
@@ -96,34 +136,56 @@ def _bisect(cdf: Callable, survival: Callable, q: float, low: Array, high: Array
 
 
 class Normals(NamedTuple):
-    """An equally weighted mixture of s normal densities at n inputs of d independent targets."""
+    """An equally weighted mixture of s normal densities at n inputs of d independent targets.
+
+    Attributes:
+        means: The components' means [s, n, d].
+        variances: The components' variances [s, n, d].
+    """
 
     means: Float[Array, "s n d"]
     variances: Float[Array, "s n d"]
 
     def mean(self) -> Float[Array, "n d"]:
+        """Returns the mean of each target."""
         return self.means.mean(0)
 
     def variance(self) -> Float[Array, "n d"]:
-        """Mean of the variances plus variance of the means (the law of total variance)."""
+        """Returns the mean of the variances plus the variance of the means (the law of total variance)."""
         return self.variances.mean(0) + self.means.var(0)
 
     def log_prob(self, y: Float[Array, "n d"]) -> Float[Array, " n"]:
+        """Returns the log density of each example's d targets.
+
+        Args:
+            y: Targets [n, d].
+        """
         _same_shape(y, self.means.shape[1:])
         possible = check_real(y)
         logs = norm.logpdf(y, self.means, jnp.sqrt(self.variances)) * possible
         return logsumexp(logs.sum(-1), axis=0) - log(self.means.shape[0])
 
     def cdf(self, y: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        """Marginal distribution function of each target."""
+        """Returns the marginal distribution function of each target.
+
+        Args:
+            y: Targets [n, d].
+        """
         _same_shape(y, self.means.shape[1:])
         return norm.cdf(y, self.means, jnp.sqrt(self.variances)).mean(0)
 
     def quantile(self, q: float) -> Float[Array, "n d"]:
-        """Marginal quantile of each target, 0 < q < 1, by bisection of the mixture's distribution function."""
+        """Computes the marginal quantile of each target by bisection of the mixture's distribution function.
+
+        Args:
+            q: Probability, 0 < q < 1.
+
+        Raises:
+            ValueError: q is not between 0 and 1.
+        """
         q = accept(Share, q, "q")
         sd = jnp.sqrt(self.variances)
-        # By whichever tail is thinner: 1 - 1e-9 is 1 in float32.
+        # Uses the smaller of the two tails: 1 - 1e-9 is 1 in float32.
         edges = self.means + sd * (norm.ppf(q) if q <= 0.5 else -norm.ppf(1 - q))
 
         def survival(y: Array) -> Array:
@@ -134,15 +196,24 @@ class Normals(NamedTuple):
 
 
 class Categories(NamedTuple):
-    """An equally weighted mixture of s categorical distributions over c classes at n inputs."""
+    """An equally weighted mixture of s categorical distributions over c classes at n inputs.
+
+    Attributes:
+        log_probs: The components' log probabilities [s, n, c].
+    """
 
     log_probs: Float[Array, "s n c"]
 
     def mean(self) -> Float[Array, "n c"]:
-        """Class probabilities."""
+        """Returns the class probabilities."""
         return jnp.exp(self.log_probs).mean(0)
 
     def log_prob(self, y: Int[Array, " n"]) -> Float[Array, " n"]:
+        """Returns the log probability of each example's label.
+
+        Args:
+            y: Labels 0..c-1 [n].
+        """
         _, n, classes = self.log_probs.shape
         possible = check_labels(y, classes, n)
         place = jnp.clip(jnp.asarray(y).astype(int), 0, classes - 1)
@@ -150,7 +221,11 @@ class Categories(NamedTuple):
         return (logsumexp(logs, axis=0) - log(self.log_probs.shape[0])) * possible
 
     def tempered(self, temperature: float | Scalar) -> "Categories":
-        """Class probabilities p ** (1 / temperature), normalised: above 1 they are less sure (Guo et al. 2017)."""
+        """Returns the predictive with class probabilities p ** (1 / temperature), normalised (Guo et al. 2017).
+
+        Args:
+            temperature: Above 1 the probabilities become less confident.
+        """
         mixed = logsumexp(self.log_probs, axis=0, keepdims=True)
         return Categories(jax.nn.log_softmax(mixed / temperature))
 
@@ -158,37 +233,64 @@ class Categories(NamedTuple):
 class Counts(NamedTuple):
     """An equally weighted mixture of s Poisson distributions at n inputs of d independent counts.
 
-    Rates are kept by their logarithms: a rate of exp(-120) is 0 in float32, its logarithm is not.
+    Attributes:
+        log_rates: Logarithms of the components' rates [s, n, d]. A rate of exp(-120) is 0 in float32, but its logarithm
+            is representable.
     """
 
     log_rates: Float[Array, "s n d"]
 
     def mean(self) -> Float[Array, "n d"]:
+        """Returns the mean of each count."""
         return jnp.exp(self.log_rates).mean(0)
 
     def variance(self) -> Float[Array, "n d"]:
+        """Returns the mean plus the variance of the rates (the law of total variance)."""
         rates = jnp.exp(self.log_rates)
         return rates.mean(0) + rates.var(0)
 
     def log_prob(self, y: Float[Array, "n d"]) -> Float[Array, " n"]:
+        """Returns the log probability of each example's d counts.
+
+        Args:
+            y: Counts [n, d].
+        """
         _same_shape(y, self.log_rates.shape[1:])
         return logsumexp(_log_poisson(self.log_rates, y).sum(-1), axis=0) - log(self.log_rates.shape[0])
 
     def cdf(self, y: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        """P(count <= y) of each target."""
+        """Returns P(count <= y) of each target.
+
+        Args:
+            y: Real numbers [n, d].
+        """
         _same_shape(y, self.log_rates.shape[1:])
         return jnp.where(y < 0, 0.0, gammaincc(jnp.floor(jnp.maximum(y, 0)) + 1, jnp.exp(self.log_rates)).mean(0))
 
     def pit(self, y: Float[Array, "n d"], key: PRNGKeyArray) -> Float[Array, "n d"]:
-        """Randomised probability integral transform F(y - 1) + u p(y), u uniform: uniform where the predictive is true.
+        """Draws the randomised probability integral transform F(y - 1) + u p(y), with u uniform on (0, 1).
 
-        References: Czado, Gneiting & Held 2009, Predictive model assessment for count data.
+        It is uniform if the predictive is the true distribution.
+
+        Args:
+            y: Counts [n, d].
+            key: Random key for u.
+
+        References:
+            Czado, Gneiting & Held 2009, Predictive model assessment for count data.
         """
         below, upto = self.cdf(y - 1), self.cdf(y)
         return below + jax.random.uniform(key, below.shape, below.dtype) * (upto - below)
 
     def quantile(self, q: float) -> Float[Array, "n d"]:
-        """The smallest count whose distribution function reaches q, 0 < q < 1, by bisection over the integers."""
+        """Computes the smallest count whose distribution function reaches q, by bisection over the integers.
+
+        Args:
+            q: Probability, 0 < q < 1.
+
+        Raises:
+            ValueError: q is not between 0 and 1.
+        """
         q = accept(Share, q, "q")
         rates = jnp.exp(self.log_rates)
         # Beyond this a Poisson count has probability below 1e-30.
@@ -201,7 +303,7 @@ class Counts(NamedTuple):
 
 
 def _log_poisson(log_rates: Array, y: Array) -> Array:
-    """log p(y) of counts; 0 counts at rate 0 have probability 1."""
+    """Computes log p(y) of counts. A count of 0 at rate 0 has probability 1."""
     possible = check_counts(y)
     y = jnp.asarray(y, log_rates.dtype) * possible
     seen = jnp.where(y == 0, 0, y * jnp.where(y == 0, 0, log_rates))
@@ -210,27 +312,45 @@ def _log_poisson(log_rates: Array, y: Array) -> Array:
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """What a learner asks of a likelihood; bring your own by writing these three."""
+    """The interface of a likelihood. Your own class needs these three methods."""
 
     def nll(self, outputs: Float[Array, "n c"], y: Array) -> Float[Array, " n"]:
-        """Each example's negative log likelihood, constants included."""
+        """Computes each example's negative log likelihood, constants included.
+
+        Args:
+            outputs: The network's outputs [n, c].
+            y: Targets, with a leading axis of n.
+        """
         ...
 
     def hessian_root(self, outputs: Float[Array, "n c"]) -> Float[Array, "n c r"]:
-        """L with L L' the Fisher information of one example in its outputs."""
+        """Computes L [c, r] of each example, where L L' is the Fisher information of its outputs.
+
+        Args:
+            outputs: The network's outputs [n, c].
+        """
         ...
 
     def predictive(self, outputs: Float[Array, "s n c"], variance: Float[Array, "s n c"] | None = None) -> Predictive:
-        """The mixture over s draws of outputs; `variance` is the outputs' posterior variance in closed form."""
+        """Returns the equally weighted mixture over s draws of the outputs.
+
+        Args:
+            outputs: The network's outputs [s, n, c], one per posterior draw.
+            variance: The outputs' posterior variance [s, n, c] in closed form, around each draw. None is 0.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Normal targets with noise sd `scale`; scale=None reads a log sd from the second half of the outputs.
+    """Normal targets y [n, d] around the outputs.
 
-    The default sd sqrt(1/2) makes the gradient of the nll that of the plain squared error, the loss of MAML's
-    regression (Finn, Abbeel & Levine 2017).
+    With the default sd of sqrt(1/2) the nll has the same gradient as the squared error without a factor, which is the
+    loss of MAML's regression (Finn, Abbeel & Levine 2017).
+
+    Attributes:
+        scale: The noise's standard deviation, in the units of the targets. None reads means [n, d] from the first half
+            of the outputs [n, 2 d] and log standard deviations from the second half.
     """
 
     scale: Scale | None = 0.5**0.5
@@ -239,18 +359,19 @@ class Gaussian:
         accept(Scale | None, self.scale, "scale")
 
     def _split(self, outputs: Array) -> tuple[Array, Array]:
-        """Means and log sds."""
+        """Returns means and log standard deviations."""
         if self.scale is not None:
             return outputs, jnp.broadcast_to(jnp.log(jnp.asarray(self.scale, outputs.dtype)), outputs.shape)
         if outputs.shape[-1] % 2:
             raise ValueError(
-                f"outputs: Gaussian(scale=None) reads means and log sds, so it needs an even number of outputs, but "
-                f"came {outputs.shape[-1]}; give the network two outputs a target or state a scale"
+                "outputs must be an even number for Gaussian(scale=None), which reads means and log sds, got "
+                f"{outputs.shape[-1]}. Give the network two outputs per target, or give a scale."
             )
         mean, log_scale = jnp.split(outputs, 2, axis=-1)
         return mean, log_scale
 
     def nll(self, outputs: Float[Array, "n c"], y: Float[Array, "n d"]) -> Float[Array, " n"]:
+        """Computes each example's negative log likelihood; see `Likelihood`."""
         mean, log_scale = self._split(outputs)
         _same_shape(y, mean.shape)
         possible = check_real(y)
@@ -258,6 +379,7 @@ class Gaussian:
         return 0.5 * ((squares + 2 * log_scale + log(2 * pi)) * possible).sum(-1)
 
     def hessian_root(self, outputs: Float[Array, "n c"]) -> Float[Array, "n c r"]:
+        """Computes the root of the Fisher information in means (and log sds); see `Likelihood`."""
         mean, log_scale = self._split(outputs)
         root = jnp.exp(-log_scale)
         if self.scale is None:
@@ -265,10 +387,16 @@ class Gaussian:
         return jax.vmap(jnp.diag)(root)
 
     def predictive(self, outputs: Float[Array, "s n c"], variance: Float[Array, "s n c"] | None = None) -> Normals:
-        """With `variance`, that of the mean adds to the noise; a log sd's makes the noise variance log-normal.
+        """Returns a mixture of normals.
 
-        The log-normal is split into slices of equal probability, so the predictive has heavier tails than a normal and
-        the exact variance E exp(2 log sd) = exp(2 m + 2 v). A component's own density still falls off as a normal's.
+        The variance of a mean is added to the noise variance. The variance of a log sd makes the noise variance
+        log-normal. This log-normal is split into slices of equal probability, so the predictive has heavier tails than
+        a normal, and the exact variance E exp(2 log sd) = exp(2 m + 2 v). The tails of each component are still those
+        of a normal.
+
+        Args:
+            outputs: The network's outputs [s, n, c], one per posterior draw.
+            variance: The outputs' posterior variance [s, n, c]. None is 0.
         """
         mean, log_scale = self._split(outputs)
         if variance is None:
@@ -283,21 +411,29 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Categorical:
-    """Integer labels 0..c-1 under a softmax of c outputs."""
+    """Integer labels 0..c-1 [n] under a softmax of c outputs."""
 
     def nll(self, outputs: Float[Array, "n c"], y: Int[Array, " n"]) -> Float[Array, " n"]:
-        # A one-hot product, not a gather: its derivatives of every order stay dense and cheap under vmap.
+        """Computes each example's negative log likelihood; see `Likelihood`."""
+        # A one-hot product instead of a gather: its derivatives of every order stay dense and cheap under vmap.
         possible = check_labels(y, outputs.shape[-1], outputs.shape[0])
         hot = one_hot(y, outputs.shape[-1], outputs.dtype)
         return (logsumexp(outputs, axis=-1) - (outputs * hot).sum(-1)) * possible
 
     def hessian_root(self, outputs: Float[Array, "n c"]) -> Float[Array, "n c c"]:
-        # By logarithms: a sqrt has no derivative where a probability underflows to 0.
+        """Computes the root of the Fisher information, diag(p) - p p', of the logits; see `Likelihood`."""
+        # Uses logarithms, because sqrt has no derivative where a probability underflows to 0.
         root = jnp.exp(jax.nn.log_softmax(outputs) / 2)
         return jax.vmap(jnp.diag)(root) - (root**2)[:, :, None] * root[:, None, :]
 
     def predictive(self, outputs: Float[Array, "s n c"], variance: Float[Array, "s n c"] | None = None) -> Categories:
-        """With `variance`, E softmax of independent normal logits by quadrature (see `log_softmax_mean`)."""
+        """Returns a mixture of categorical distributions.
+
+        Args:
+            outputs: Logits [s, n, c], one per posterior draw.
+            variance: The posterior variance [s, n, c] of logits that are independent normals. Their mean softmax is
+                computed by quadrature (see `log_softmax_mean`). None is 0.
+        """
         if variance is None:
             return Categories(jax.nn.log_softmax(outputs))
         return Categories(log_softmax_mean(outputs, variance))
@@ -305,9 +441,10 @@ class Categorical:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Labels 0 or 1 with one logit as output; the predictive has the two classes' probabilities."""
+    """Labels 0 or 1, of shape [n] or [n, 1], with one logit as output. The predictive has two classes."""
 
     def nll(self, outputs: Float[Array, "n 1"], y: Array) -> Float[Array, " n"]:
+        """Computes each example's negative log likelihood; see `Likelihood`."""
         _one_logit(outputs)
         if np.shape(y) not in ((outputs.shape[0],), (outputs.shape[0], 1)):
             raise ValueError(f"y must be labels of shape {(outputs.shape[0],)}, got shape {tuple(np.shape(y))}.")
@@ -317,10 +454,17 @@ class Bernoulli:
         return (jax.nn.softplus(logit) - logit * label) * possible.reshape(-1)
 
     def hessian_root(self, outputs: Float[Array, "n 1"]) -> Float[Array, "n 1 1"]:
+        """Computes the root sqrt(p (1 - p)) of the Fisher information; see `Likelihood`."""
         return jnp.exp((jax.nn.log_sigmoid(outputs) + jax.nn.log_sigmoid(-outputs)) / 2)[..., None]
 
     def predictive(self, outputs: Float[Array, "s n 1"], variance: Float[Array, "s n 1"] | None = None) -> Categories:
-        """With `variance`, E sigmoid of a normal logit by quadrature (see `log_sigmoid_mean`)."""
+        """Returns a mixture of distributions over the two classes.
+
+        Args:
+            outputs: Logits [s, n, 1], one per posterior draw.
+            variance: The posterior variance [s, n, 1] of a normal logit. Its mean sigmoid is computed by quadrature
+                (see `log_sigmoid_mean`). None is 0.
+        """
         _one_logit(outputs)
         if variance is None:
             return Categories(jnp.concatenate([jax.nn.log_sigmoid(-outputs), jax.nn.log_sigmoid(outputs)], -1))
@@ -330,22 +474,30 @@ class Bernoulli:
 
 def _one_logit(outputs: Array) -> None:
     if outputs.shape[-1] != 1:
-        raise ValueError(f"outputs: Bernoulli reads one logit, got {outputs.shape[-1]}; use Categorical for more.")
+        raise ValueError(f"outputs must be one logit for Bernoulli, got {outputs.shape[-1]}. Use Categorical for more.")
 
 
 @dataclass(frozen=True)
 class Poisson:
-    """Counts with a log rate as output."""
+    """Counts [n, d], with the logarithms of their rates as outputs."""
 
     def nll(self, outputs: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, " n"]:
+        """Computes each example's negative log likelihood; see `Likelihood`."""
         _same_shape(y, outputs.shape)
         return -_log_poisson(outputs, y).sum(-1)
 
     def hessian_root(self, outputs: Float[Array, "n d"]) -> Float[Array, "n d d"]:
+        """Computes the root of the Fisher information, the diagonal of sqrt(rate); see `Likelihood`."""
         return jax.vmap(jnp.diag)(jnp.exp(outputs / 2))
 
     def predictive(self, outputs: Float[Array, "s n d"], variance: Float[Array, "s n d"] | None = None) -> Counts:
-        """With `variance`, the log-normal rate in slices of equal probability; its mean is exact."""
+        """Returns a mixture of Poisson distributions.
+
+        Args:
+            outputs: Log rates [s, n, d], one per posterior draw.
+            variance: The posterior variance [s, n, d] of the log rates. The log-normal rate is split into slices of
+                equal probability, with the exact mean. None is 0.
+        """
         return Counts(outputs if variance is None else log_normal_slices(outputs, variance))
 
 

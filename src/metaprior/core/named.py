@@ -1,4 +1,4 @@
-"""Components by name: tables of factories, those of other packages too, and errors that say what was meant."""
+"""Registries of components by name, including those of other packages, with errors that suggest similar names."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -9,29 +9,45 @@ from metaprior.core.options import OptionError, accept_all, nearest, option_name
 
 
 class Registry(dict[str, Callable[..., Any]]):
-    """Factories by name. What other packages bring joins them by `register`, or by an entry point of the group.
+    """A dictionary of factories by name.
 
-    Entry points are loaded when a name is not known, or all names are asked for by `discovered`.
+    Other packages add factories by `register`, or by an entry point in the registry's group. Entry points are loaded
+    when a name is not found, or by `discovered`.
+
+    Attributes:
+        kind: What the factories make: "learner", "network" or "tasks".
+        group: The entry points' group, e.g. "metaprior.learners".
+        arguments: The names of a factory's positional arguments.
     """
 
     def __init__(self, kind: str, factories: Mapping[str, Callable[..., Any]], arguments: tuple[str, ...] = ()):
-        """kind: "learner", "network" or "tasks"; arguments: what a factory takes by position."""
+        """Makes a registry.
+
+        Args:
+            kind: What the factories make: "learner", "network" or "tasks".
+            factories: The library's own factories, by name.
+            arguments: The names of a factory's positional arguments.
+        """
         super().__init__(factories)
         self.kind, self.group, self.arguments = kind, f"metaprior.{kind.removesuffix('s')}s", arguments
         self._searched = False
 
     def register(self, name: str, factory: Callable[..., Any]) -> None:
-        """Add a factory.
+        """Adds a factory.
+
+        Args:
+            name: Its name in recipes and on the command line.
+            factory: The factory. Its first parameters must be `arguments`.
 
         Raises:
-            ValueError: a name that is taken by another factory, or one that takes other arguments than it should.
+            ValueError: Another factory has this name, or the factory has other positional arguments.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be text, got {shown(name)}.")
         if not callable(factory):
-            raise ValueError(f"{self.kind} {name}: needs a function that makes one, got {shown(factory)}.")
+            raise ValueError(f"{self.kind} {name} must be a function that makes one, got {shown(factory)}.")
         if self.get(name, factory) is not factory:
-            raise ValueError(f"name: there is a {self.kind} {name!r} already; take another name.")
+            raise ValueError(f"name must be new, got {name!r}, which is another {self.kind}. Choose another name.")
         given = list(inspect.signature(factory).parameters)[: len(self.arguments)]
         if tuple(given) != self.arguments:
             needed = ", ".join(self.arguments)
@@ -39,19 +55,36 @@ class Registry(dict[str, Callable[..., Any]]):
         self[name] = factory
 
     def discovered(self) -> "Registry":
-        """This registry with the entry points of installed packages."""
+        """Loads the entry points of installed packages, and returns this registry.
+
+        Raises:
+            ValueError: An entry point does not load, or does not fit the registry.
+        """
         if not self._searched:
             self._searched = True
             for point in entry_points(group=self.group):
                 try:
                     self.register(point.name, point.load())
                 except Exception as error:
-                    raise ValueError(f"{self.kind} {point.name}: cannot be had from {point.value}: {error}") from error
+                    message = f"{self.kind} {point.name} cannot be loaded from {point.value}: {error}"
+                    raise ValueError(message) from error
         return self
 
 
 def lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
-    """table[name], or a ValueError that lists the names and suggests the nearest."""
+    """Looks up a factory.
+
+    Args:
+        kind: What the name is called in the message, e.g. "learner".
+        name: The name.
+        table: The factories by name.
+
+    Returns:
+        table[name].
+
+    Raises:
+        OptionError: There is no such name. The message lists the names and suggests a similar one.
+    """
     if isinstance(name, str) and name not in table and isinstance(table, Registry):
         table.discovered()
     if isinstance(name, str) and name in table:
@@ -61,7 +94,18 @@ def lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
 
 
 def construct(kind: str, name: str, table: Mapping[str, Callable], *args: Any, **options: Any) -> Any:
-    """table[name](*args, **options), where a wrong option is a ValueError that names it with its path, kind.option."""
+    """Calls table[name](*args, **options) after checking the options.
+
+    Args:
+        kind: What the name is called in messages, e.g. "learner".
+        name: The name.
+        table: The factories by name.
+        args: Positional arguments of the factory.
+        options: Keyword arguments of the factory.
+
+    Raises:
+        OptionError: The name is unknown, or an option is wrong. The message names it with its path, kind.option.
+    """
     factory = lookup(kind, name, table)
     args, options = accept_all(factory, args, options, f"{kind}.")
     return factory(*args, **options)

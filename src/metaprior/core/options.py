@@ -1,11 +1,11 @@
-"""Options that check themselves: type, range and choices are read from a factory's annotations.
+"""Checks of options: type, range and choices are read from a factory's annotations.
 
     @checked
     def maml(model: Model, likelihood: Likelihood, *, steps: Whole = 1, rate: Finite = 0.01, ...) -> Learner:
 
-`maml(model, likelihood, steps=2.5)` is then a ValueError, "steps must be an integer of at least 0, got 2.5.", and so is
-an unknown option. A frozen dataclass calls `check_fields(self)` in `__post_init__`. Values that a compiled function is
-traced with pass: they have no value yet.
+`maml(model, likelihood, steps=2.5)` then raises a ValueError, "steps must be an integer of at least 0, got 2.5.". An
+unknown option raises one too. A frozen dataclass calls `check_fields(self)` in `__post_init__`. Traced values inside
+compiled functions pass without a check, because they have no value yet.
 """
 
 import inspect
@@ -33,7 +33,14 @@ PLURAL = {"an integer": "integers", "a finite number": "finite numbers", "text":
 
 @dataclass(frozen=True)
 class Range:
-    """Marks a number (or an array of them) that must be >= least, > above, <= most, < below."""
+    """Marks a number, or an array of numbers, that must lie in a range.
+
+    Attributes:
+        least: Values must be >= this.
+        most: Values must be <= this.
+        above: Values must be > this.
+        below: Values must be < this.
+    """
 
     least: float = -math.inf
     most: float = math.inf
@@ -41,6 +48,7 @@ class Range:
     below: float = math.inf
 
     def holds(self, value: Any) -> bool:
+        """Returns whether the value is in the range."""
         v = np.asarray(value)
         return v.dtype.kind in "biuf" and bool(
             ((v >= self.least) & (v <= self.most)).all()
@@ -57,11 +65,16 @@ class Range:
 
 @dataclass(frozen=True)
 class Ordered:
-    """Marks a pair (low, high) that must have least <= low <= high."""
+    """Marks a pair (low, high) that must have least <= low <= high.
+
+    Attributes:
+        least: Lower bound of low.
+    """
 
     least: float = -math.inf
 
     def holds(self, value: Any) -> bool:
+        """Returns whether the pair is in order."""
         return self.least <= value[0] <= value[1]
 
     def __str__(self) -> str:
@@ -70,9 +83,10 @@ class Ordered:
 
 @dataclass(frozen=True)
 class NotEmpty:
-    """Marks a sequence or a text that must hold something."""
+    """Marks a sequence or a text that must not be empty."""
 
     def holds(self, value: Any) -> bool:
+        """Returns whether the value is not empty."""
         return len(value) > 0
 
     def __str__(self) -> str:
@@ -81,16 +95,21 @@ class NotEmpty:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Marks the name of an optax optimiser, or of one of this library's own."""
+    """Marks the name of an optimiser.
+
+    Attributes:
+        own: Names of this library's optimisers, which are allowed beside those of optax.
+    """
 
     own: tuple[str, ...] = ()
 
     def holds(self, value: Any) -> bool:
+        """Returns whether the value is the name of an optimiser. Anything but text passes."""
         if not isinstance(value, str) or value in self.own:
             return True
         try:
             return isinstance(getattr(optax, value)(0.1), optax.GradientTransformation) and not value.startswith("_")
-        except Exception:  # no such name, or a function of optax that is no optimiser
+        except Exception:  # no such name, or a function of optax that is not an optimiser
             return False
 
     def __str__(self) -> str:
@@ -112,7 +131,7 @@ Word = Annotated[str, NotEmpty()]
 
 
 class OptionError(ValueError):
-    """An option that is unknown, missing, or not of the type or range that it must have."""
+    """An option is unknown, missing, or of the wrong type or range."""
 
 
 class _Mismatch(Exception):
@@ -120,18 +139,29 @@ class _Mismatch(Exception):
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    """'; did you mean ...?' where some word is near, else nothing."""
+    """Returns the text '; did you mean ...?' if some word is similar, else an empty text.
+
+    Args:
+        word: What was given.
+        words: What is allowed.
+    """
     close = get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def accept(annotation: Any, value: Any, name: str) -> Any:
-    """The value as the annotation wants it (a list as a tuple, 3 as 3.0, 1e4 as 10000), or an OptionError.
+    """Converts a value to its annotation: a list to a tuple, 3 to 3.0, 1e4 to 10000.
 
     Args:
-        annotation: a type, with marks such as `Range` if it is `Annotated`.
-        value: what came.
-        name: the option's name, with its path, for the message.
+        annotation: A type, with marks such as `Range` if it is `Annotated`.
+        value: The value that was given.
+        name: The option's name, with its path, for the message.
+
+    Returns:
+        The converted value.
+
+    Raises:
+        OptionError: The value does not fit the annotation.
     """
     try:
         return _fit(annotation, value)
@@ -142,7 +172,11 @@ def accept(annotation: Any, value: Any, name: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: short."""
+    """Returns a short text for a value in an error message.
+
+    Args:
+        value: The value.
+    """
     if isinstance(value, (np.ndarray, jax.Array)) and np.ndim(value):
         return f"an array of shape {value.shape}"
     text = repr(value.item() if isinstance(value, np.generic) else value)
@@ -187,14 +221,14 @@ def _fit(kind: Any, value: Any) -> Any:
     if isinstance(kind, type) and not kind.__module__.startswith("jaxtyping"):
         try:
             right = isinstance(value, kind)
-        except TypeError:  # a Protocol that is not for run time
+        except TypeError:  # a Protocol that is not runtime_checkable
             return value
         _ensure(right)
     return value
 
 
 def _is_key(value: jax.Array) -> bool:
-    """One key, of `jax.random.key` or of the older `jax.random.PRNGKey`."""
+    """Returns whether an array is one key, from `jax.random.key` or the older `jax.random.PRNGKey`."""
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return value.shape == ()
     return value.dtype == np.uint32 and value.shape in ((2,), (4,))
@@ -238,7 +272,11 @@ def _sequence(origin: Any, args: tuple, value: Any) -> tuple:
 
 
 def describe(kind: Any) -> str:
-    """What an annotation asks for, in words: 'an integer of at least 0'."""
+    """Returns an annotation in words, e.g. 'an integer of at least 0'.
+
+    Args:
+        kind: The annotation.
+    """
     if kind == PRNGKeyArray:
         return "a key, e.g. jax.random.key(0)"
     origin, args = get_origin(kind), get_args(kind)
@@ -278,20 +316,38 @@ def _choices(kind: Any) -> list:
 
 @lru_cache(maxsize=1024)
 def parameters_of(factory: Callable) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a factory's signature by name.
+
+    Args:
+        factory: The factory.
+    """
     return inspect.signature(factory).parameters
 
 
 def option_names(factory: Callable) -> list[str]:
-    """The options that a factory takes by keyword."""
+    """Returns the names of the parameters that a factory takes by keyword.
+
+    Args:
+        factory: The factory.
+    """
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in parameters_of(factory).values() if p.kind in kinds]
 
 
 def accept_options(factory: Callable, options: Mapping[str, Any], path: str = "", *, taken: int = 0) -> dict[str, Any]:
-    """The options of a call, each as its annotation wants it; taken: so many parameters are given by position.
+    """Checks the options of a call, and converts each to its annotation.
+
+    Args:
+        factory: The factory that is called.
+        options: Its keyword arguments.
+        path: Prefix of the options' names in messages, e.g. "learner.".
+        taken: Number of parameters that are given by position.
+
+    Returns:
+        The converted options.
 
     Raises:
-        OptionError: an unknown option, one that is missing, one of the wrong type or out of range.
+        OptionError: An option is unknown, missing, of the wrong type or out of range.
     """
     parameters = parameters_of(factory)
     known, title = option_names(factory), getattr(factory, "__name__", getattr(factory, "func", factory))
@@ -301,17 +357,30 @@ def accept_options(factory: Callable, options: Mapping[str, Any], path: str = ""
     for option in options:
         if option not in known and not opened:
             has = f"it has {', '.join(offered)}" if offered else "it has none"
-            raise OptionError(f"{path}{option} is not an option of {title}; {has}{nearest(option, offered)}")
+            raise OptionError(f"{path}{option} is not an option of {title}; {has}{nearest(option, offered) or '.'}")
     for name in offered:
         if parameters[name].default is inspect.Parameter.empty and name not in options:
-            raise OptionError(f"{path}{name} is missing: {title} cannot do without it.")
+            raise OptionError(f"{path}{name} is missing: {title} requires it.")
     return {n: accept(parameters[n].annotation, v, path + n) if n in known else v for n, v in options.items()}
 
 
 def accept_all(
     factory: Callable, args: Sequence[Any], options: Mapping[str, Any], path: str = ""
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments and options of a call, as `accept_options`."""
+    """Checks the arguments and options of a call, and converts each to its annotation.
+
+    Args:
+        factory: The factory that is called.
+        args: Its positional arguments.
+        options: Its keyword arguments.
+        path: Prefix of the options' names in messages, e.g. "learner.".
+
+    Returns:
+        The converted arguments and options.
+
+    Raises:
+        OptionError: An argument is unknown, missing, of the wrong type or out of range.
+    """
     parameters = parameters_of(factory)
     named = accept_options(factory, options, path, taken=len(args))
     places = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -320,7 +389,11 @@ def accept_all(
 
 
 def checked(factory: F) -> F:
-    """A factory whose arguments are checked against its annotations at each call."""
+    """Decorates a factory: each call checks its arguments against the annotations.
+
+    Args:
+        factory: The factory.
+    """
 
     @wraps(factory)
     def call(*args: Any, **options: Any) -> Any:
@@ -336,17 +409,25 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def check_fields(settings: Any, path: str = "") -> None:
-    """Check each field of a frozen dataclass against its annotation, and set it as that wants it."""
+    """Checks each field of a frozen dataclass against its annotation, and converts it in place.
+
+    Args:
+        settings: The dataclass.
+        path: Prefix of the fields' names in messages.
+
+    Raises:
+        OptionError: A field is of the wrong type or out of range.
+    """
     for field in fields(settings):
         value = accept(_hints(type(settings))[field.name], getattr(settings, field.name), path + field.name)
         object.__setattr__(settings, field.name, value)
 
 
 def passes_options_to(target: Callable, *, without: Sequence[str] = (), **defaults: Any) -> Callable[[F], F]:
-    """Gives a factory that ends in **options the keyword options of the function that it passes them to.
+    """Decorates a factory that passes its **options on: it gets the keyword options of their target.
 
-    They stand in the factory's signature, so that recipes, checks and help know them. Its calls are checked, as by
-    `checked`.
+    The options become part of the factory's signature, so that recipes, checks and help know them. Calls are checked,
+    as with `checked`.
 
     Args:
         target: The function or dataclass that takes the options.

@@ -1,4 +1,4 @@
-"""Settings of the process: the persistent compilation cache and float64. Nothing happens at import."""
+"""Settings of the process: the persistent compilation cache, float64, devices and threads. Importing sets nothing."""
 
 import os
 import stat
@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable)
 
 
 def cache_folder() -> Path:
-    """Where compiled programs and decoded data are kept: METAPRIOR_CACHE, or the user's cache folder."""
+    """Returns the folder for compiled programs and decoded data: METAPRIOR_CACHE, or the user's cache folder."""
     if chosen := os.environ.get("METAPRIOR_CACHE"):
         return Path(chosen)
     usual = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local"}
@@ -24,12 +24,15 @@ def cache_folder() -> Path:
 
 
 def private_folder(name: str) -> Path | None:
-    """A folder of the cache for code that will be executed: owned by this user, with permissions 0700.
+    """Creates a folder in the cache for code that will be executed: owned by this user, with permissions 0700.
 
     Other users may share the cache, so the folder's name ends in the user's id.
 
+    Args:
+        name: The first part of the folder's name.
+
     Returns:
-        The folder, or None with a warning where it belongs to another user, is a link, or cannot be made.
+        The folder, or None with a warning if it belongs to another user, is a link, or cannot be created.
     """
     folder = cache_folder() / (f"{name}-{os.getuid()}" if hasattr(os, "getuid") else name)
     try:
@@ -38,7 +41,7 @@ def private_folder(name: str) -> Path | None:
         if stat.S_ISDIR(found.st_mode) and owned(found):
             folder.chmod(0o700)
             return folder
-        problem = "is not a folder of this user's"
+        problem = "is not a folder of this user"
     except OSError as error:
         problem = f"cannot be used ({error.strerror or error})"
     warnings.warn(f"{folder} {problem}, so nothing is kept there; set METAPRIOR_CACHE to another folder", stacklevel=2)
@@ -46,26 +49,36 @@ def private_folder(name: str) -> Path | None:
 
 
 def owned(found: os.stat_result) -> bool:
-    """Whether a file belongs to this user (always true where the system has no user ids)."""
+    """Returns whether a file belongs to this user. It is always true on systems without user ids.
+
+    Args:
+        found: The file's status.
+    """
     return not hasattr(os, "getuid") or found.st_uid == os.getuid()
 
 
 def configure(*, float64: bool = False, cache: bool = True, devices: int = 1, threads: int | None = None) -> None:
-    """Turn on the persistent compilation cache (JAX_COMPILATION_CACHE_DIR wins) and, on request, float64.
+    """Sets options of JAX for this process. Call it before JAX is first used.
 
-    devices: into how many a machine without an accelerator divides its cores, threads: how many it computes with (all
-    cores if None); both before jax is first used.
+    Args:
+        float64: Compute in float64.
+        cache: Use the persistent compilation cache. JAX_COMPILATION_CACHE_DIR overrides its folder.
+        devices: Number of devices into which a machine without an accelerator divides its cores.
+        threads: Number of threads for computing. None uses all cores.
+
+    Raises:
+        ValueError: devices or threads is below 1.
     """
     for name, count in (("devices", devices), ("threads", threads)):
         if count is not None and count < 1:
-            raise ValueError(f"{name}: came {count}, needs at least 1")
+            raise ValueError(f"{name} must be at least 1, got {count}.")
     if threads is not None:
-        os.environ["NPROC"] = str(threads)  # what XLA sizes its pool by; JAX has no option for it
+        os.environ["NPROC"] = str(threads)  # the size of XLA's thread pool, for which JAX has no option
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_enable_x64", float64)
     if cache:
-        # Compiled programs are machine code: nobody else may put any there.
+        # Compiled programs are machine code, so no other user may write to their folder.
         if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (folder := private_folder("compiled")):
             jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -73,9 +86,12 @@ def configure(*, float64: bool = False, cache: bool = True, devices: int = 1, th
 
 
 def shared(maxsize: int = 8) -> Callable[[F], F]:
-    """Keep the programs that a function makes, so that the same arguments compile nothing again.
+    """Decorates a function that makes compiled programs: the same arguments return the same program.
 
-    Arguments that cannot be hashed make the program anew.
+    If an argument cannot be hashed, a new program is made.
+
+    Args:
+        maxsize: Number of programs that are kept.
     """
 
     def decorate(make: F) -> F:

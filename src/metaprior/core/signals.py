@@ -1,4 +1,4 @@
-"""Ctrl-C and its kin: a first signal ends work in order, a second one at once."""
+"""Signals such as Ctrl-C: the first one ends work in an orderly way, the second one immediately."""
 
 import _thread
 import os
@@ -15,7 +15,11 @@ ENDS = tuple(
 
 
 class Ended(KeyboardInterrupt):
-    """A signal asked the process to end; its number is `signum`."""
+    """A signal asked the process to end.
+
+    Attributes:
+        signum: The signal's number.
+    """
 
     def __init__(self, signum: int):
         self.signum = signum
@@ -24,7 +28,10 @@ class Ended(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[Any]:
-    """Signals to end set a flag in place of breaking in; gives a function that returns the signal's number, or 0."""
+    """Context manager in which signals to end set a flag and do not interrupt the code.
+
+    It yields a function that returns the signal's number, or 0 if there was none.
+    """
     asked = 0
 
     def ask(signum: int, frame: Any) -> None:
@@ -37,7 +44,7 @@ def interruptible() -> Iterator[Any]:
 
 @contextmanager
 def breaking_in() -> Iterator[None]:
-    """Signals to end raise `Ended`, so that what is half done is cleaned up."""
+    """Context manager in which signals to end raise `Ended`, so that unfinished work is cleaned up."""
 
     def end(signum: int, frame: Any) -> None:
         raise Ended(signum)
@@ -48,20 +55,21 @@ def breaking_in() -> Iterator[None]:
 
 @contextmanager
 def _handled(handler: Any, said: bytes = b"") -> Iterator[None]:
-    """The handler for every signal to end; the second such signal ends the process, whatever it is busy with.
+    """Installs the handler for every signal to end. The second such signal ends the process immediately.
 
-    The first is answered on the standard error by what is `said`.
+    At the first signal, `said` is written to the standard error.
 
-    Python runs handlers between its own instructions only, and a compilation is one that may take minutes. So a thread
-    counts the signals, which the system writes to a pipe as they come. And Python drops what a handler raises inside a
-    callback of its garbage collector, which JAX has, or a `__del__`: the signal is then raised again, outside of it.
+    Python runs handlers only between its own instructions, and one instruction, a compilation, may take minutes.
+    Therefore a thread counts the signals, which the system writes to a pipe as they arrive. Python also drops
+    exceptions that a handler raises inside a callback of the garbage collector (JAX has one) or inside a `__del__`. The
+    signal is then raised again, outside of it.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are another's business
+        yield  # only the main thread may handle signals
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # One that is ignored, as nohup does with SIGHUP, stays ignored.
+    # A signal that is ignored, as nohup does with SIGHUP, stays ignored.
     before = {s: signal.signal(s, handler) for s in ENDS if signal.getsignal(s) is not signal.SIG_IGN}
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 

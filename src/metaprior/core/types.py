@@ -1,7 +1,8 @@
-"""The vocabulary: batches, tasks, models, learners and predictives. Everything else speaks in these words.
+"""The basic types: batches, tasks, models, learners and predictives.
 
-Tasks j = 1..J have parameters phi_j drawn from a shared prior p(phi | theta). A task shows a *support* set and is
-judged on a *query* set. A learner is how (theta, support) becomes a posterior over phi and how theta is scored.
+Tasks j = 1..J have parameters phi_j drawn from a shared prior p(phi | theta). A task has a *support* set to adapt on
+and a *query* set to evaluate on. A learner defines how theta and a support give a posterior over phi, and the loss by
+which theta is trained.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,20 +14,24 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-LEAST_TOTAL, MOST_TOTAL = 1e-12, 1e12  # of the weights of a batch in which something counts
+LEAST_TOTAL, MOST_TOTAL = 1e-12, 1e12  # bounds on the sum of a batch's weights, unless all are 0
 
 
 class Batch(NamedTuple):
-    """Examples: every leaf of x and y has the examples as its leading axis.
+    """A set of n examples.
 
-    `weight` [n] says how many examples a row stands for: 0 marks padding, None means all ones, 0.1 a tenth of one.
-    A mean over rows is sum(w l) / sum(w), so all weights times 10 give the same mean; sums (curvature, evidence) and
-    the number of examples n that a prior is weighed against (KL / n) are sum(w l) and sum(w). Weights are finite and
-    at least 0; their sum is 0 or from 1e-12 to 1e12, so that products of two stay within float32.
+    A mean over rows is sum(w l) / sum(w), so multiplying all weights by 10 does not change it. Sums over rows
+    (curvature, evidence) are sum(w l), and the number of examples n that a prior is weighed against (KL / n) is sum(w).
 
-    `known` [n] says of which rows of a support the class is known, None of all. Where it is not, y is -1, or -2 - label
-    of a label that may be asked for. Few learners read such rows (`Traits.reads_unlabelled`); to the others a batch
-    with `known` is an error.
+    Attributes:
+        x: Inputs. The leading axis of every leaf is n.
+        y: Targets. The leading axis of every leaf is n.
+        weight: The number of examples that each row represents [n]: 0 marks padding, and 0.1 is a tenth of an example.
+            None means 1 for all. Weights are finite and at least 0. Their sum is 0 or from 1e-12 to 1e12, so that
+            products of two sums do not overflow in float32.
+        known: Whether the class of each row of a support is known [n]. None means that all are. Where it is not known,
+            y is -1, or -2 - label if the label may be requested (active learning). Few learners read such rows
+            (`Traits.reads_unlabelled`); the others raise an error for a batch with `known`.
     """
 
     x: PyTree
@@ -36,26 +41,37 @@ class Batch(NamedTuple):
 
 
 class Attributes(NamedTuple):
-    """What is known of classes in place of examples of them: the x of a zero-shot support, a row a class."""
+    """Attributes of classes, given instead of examples: the x of a zero-shot support.
+
+    Attributes:
+        values: The a attributes of n classes, one row per class.
+    """
 
     values: Float[Array, "n a"]
 
 
 class Task(NamedTuple):
-    """A support set to adapt on and a query set to be judged by. A batch of tasks has one more leading axis."""
+    """A support set and a query set. A batch of tasks has one more leading axis.
+
+    Attributes:
+        support: The examples to adapt on.
+        query: The examples to evaluate on.
+    """
 
     support: Batch
     query: Batch
 
 
 class Call(NamedTuple):
-    """How a network is called, besides its parameters and inputs.
+    """Optional arguments of a network's call, besides its parameters and inputs.
 
-    tap: (name, inputs [n, ..., k], s [n, ..., o]) -> s; it is shown each linear map's inputs and outputs and may
-        replace the outputs. Curvatures look at a network through it, and learners change layers by it.
-    by: what batch norm goes by: each layer's statistics by its name, or weights [n] of the examples at hand in their
-        statistics; None: those examples, all alike.
-    modulate: (name, s [n, ..., c]) -> s of each hidden layer, after its norm and before what follows.
+    Attributes:
+        tap: Function (name, inputs [n, ..., k], s [n, ..., o]) -> s, called with the inputs and outputs of each linear
+            map. It may replace the outputs. Curvatures read a network's layers with it, and learners change them.
+        by: The statistics that batch norm uses: a mapping from layer names to statistics, or the weights [n] of the
+            current examples in their statistics. None uses the current examples with equal weights.
+        modulate: Function (name, s [n, ..., c]) -> s, applied to each hidden layer after its norm and before its
+            activation.
     """
 
     tap: Callable[[str, Array, Array], Array] | None = None
@@ -67,14 +83,18 @@ PLAIN = Call()
 
 
 class Model(NamedTuple):
-    """A network as two pure functions on a *batch* x: `init(key, x) -> params`, `apply(params, x) -> outputs`.
+    """A network as pure functions of its parameters and a *batch* x.
 
-    features: `features(params, x)` gives what the last layer (the head) sees; NIL, the metric learners and last-layer
-        posteriors need it, the others do not.
-    statistics: whose statistics its batch norm goes by: "batch" (of what comes together, or it has no batch norm),
-        "task" (of the support) or "running" (of training tasks). See `networks/statistics.py`.
-    calls: whether `apply` and `features` take a `Call` as a third argument.
-    support: the support whose statistics batch norm goes by, in a model that has been told it.
+    Attributes:
+        init: Function (key, x) -> params.
+        apply: Function (params, x) -> outputs, or (params, x, call) -> outputs if `calls`.
+        features: Function with the arguments of `apply` that returns the inputs of the last layer (the head), or None.
+            NIL, metric learners and last-layer posteriors need it; other learners do not.
+        statistics: The statistics that batch norm uses: "batch" (those of the examples in the same call, also for
+            networks without batch norm), "task" (those of the support) or "running" (those of training tasks). See
+            `networks/statistics.py`.
+        calls: Whether `apply` and `features` take a `Call` as a third argument.
+        support: The support whose statistics batch norm uses, if it has been set (`networks.statistics.beside`).
     """
 
     init: Callable[[PRNGKeyArray, PyTree], PyTree]
@@ -85,49 +105,72 @@ class Model(NamedTuple):
     support: Batch | None = None
 
     def outputs(self, params: PyTree, x: PyTree, call: Call = PLAIN) -> PyTree:
-        """`apply` under a call.
+        """Applies the network with a `Call`.
+
+        Args:
+            params: The network's parameters.
+            x: A batch of inputs.
+            call: Optional arguments of the call.
+
+        Returns:
+            The outputs, with a leading axis of examples.
 
         Raises:
-            ValueError: something is asked of a model that takes no `Call`.
+            ValueError: The call is not empty, and the model takes no `Call`.
         """
         if all(part is None for part in call):
             return self.apply(params, x)
         if not self.calls:
             raise ValueError(
-                "model: its apply(params, x) takes no `Call`, so its layers can be neither seen nor changed. "
-                "Use curvature='dual', 'diagonal' or 'lanczos' in place of 'kfac', or a network of "
-                "metaprior.networks."
+                "model must take a `Call`, so that its layers can be read or changed, got apply(params, x). Use a "
+                "network of metaprior.networks or, if a posterior needs the layers, curvature='dual', 'diagonal' or "
+                "'lanczos' instead of 'kfac'."
             )
         return self.apply(params, x, call)
 
 
 @runtime_checkable
 class Predictive(Protocol):
-    """p(y | x, support, theta) at n inputs: a pytree, usually a mixture with one component a posterior draw."""
+    """The predictive distribution p(y | x, support, theta) at n inputs.
+
+    A predictive is a pytree, usually a mixture with one component per posterior draw.
+    """
 
     def mean(self) -> Array:
-        """The predictive mean [n, ...]; class probabilities [n, way] for classification."""
+        """Returns the predictive mean [n, ...]; for classification, the class probabilities [n, way]."""
         ...
 
     def log_prob(self, y: Array) -> Float[Array, " n"]:
-        """Log density (or log mass) of each example's target."""
+        """Returns the log density (or log probability) of each example's target.
+
+        Args:
+            y: Targets, with a leading axis of n.
+        """
         ...
 
 
 @runtime_checkable
 class NumericPredictive(Predictive, Protocol):
-    """A predictive of numbers: it also has a spread, as intervals and the report of regressions need."""
+    """A predictive of numbers, which also has the spread that intervals and reports of regressions need."""
 
     def variance(self) -> Float[Array, "n d"]:
-        """The predictive variance of each target."""
+        """Returns the predictive variance of each target."""
         ...
 
     def cdf(self, y: Array) -> Float[Array, "n d"]:
-        """P(target <= y) of each target."""
+        """Returns P(target <= y) of each target.
+
+        Args:
+            y: Targets [n, d].
+        """
         ...
 
     def quantile(self, q: float) -> Float[Array, "n d"]:
-        """The q-quantile of each target, q between 0 and 1."""
+        """Returns the q-quantile of each target.
+
+        Args:
+            q: Probability, 0 < q < 1.
+        """
         ...
 
 
@@ -136,28 +179,37 @@ class ClassPredictive(Predictive, Protocol):
     """A predictive of classes, whose log probabilities can be divided by a temperature."""
 
     def tempered(self, temperature: float | Scalar) -> "ClassPredictive":
-        """Probabilities in proportion to p^(1 / temperature)."""
+        """Returns the predictive with probabilities in proportion to p^(1 / temperature).
+
+        Args:
+            temperature: Above 1 the probabilities become less confident.
+        """
         ...
 
 
 class Learner(NamedTuple):
-    """Four pure functions (and one optional); each can be jitted, vmapped over tasks and sharded.
+    """A meta-learning algorithm: four pure functions and a few optional ones.
 
-    init:    (key, task)                 -> params       theta: all that is meta-learned
-    adapt:   (params, support, key)      -> posterior    a pytree: phi | support, theta
-    predict: (params, posterior, x, key) -> Predictive
-    loss:    (params, task, key)         -> (scalar, metrics); `jax.grad` of it *is* the meta-gradient
-    path:    (params, support, key)      -> posterior after 0, 1, ..., k inner steps (one more leading axis), for
-             those learners that have inner steps
-    network: (params, support, key)      -> (x, call) -> outputs: the network that a task begins with, as this learner
-             calls it, where that is not the model under params
-    settle:  (params, source, key)       -> the learner to use after training, where that goes by statistics of
-             training tasks; None where training changes nothing but params
-    knobs:   (name, value) of each positive scalar of its predictions that validation tasks can fit: the noise of a
-             Gaussian likelihood, the temperature or precision of a posterior, the temperature of a softmax
-    turn:    (knobs) -> the learner with these values, a mapping by name; values may be traced
-    transduce: (params, support, query, key) -> posterior, which may depend on all query inputs of the task; query is a
-             batch with weights and without targets. A learner that has it is judged by it in place of `adapt`
+    Each function can be jitted, vmapped over tasks and sharded.
+
+    Attributes:
+        init: Function (key, task) -> params. The params are theta: all that is meta-learned.
+        adapt: Function (params, support, key) -> posterior of phi given the support and theta, a pytree.
+        predict: Function (params, posterior, x, key) -> `Predictive` at the inputs x.
+        loss: Function (params, task, key) -> (scalar, metrics). Its `jax.grad` *is* the meta-gradient.
+        path: Function (params, support, key) -> the posteriors after 0, 1, ..., k inner steps, stacked along a new
+            leading axis. None for learners without inner steps.
+        network: Function (params, support, key) -> ((x, call) -> outputs), the network before the first inner step, as
+            this learner calls it. None if that is the model with params.
+        settle: Function (params, source, key) -> the learner to use after training, if it uses statistics of training
+            tasks (batch norm with norm="running"). None if training changes nothing but params.
+        knobs: Pairs (name, value) of the positive scalars of its predictions that can be fitted on validation tasks:
+            the noise of a Gaussian likelihood, the temperature or precision of a posterior, the temperature of a
+            softmax.
+        turn: Function (knobs) -> the learner with these values, a mapping by name. Values may be traced.
+        transduce: Function (params, support, query, key) -> posterior, which may depend on all query inputs of the task.
+            The query is a batch with weights and without targets. A learner with this function is evaluated by it
+            instead of `adapt`.
     """
 
     init: Callable[[PRNGKeyArray, Task], PyTree]
@@ -172,7 +224,7 @@ class Learner(NamedTuple):
     transduce: Callable[[PyTree, Batch, Batch, PRNGKeyArray], PyTree] | None = None
 
     def posterior(self, params: PyTree, support: Batch, query: Batch, key: PRNGKeyArray) -> PyTree:
-        """Returns the posterior with which queries are predicted: `transduce` where there is one, else `adapt`.
+        """Returns the posterior that predicts the queries: that of `transduce` if there is one, else that of `adapt`.
 
         Args:
             params: The meta-learned parameters.
@@ -185,11 +237,12 @@ class Learner(NamedTuple):
         return self.transduce(params, support, Batch(query.x, None, query.weight), key)
 
     def changed(self, change: Callable[["Learner"], "Learner"], **functions: Any) -> "Learner":
-        """Returns this learner with other functions.
+        """Returns this learner with some functions replaced.
 
         Args:
-            change: Makes the same change to the learner that this one settles or is turned to.
-            functions: The functions that are replaced.
+            change: Makes the same replacement in another learner. It is applied to the learners that `settle` and
+                `turn` return.
+            functions: The new functions, by name.
         """
         settle, turn = self.settle, self.turn
         if settle is not None:
@@ -200,36 +253,60 @@ class Learner(NamedTuple):
 
 
 def as_knobs(scalars: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Scalars as the knobs of a learner: numbers as floats, traced ones as they are; arrays of several are left out."""
+    """Returns scalars in the form of a learner's `knobs`.
+
+    Args:
+        scalars: The scalars by name. Values of None and arrays of several numbers are left out.
+
+    Returns:
+        Pairs (name, value). Numbers are converted to float; traced values stay as they are.
+    """
     single = {name: value for name, value in scalars.items() if value is not None and jnp.ndim(value) == 0}
     return tuple((name, v if isinstance(v, Tracer) else float(v)) for name, v in single.items())
 
 
 def settled(learner: Learner, params: PyTree, source: "TaskSource", key: PRNGKeyArray) -> Learner:
-    """The learner to use with trained params: itself, or one whose batch norm goes by these training tasks.
+    """Returns the learner to use with trained params.
+
+    With norm="running", its batch norm uses statistics of tasks from `source`. Any other learner is returned as is.
 
     Args:
-        source: of training tasks.
-        key: that draws them.
+        learner: The learner.
+        params: Its trained parameters, theta.
+        source: Source of training tasks.
+        key: Random key for the draw of tasks.
     """
     return learner if learner.settle is None else learner.settle(params, source, key)
 
 
 def check_settled(learner: Learner) -> None:
-    """A ValueError for a learner that has to be `settled` before it can be judged."""
+    """Checks that a learner need not be `settled` before it is evaluated.
+
+    Args:
+        learner: The learner.
+
+    Raises:
+        ValueError: It must be settled first.
+    """
     if learner.settle is not None:
         raise ValueError(
-            "learner: its batch norm goes by training tasks (norm='running'), whose statistics have not been gathered. "
+            "learner must be settled before it is evaluated, got one whose batch norm uses statistics of training "
+            "tasks (norm='running') that have not been computed. "
             "Use learner = mp.settled(learner, params, splits.train, key)."
         )
 
 
 @runtime_checkable
 class TaskSource(Protocol):
-    """Where tasks come from: a pytree, so that its data travel into compiled code as arguments, not as constants."""
+    """A source of tasks: a pytree, so that its data enter compiled code as arguments and not as constants."""
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
-        """Draw n tasks, stacked along a new leading axis; pure and traceable."""
+        """Draws n tasks, stacked along a new leading axis. The function is pure and traceable.
+
+        Args:
+            key: Random key.
+            n: Number of tasks.
+        """
         ...
 
 
@@ -237,49 +314,77 @@ class TaskSource(Protocol):
 class GroupedSource(TaskSource, Protocol):
     """A source whose tasks come from a fixed number of groups, such as the subjects of a table.
 
-    Tasks of one group are no independent draws, so `evaluate` visits each group once and clusters its intervals.
+    Tasks of the same group are not independent, so `evaluate` visits each group once before any group comes again, and
+    computes intervals from one mean per group.
     """
 
     @property
     def group_count(self) -> int | None:
-        """How many groups there are; None where a wrapped source has none."""
+        """The number of groups. None if this source wraps one without groups."""
         ...
 
     def of_group(self, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
-        """A task of the group with this number (0..group_count-1); pure and traceable."""
+        """Draws a task of one group. The function is pure and traceable.
+
+        Args:
+            key: Random key.
+            group: Index of the group, 0..group_count-1.
+        """
         ...
 
 
 @runtime_checkable
 class WrappedSource(TaskSource, Protocol):
-    """A source that changes the tasks of another one: augmented, with hidden labels, ..."""
+    """A source that changes the tasks of another one (augmented images, hidden labels, ...).
+
+    Attributes:
+        source: The other source.
+    """
 
     source: TaskSource
 
 
 @runtime_checkable
 class EncodingSource(TaskSource, Protocol):
-    """A source whose inputs are made from what a user has (texts) by `encode`."""
+    """A source that encodes a user's inputs, e.g. texts, as arrays.
+
+    Attributes:
+        encode: Function from the user's inputs to the arrays that a network reads.
+    """
 
     encode: Callable[..., Any]
 
 
 @runtime_checkable
 class OutsideSource(TaskSource, Protocol):
-    """A source that also has inputs of no class [m, ...], to test rejection; None where there are none."""
+    """A source that also has inputs that belong to no class, to test rejection.
+
+    Attributes:
+        outside: The inputs [m, ...], or None.
+    """
 
     outside: Any
 
 
 @runtime_checkable
 class Embedded(Protocol):
-    """Parameters of a learner that compares embeddings."""
+    """Parameters of a learner that compares embeddings.
+
+    Attributes:
+        embedding: The parameters of the network that embeds.
+    """
 
     embedding: PyTree
 
 
 class Splits(NamedTuple):
-    """The three task sources of one data set; where tasks are made from classes, the classes are disjoint."""
+    """The three task sources of a data set. Their classes or groups are disjoint.
+
+    Attributes:
+        train: Source of the tasks for meta-training.
+        validation: Source of the tasks for choosing and calibrating.
+        test: Source of the tasks for the final evaluation.
+    """
 
     train: TaskSource
     validation: TaskSource
@@ -294,36 +399,70 @@ def innermost(source: TaskSource) -> TaskSource:
 
 
 def group_count(source: Any) -> int | None:
-    """The number of groups that a source's tasks come from; None where every task is a draw of its own."""
-    return source.group_count if isinstance(source, GroupedSource) else None
+    """Returns the number of groups that a source's tasks come from, or None if tasks are independent draws.
+
+    Args:
+        source: A task source.
+    """
+    return getattr(source, "group_count", None)
 
 
 def group_order(source: Any, key: PRNGKeyArray, n: int) -> Int[Array, " n"]:
-    """The groups of n tasks: each group once, in random order, before any comes again; n numbers without groups."""
+    """Returns the groups of n tasks: every group once, in random order, before any group comes again.
+
+    Args:
+        source: A task source.
+        key: Random key for the order.
+        n: Number of tasks.
+
+    Returns:
+        Indices of groups; for a source without groups, a permutation of 0..n-1.
+    """
     groups = group_count(source) or n
     rounds = [jax.random.permutation(k, groups) for k in jax.random.split(key, -(-n // groups))]
     return jnp.concatenate(rounds)[:n]
 
 
 def draw_task(source: Any, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
-    """One task: of this group, where the source has groups."""
+    """Draws one task.
+
+    Args:
+        source: A task source.
+        key: Random key.
+        group: The group to draw from. It is ignored if the source has no groups.
+    """
     if group_count(source) is not None:
         return source.of_group(key, group)
     return jax.tree.map(lambda leaf: leaf[0], source.sample(key, 1))
 
 
 def check_numbers(name: str, values: Any) -> None:
-    """A ValueError where these are no array of numbers, such as texts, objects or a list."""
+    """Checks that values are an array of numbers.
+
+    Args:
+        name: The argument's name, for the message.
+        values: The values.
+
+    Raises:
+        ValueError: They are something else, such as texts, objects or a list.
+    """
     if not hasattr(values, "dtype"):
         raise ValueError(f"{name} must be an array of numbers, got {values!r}.")
     if isinstance(values, np.ndarray) and values.dtype.kind in "OSUMm":
         first = f" ({str(values.flat[0])!r})" if values.size else ""
-        hint = " Make classes of them with metaprior.tasks.encode_labels." if name.endswith("y") else ""
+        hint = " Number the classes with metaprior.tasks.encode_labels." if name.endswith("y") else ""
         raise ValueError(f"{name} must be numbers, got {values.dtype} values{first}.{hint}")
 
 
 def check_rows(batch: Batch) -> None:
-    """A ValueError where x, y or weight holds no numbers, or not one entry for every row of x."""
+    """Checks that x, y, weight and known hold numbers, and one entry for each row of x.
+
+    Args:
+        batch: The batch.
+
+    Raises:
+        ValueError: They do not.
+    """
     n = examples(batch)
     for name, part in batch._asdict().items():
         for leaf in jax.tree.leaves(part):
@@ -334,27 +473,41 @@ def check_rows(batch: Batch) -> None:
 
 
 def check_known(batch: Batch) -> None:
-    """A ValueError for a batch with rows whose class is not known, for whoever cannot read them."""
+    """Checks that the class of every row is known.
+
+    Args:
+        batch: The batch.
+
+    Raises:
+        ValueError: It has rows whose class is not known.
+    """
     if batch.known is not None:
         raise ValueError(
-            "support: the classes of some examples are not known (`known`), and this learner would take each for a "
-            "class. Use a learner that reads examples without a label (gnn, protonet, ...; `reads_unlabelled`), or "
-            "leave them out, e.g. hide_labels(..., unlabelled='left_out')."
+            "support must have a known class for every example, got some without (`known`). This learner would treat "
+            "their y as a class. Use a learner that reads unlabelled examples (gnn, protonet, ...; "
+            "`reads_unlabelled`), or leave them out, e.g. with hide_labels(..., unlabelled='left_out')."
         )
 
 
 def labelled(batch: Batch) -> Batch:
-    """The batch with weight 0 for the rows whose class is not known."""
+    """Returns the batch with weight 0 for the rows whose class is not known.
+
+    Args:
+        batch: The batch.
+    """
     if batch.known is None:
         return batch
     return Batch(batch.x, jnp.where(batch.known, batch.y, 0), weights(batch) * batch.known)
 
 
 def counted(batch: Batch) -> Batch:
-    """The batch with 0 as the target of every row of weight 0, so that nothing of padding reaches a gradient.
+    """Returns the batch with 0 as the target of every row of weight 0, so that padding cannot affect a gradient.
+
+    Args:
+        batch: The batch.
 
     Raises:
-        ValueError: as `check_rows`; rows whose class is not known.
+        ValueError: `check_rows` fails, or the class of some rows is not known.
     """
     check_known(batch)
     check_rows(batch)
@@ -362,7 +515,7 @@ def counted(batch: Batch) -> Batch:
         return batch
     weight = batch.weight
     concrete = not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((batch.y, weight)))
-    where = np.where if concrete else jnp.where  # numpy: what is concrete stays so inside a trace
+    where = np.where if concrete else jnp.where  # numpy keeps concrete values concrete inside a trace
 
     def padded_out(leaf: Any) -> Any:
         there = (np.asarray(weight) if concrete else weight) > 0
@@ -374,10 +527,16 @@ def counted(batch: Batch) -> Batch:
 
 
 def weights(batch: Batch) -> Float[Array, " n"]:
-    """Each row's weight, 1 where none is given; NaN throughout where one is negative or not finite.
+    """Returns the weight of each row, 1 if the batch has no weights.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        The weights. In compiled code, which cannot raise, all are NaN if one is negative or not finite.
 
     Raises:
-        ValueError: as `check_rows`; concrete weights that `check_weight` refuses.
+        ValueError: `check_rows` fails, or `check_weight` fails for concrete weights.
     """
     check_rows(batch)
     if batch.weight is None:
@@ -388,18 +547,29 @@ def weights(batch: Batch) -> Float[Array, " n"]:
 
 
 def weighted_mean(values: Float[Array, " n"], batch: Batch) -> Scalar:
-    """sum(w values) / sum(w); 0 where nothing counts. Rows of weight 0 may hold anything."""
+    """Computes sum(w values) / sum(w), and 0 if all weights are 0.
+
+    Args:
+        values: One value per row. Those of rows with weight 0 may be anything, also NaN.
+        batch: The batch that has the weights w.
+    """
     if batch.weight is None:
         return values.sum() / max(examples(batch), 1)
     w = weights(batch)
     total = w.sum()
-    # Not `w > 0`: NaN weights must show.
+    # Not `w > 0`: NaN weights must give NaN.
     return jnp.where(w == 0, 0, w * jnp.where(w == 0, 0, values)).sum() / jnp.where(total == 0, 1, total)
 
 
 def check_weight(weight: Any) -> None:
-    """A ValueError that names the first negative or non-finite weight, or a sum too small or too large, of concrete
-    weights [..., n]."""
+    """Checks concrete weights; traced ones and None pass.
+
+    Args:
+        weight: Weights [..., n].
+
+    Raises:
+        ValueError: A weight is negative or not finite, or the sum over n is neither 0 nor from 1e-12 to 1e12.
+    """
     if weight is None or isinstance(weight, Tracer):
         return
     check_numbers("weight", weight)
@@ -412,12 +582,19 @@ def check_weight(weight: Any) -> None:
     if wrong.size:
         raise ValueError(
             f"weight must have a sum of 0 or from {LEAST_TOTAL:g} to {MOST_TOTAL:g}, got {wrong[0]:.3g}. Multiply all "
-            "weights by one number: a mean over rows stays the same."
+            "weights by the same number, which does not change a mean over rows."
         )
 
 
 def check_source(source: Any) -> None:
-    """A ValueError where a source holds values that are no numbers, or weights that `check_weight` refuses."""
+    """Checks the arrays of a task source.
+
+    Args:
+        source: A task source.
+
+    Raises:
+        ValueError: It holds values that are not numbers, or `check_weight` fails for its weights.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(source):
         name = jax.tree_util.keystr(path).removeprefix(".")
         if hasattr(leaf, "dtype"):
@@ -427,13 +604,21 @@ def check_source(source: Any) -> None:
 
 
 def known_labels(y: Any) -> Any:
-    """The labels with hidden ones, below 0, as class 0; concrete ones stay so inside a trace."""
+    """Returns the labels with class 0 for hidden ones, which are below 0. Concrete labels stay so inside a trace.
+
+    Args:
+        y: Integer labels.
+    """
     check_numbers("y", y)
     return jnp.maximum(y, 0) if isinstance(y, Tracer) else np.maximum(y, 0)
 
 
 def examples(batch: Batch) -> int:
-    """The number of examples of a batch (padding included)."""
+    """Returns the number of rows of a batch, padding included.
+
+    Args:
+        batch: The batch.
+    """
     return jax.tree.leaves(batch.x)[0].shape[0]
 
 
@@ -446,20 +631,26 @@ __all__ = [
 
 
 def joined(task: Task) -> Batch:
-    """Support and query as one batch; with weights if either has some.
+    """Concatenates the support and the query of a task. The result has weights if either of them has.
+
+    Args:
+        task: The task.
 
     Raises:
-        ValueError: targets whose shapes differ in more than the rows.
+        ValueError: The shapes of their targets differ in more than the number of rows, or `known` is set.
     """
     check_known(task.support)
     for batch in task:
         check_rows(batch)
     for s, q in zip(jax.tree.leaves(task.support.y), jax.tree.leaves(task.query.y), strict=True):
         if s.shape[1:] != q.shape[1:]:
-            raise ValueError(f"y: the support's has shape {tuple(s.shape)}, the query's has shape {tuple(q.shape)}.")
+            raise ValueError(
+                f"y must have the same shape in support and query, but for the rows, got {tuple(s.shape)} and "
+                f"{tuple(q.shape)}."
+            )
     if (task.support.weight is None) != (task.query.weight is None):
         task = Task(*(batch._replace(weight=weights(batch)) for batch in task))
     concrete = not any(isinstance(leaf, Tracer) for batch in task for leaf in jax.tree.leaves(batch.y))
-    together = np.concatenate if concrete else jnp.concatenate  # numpy: what is concrete stays so inside a trace
+    together = np.concatenate if concrete else jnp.concatenate  # numpy keeps concrete values concrete inside a trace
     both = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), *(batch._replace(y=None) for batch in task))
     return both._replace(y=jax.tree.map(lambda s, q: together([s, q]), task.support.y, task.query.y))

@@ -1,6 +1,6 @@
 """Predictions in the units of the user's target.
 
-Learners see a standardised target z; the user's is y = offset + scale * z, target by target.
+Learners see a standardised target z. The user's target is y = offset + scale * z, separately for each target.
 """
 
 from dataclasses import dataclass, field
@@ -26,16 +26,17 @@ def _quantile(predictive: Any, q: float) -> Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rescaled:
-    """The predictive of y = offset + scale * z, where `base` is the predictive of z [n, d].
+    """The predictive of y = offset + scale * z, given the predictive of z [n, d].
 
         mean(y) = offset + scale mean(z),   p(y) = p(z) / prod(scale),   F(y) = F(z),   z = (y - offset) / scale
 
-    Offset and scale are exact (float64) and static. Results are numpy float64 where `base` holds numbers, because an
-    offset such as 1.7e9 leaves no digits in float32; inside compiled code they are arrays of the compiled type.
+    Offset and scale are exact (float64) and static. Results are numpy float64 if `base` holds concrete numbers, because
+    with an offset such as 1.7e9 float32 has no digits left. Inside compiled code they are arrays of the compiled type.
 
     Attributes:
-        base: any predictive of d real targets.
-        offset, scale: one number a target, in the target's own units; every scale is above 0.
+        base: Any predictive of d real targets z.
+        offset: One number per target, in the target's units.
+        scale: One number above 0 per target, in the target's units.
     """
 
     base: Any
@@ -43,21 +44,35 @@ class Rescaled:
     scale: Floats = field(metadata={"static": True})
 
     def mean(self) -> Float[Array, "n d"]:
+        """Returns the mean of each target, in its units."""
         return self._raw(self.base.mean())
 
     def variance(self) -> Float[Array, "n d"]:
+        """Returns the variance of each target, in its units squared."""
         return self._stretched(self.base.variance(), 2)
 
     def quantile(self, q: float) -> Float[Array, "n d"]:
-        """Marginal quantile of each target."""
+        """Returns the marginal quantile of each target, in its units.
+
+        Args:
+            q: Probability, 0 < q < 1.
+        """
         return self._raw(_quantile(self.base, q))
 
     def cdf(self, y: Any) -> Float[Array, "n d"]:
-        """Marginal distribution function of each target at y [n, d] in the target's own units."""
+        """Returns the marginal distribution function of each target.
+
+        Args:
+            y: Targets [n, d], in their units.
+        """
         return self.base.cdf(self._standardised(y))
 
     def log_prob(self, y: Any) -> Float[Array, " n"]:
-        """Log density of y [n, d], per unit of the target: log p(z) - sum(log scale)."""
+        """Returns the log density of each example per unit of its targets: log p(z) - sum(log scale).
+
+        Args:
+            y: Targets [n, d], in their units.
+        """
         return self.base.log_prob(self._standardised(y)) - float(np.log(self.scale).sum())
 
     def _raw(self, z: Array) -> Any:
@@ -77,11 +92,12 @@ def _type(values: Any) -> Any:
 
 
 def in_units(predictive: Predictive, offset: Any, scale: Any) -> Predictive:
-    """`predictive` of a standardised target as one of offset + scale * target; see `Rescaled`.
+    """Converts the predictive of a standardised target to that of offset + scale * target; see `Rescaled`.
 
     Args:
-        predictive: of d real targets.
-        offset, scale: [d], e.g. the training groups' mean and deviation of each target.
+        predictive: Predictive of d real targets.
+        offset: [d], e.g. each target's mean over the training groups.
+        scale: [d], e.g. each target's standard deviation over the training groups.
     """
     offset, scale = (tuple(np.asarray(v, float).reshape(-1).tolist()) for v in (offset, scale))
     return Rescaled(predictive, offset, scale)
