@@ -71,7 +71,7 @@ def test_entry_points_are_found_when_a_name_is_not_known(monkeypatch):
     assert build(recipe).learner.path is not None
     points["metaprior.networks"] = [EntryPoint("broken", "test_named:nothing", "metaprior.networks")]
     NETWORKS._searched = False
-    with pytest.raises(ValueError, match="network broken: cannot be loaded from test_named:nothing"):
+    with pytest.raises(ValueError, match="network broken cannot be loaded from test_named:nothing"):
         NETWORKS.discovered()
 
 

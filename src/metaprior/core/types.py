@@ -207,7 +207,7 @@ class Learner(NamedTuple):
             the noise of a Gaussian likelihood, the temperature or precision of a posterior, the temperature of a
             softmax.
         turn: Function (knobs) -> the learner with these values, a mapping by name. Values may be traced.
-        transduce: Function (params, support, query, key) -> posterior, which may depend on all query inputs of the task.
+        transduce: Function (params, support, query, key) -> posterior, which may use all query inputs of the task.
             The query is a batch with weights and without targets. A learner with this function is evaluated by it
             instead of `adapt`.
     """
@@ -404,7 +404,7 @@ def group_count(source: Any) -> int | None:
     Args:
         source: A task source.
     """
-    return getattr(source, "group_count", None)
+    return source.group_count if isinstance(source, GroupedSource) else None
 
 
 def group_order(source: Any, key: PRNGKeyArray, n: int) -> Int[Array, " n"]:
