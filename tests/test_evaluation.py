@@ -367,7 +367,8 @@ def test_weights_count_in_every_figure():
 
 def test_labels_that_are_no_class_are_named():
     learner = constant(lambda x: Categories(jnp.full((1, len(x), 3), -np.log(3.0))))
-    for y, support, says in (([0, 3], [0, 1], "query: y must hold .* got 3"), ([0, 1], [0, 7], "support: y must hold .* got 7"),
+    for y, support, says in (([0, 3], [0, 1], "query: y must hold .* got 3"),
+                             ([0, 1], [0, 7], "support: y must hold .* got 7"),
                              ([0, -1], [0, 1], "query: y must hold .* got -1")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             evaluate(learner, None, given_task(y, support=support), jax.random.key(0), tasks=2)
