@@ -36,7 +36,7 @@ settings.load_profile("repeatable")
 # first case, and of tests of every learner it has four.
 SLOW = {"main", "run_cli", "cli", "subprocess", "Popen", "data_dir", "scan", "fit", "run_chunk", "optimise"}
 SLOW |= {"MetaRegressor", "MetaClassifier", "evaluate", "nuts"}
-REPRESENTATIVES = {"maml", "protonet", "cnp", "amortized_bml"}
+REPRESENTATIVES = {"maml", "protonet", "cnp", "bmaml"}
 
 
 def pytest_addoption(parser):

@@ -69,6 +69,7 @@ def test_colours_change_by_their_factors():
     assert 1.15 < ratio.max() <= 1.2
 
 
+@pytest.mark.slow
 def test_only_training_is_augmented_and_the_same_key_gives_the_same_bits():
     changed = augmented(SPLITS, crop=1, flip=True, jitter=0.1)
     assert changed.validation is TASKS

@@ -85,6 +85,7 @@ def test_gem_gradient_by_hand(sd, expected):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_gem_gradient_is_the_gradient_of_the_exact_marginal():
     """Theorem 1 of Zou & Lu, and GEM-BML+ as the difference of two such gradients."""
     task, noise = orthogonal_task(), 0.7
@@ -138,6 +139,7 @@ def test_natural_steps_are_held_to_a_trust_region_and_differentiable_where_nothi
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_mirrored_draws_leave_no_noise_in_the_mean_of_a_linear_model():
     task = orthogonal_task()
     q = DiagonalGaussian({"head": jnp.asarray([[0.3], [-0.2], [1.0]])}, {"head": jnp.zeros((3, 1))})
@@ -169,6 +171,7 @@ def test_natural_steps_find_the_tempered_posterior_of_however_few_examples(shown
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("plus", [False, True])
 @pytest.mark.parametrize("precondition", [False, True])
+@pytest.mark.slow
 def test_the_gradient_of_gem_is_minus_its_closed_form(plus, precondition):
     task = jax.tree.map(lambda leaf: leaf[0], sinusoid(shot=6, query=6).train.sample(jax.random.key(0), 1))
     options = {"steps": 4, "rate": 0.05}
@@ -202,6 +205,7 @@ def test_reptile_is_the_limit_of_gem_for_a_narrow_posterior():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_maml_is_the_limit_of_platipus_and_of_bmaml():
     task = jax.tree.map(lambda leaf: leaf[0], sinusoid(shot=6, query=6).train.sample(jax.random.key(0), 1))
     model, key = mlp(1, (5,), "tanh"), jax.random.key(2)
@@ -220,6 +224,7 @@ def test_maml_is_the_limit_of_platipus_and_of_bmaml():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_platipus_has_no_divergence_where_both_gaussians_are_the_prior():
     task = jax.tree.map(lambda leaf: leaf[0], sinusoid(shot=6, query=6).train.sample(jax.random.key(0), 1))
     learner = make_learner("platipus", mlp(1, (5,)), Gaussian(), inference_rate=1e-300)
@@ -228,6 +233,7 @@ def test_platipus_has_no_divergence_where_both_gaussians_are_the_prior():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_stein_direction_by_hand_and_for_one_particle():
     particles = jnp.asarray([[0.0], [1.0]])
     # The median of the one pair's d^2 over log 2 is h = 1.4427; target N(0, 1): grad log p = -phi.
@@ -282,6 +288,7 @@ def nll_draws(model, likelihood, log_sd, x, y, local, n):
     return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(2), n))
 
 
+@pytest.mark.slow
 def test_local_reparametrisation_of_convolutions():
     """Only the head is drawn an example at a time: the mean is the same."""
     x, y = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1)), jnp.arange(2)
@@ -299,6 +306,7 @@ def test_the_hyper_prior_is_lowest_at_its_mode():
 
 
 @pytest.mark.parametrize("name", BAYESIAN)
+@pytest.mark.slow
 def test_without_support_the_posterior_is_the_prior(name):
     task = jax.tree.map(lambda leaf: leaf[0], sinusoid(shot=5, query=5).train.sample(jax.random.key(0), 1))
     model, key = mlp(1, (5,), "tanh"), jax.random.key(2)

@@ -52,6 +52,7 @@ def sentences_used(part):
     return set(np.asarray(part.sentences[part.places]).tolist())
 
 
+@pytest.mark.slow
 def test_a_cloze_example_is_its_sentence_with_the_word_blank_wherever_it_stands(story):
     train = cloze_of(story, hide=False).train
     written = [words_of(s) for s in story.read_text().split(".") if s.strip()]
@@ -74,6 +75,7 @@ def test_a_cloze_example_is_its_sentence_with_the_word_blank_wherever_it_stands(
             assert train.encode([shown])[0].tolist() == row
 
 
+@pytest.mark.slow
 def test_a_query_whose_sentence_is_in_the_support_does_not_count(story):
     part = cloze_of(story, train_way=5, query=4, reach=5, hide=False).train
     task = jax.device_get(part.sample(jax.random.key(0), 40))

@@ -35,6 +35,7 @@ def test_the_outputs_are_the_decoder_at_the_mean_of_what_was_encoded():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_by_class_keeps_one_mean_a_class_side_by_side():
     support = batch(7)._replace(y=jnp.array([0, 0, 1, 1, 1, 0, 1]))
     both, one = cnp(BARE, Categorical(), by_class=True, **SMALL), cnp(BARE, Categorical(), **SMALL)
@@ -60,6 +61,7 @@ def test_a_weight_of_two_is_the_example_twice(factory):
 
 @pytest.mark.parametrize("factory", [cnp, anp])
 @pytest.mark.parametrize("model", [mlp(3, (6,)), conv4(3, filters=4, blocks=2)])
+@pytest.mark.slow
 def test_an_empty_support_gives_the_prior(factory, model):
     learner = factory(model, Categorical(), **SMALL)
     support = Batch(jax.random.normal(KEY, (4, 8, 8, 1)), jnp.array([0, 1, 2, 0]))

@@ -121,6 +121,7 @@ def test_every_derivative_under_vmap(axes):
     close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_vmap_of_vmap():
     x, w = inputs(4, 2, 3, lead=(2, 3))
     close(jax.vmap(jax.vmap(conv2d), (0, 0))(x, w), jax.vmap(jax.vmap(by_lax))(x, w))
@@ -171,6 +172,7 @@ def test_single_precision(stride):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 def test_by_groups_of_images(monkeypatch):
     x, w = inputs(5, 2, 3)
     x = jnp.concatenate([x, 2 * x, 3 * x])

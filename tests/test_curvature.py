@@ -88,6 +88,7 @@ def random_scale(params, seed=5):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_rows_make_the_hessian_of_a_linear_softmax_model():
     batch = Batch(jax.random.normal(jax.random.key(0), (7, 3)), jnp.arange(7) % 4)
     params = jax.random.normal(jax.random.key(1), (3, 4))
@@ -103,6 +104,7 @@ def test_rows_make_the_hessian_of_a_linear_softmax_model():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("net", [tanh_net, normed_net])
 @pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.slow
 def test_dual_equals_dense_linear_algebra(net, name):
     likelihood, params, scale = LIKELIHOODS[name], tanh_params(), random_scale(tanh_params())
     # 20 examples are 40 rows: more than one chunk, and more than the 26 parameters.
@@ -160,6 +162,7 @@ def test_scales():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_a_parameter_of_scale_zero_does_not_move():
     params = tanh_params()
     scale = as_scale(0.7, params) | {"layer": jax.tree.map(jnp.zeros_like, params["layer"])}
@@ -210,6 +213,7 @@ def blocks_of(h, params):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.slow
 def test_kfac_blocks_are_exact_for_one_example(name):
     likelihood, params, batch = LIKELIHOODS[name], tanh_params(), batch_of(1, weight=jnp.array([3.0]))
     fit = compiled(kfac, tanh_net, likelihood, params, batch, 0.7)
@@ -223,6 +227,7 @@ def test_kfac_blocks_are_exact_for_one_example(name):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_kfac_is_the_whole_fisher_of_one_linear_layer_and_of_each_layer_of_a_deep_linear_network():
     one = {"head": {"w": jax.random.normal(jax.random.key(0), (3, 4)), "b": jnp.ones(4)}}
 
@@ -264,6 +269,7 @@ def test_kfac_log_det_golden():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_kfac_sums_over_positions_and_weighs_examples():
     """A convolution is a layer at each position; an example of weight 2 is that example twice."""
     params = {"conv": {"w": jax.random.normal(jax.random.key(0), (1, 2, 3))}, "norm": {"gain": jnp.ones(3)}}
@@ -306,6 +312,7 @@ def test_kfac_says_that_it_needs_taps():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_lanczos_log_det_converges_with_its_order_and_so_does_its_gradient():
     roots = jax.random.normal(jax.random.key(0), (8, 20)) * jnp.logspace(-1, 1, 8)[:, None]
     probes = jnp.sqrt(8.0) * jnp.eye(8)  # their mean is the trace itself: what is left is the error of the order
@@ -328,6 +335,7 @@ def test_lanczos_log_det_converges_with_its_order_and_so_does_its_gradient():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_lanczos_probes_are_unbiased_and_the_leading_forms_carry_the_gradient():
     params, batch = tanh_params(), batch_of(10)
     flat, build = ravel_pytree(params)
@@ -346,6 +354,7 @@ def test_lanczos_probes_are_unbiased_and_the_leading_forms_carry_the_gradient():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_lanczos_posterior_is_exact_at_full_order_and_cautious_below():
     # Three outputs that share their inputs: each eigenvalue comes three times, which exhausts a Krylov space early.
     params, batch = {"w": jax.random.normal(jax.random.key(0), (6, 3))}, batch_of(4, 6)
@@ -408,6 +417,7 @@ def test_float32_holds_under_a_very_broad_prior():
     np.testing.assert_allclose(near, near64, rtol=0.5, atol=0.05)  # the noise variance is 0.09
 
 
+@pytest.mark.slow
 def test_rows_one_by_one_are_the_rows_at_once(monkeypatch, x64):
     model, x = mlp(3, (8,)), jax.random.normal(jax.random.key(0), (5, 2))
     phi, batch = model.init(jax.random.key(1), x), Batch(x, jnp.asarray([0, 1, 2, 0, 1]))
@@ -429,6 +439,7 @@ def sizes_of(posterior, queries, params):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["gaussian", "softmax"])
+@pytest.mark.slow
 def test_many_rows_have_the_duals_posterior(name):
     """Weights and padding included."""
     params, weight = tanh_params(), jnp.tile(jnp.asarray([1.0, 0.5, 0.0]), 70)
@@ -451,6 +462,7 @@ def test_the_curvature_is_chosen_by_shapes():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_variances_of_many_queries_take_examples_apart_only_where_they_are():
     params, x = tanh_params(), batch_of(150).x
     for net, apart in ((tanh_net, True), (normed_net, False)):

@@ -59,6 +59,7 @@ def test_golden_calibration_errors():
 
 @settings(max_examples=30)
 @given(st.integers(0, 10_000), st.sampled_from([1, 2, 20, 200]))  # few sizes: each is compiled anew
+@pytest.mark.slow
 def test_calibration_errors_are_bounded_and_ordered(seed, n):
     rng = np.random.default_rng(seed)
     confidence, correct = jnp.asarray(rng.uniform(0.2, 1, n)), jnp.asarray(rng.integers(0, 2, n).astype(float))

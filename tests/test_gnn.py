@@ -54,6 +54,7 @@ def by_hand(theta, z):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_each_query_has_a_graph_of_its_own_with_labels_where_known():
     support, x = batch(4)._replace(y=jnp.array([2, -1, 0, 1])), batch(3, 2).x
     params = start(support)
@@ -65,6 +66,7 @@ def test_each_query_has_a_graph_of_its_own_with_labels_where_known():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_a_weight_of_two_is_the_example_twice_to_the_other_nodes():
     """In one layer; in more, the two also see each other, which one alone does not."""
     shallow = gnn(BARE, Categorical(), layers=1, filters=4)
@@ -78,6 +80,7 @@ def test_a_weight_of_two_is_the_example_twice_to_the_other_nodes():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_many_queries_go_by_chunks_with_the_same_answers_and_gradients():
     support, many = batch(120), batch(9, 2)
     assert 1 < EDGES // 121**2 < 9
@@ -92,6 +95,7 @@ def test_many_queries_go_by_chunks_with_the_same_answers_and_gradients():
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_without_a_support_the_query_is_a_graph_of_one():
     support, x = batch(4), batch(2, 2).x
     params = start(support)

@@ -39,6 +39,7 @@ def test_quadratic_meta_gradients_by_hand(steps, second, first):
 @pytest.mark.usefixtures("x64")
 @settings(max_examples=20)
 @given(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 23, 64, 67]), st.sampled_from(["sgd", "adam", "adagrad"]))
+@pytest.mark.slow
 def test_rematerialised_and_plain_descents_agree(steps, name):
     def rosenbrock(phi):
         return (1 - phi["a"]) ** 2 + 2 * (phi["b"] - phi["a"] ** 2) ** 2
@@ -75,6 +76,7 @@ def test_inner_rates_are_the_optimizers_sensitivity(name):
         np.testing.assert_allclose(rates, 0.1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_and_empty_supports_teach_nothing():
     x = jnp.array([[1.0], [2.0], [99.0]])
     padded = Batch(x, x, jnp.array([1.0, 1.0, 0.0]))

@@ -45,6 +45,7 @@ def test_a_line_search_converges_where_the_rate_is_far_too_great():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_gradient_converges_to_the_exact_one_as_cg_steps_grow():
     h, c = quadratic()
     theta, v, strength = jnp.arange(6.0), jnp.ones(6), 0.3
@@ -79,6 +80,7 @@ def mlp_loss(phi, x, y):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_a_converged_network_against_finite_differences_of_its_minimum():
     """The derivative of phi*(theta), in theta, in the strength and in a value that the loss closes over."""
     keys = jax.random.split(jax.random.key(0), 4)
@@ -103,6 +105,7 @@ def test_a_converged_network_against_finite_differences_of_its_minimum():
     np.testing.assert_allclose(slopes[2], closed_over, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_tasks_side_by_side_with_integer_labels():
     """Compiled grad of vmap: a task's traced data, integers among them, do not leak into the custom derivative."""
     x, y = jax.random.normal(jax.random.key(0), (3, 4, 2)), jnp.array([[0, 1, 2, 0], [1, 1, 2, 0], [2, 0, 1, 1]])

@@ -78,6 +78,7 @@ UNIFORM = {
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("curvature", ["dual", "lanczos"])
 @pytest.mark.parametrize("name", UNIFORM)
+@pytest.mark.slow
 def test_optimisers_that_treat_all_parameters_alike(name, curvature):
     optimizer, rate, momentum = UNIFORM[name]
     learner = maml(MODEL, Gaussian(SD), steps=STEPS, optimizer=optimizer, posterior=implicit(curvature=curvature))
@@ -105,6 +106,7 @@ def test_meta_sgd_has_a_rate_a_parameter():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.slow
 def test_preconditioned_has_a_matrix_of_rates(rank):
     learner = preconditioned(MODEL, Gaussian(SD), steps=STEPS, rate=0.02, rank=rank, posterior=implicit())
     params = learner.init(KEY, Task(BATCH, BATCH))
@@ -129,6 +131,7 @@ def test_preconditioned_starts_near_its_rate(rank):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_anil_moves_its_head_alone():
     learner = anil(MODEL, Gaussian(SD), steps=STEPS, rate=0.05, posterior=implicit())
     posterior = adapted(learner, init(None, None))
@@ -171,6 +174,7 @@ def test_an_optimiser_of_labelled_tensors_is_recognised():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["momentum", "lslr", "preconditioned"])
+@pytest.mark.slow
 def test_the_path_has_the_posterior_of_each_step(name):
     rates, theta, matrices = by_tensor()
     task, momentum = Task(BATCH, BATCH), {}
@@ -220,6 +224,7 @@ def test_where_steps_overshoot_the_likelihood_alone_counts(rates):
     assert one.asymmetry < 1e-12
 
 
+@pytest.mark.slow
 def test_optimisers_are_told_apart():
     phi = init(None, None)
     linear = [optax.sgd(0.1), optax.sgd(SCHEDULE, momentum=0.9, nesterov=True)]
@@ -237,6 +242,7 @@ def test_optimisers_are_told_apart():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_parameters_without_a_gradient_do_not_move_under_adam():
     batch = BATCH._replace(x=BATCH.x.at[:, 3].set(0.0), y=jnp.ones((N, 1)))
     for optimizer in ("adam", "rmsprop"):

@@ -65,6 +65,7 @@ def test_nobody_else_has_inner_steps():
      ("reptile", {"steps": 5, "test_steps": 50, "optimizer": "adam"}), ("amortized_bml", {"optimizer": "sgd"}),
      ("l2l", {"steps": 100, "first_order": True}), ("fine_tune", {"steps": 100, "rate": 0.1})],
 )  # fmt: skip
+@pytest.mark.slow
 def test_the_defaults_that_a_signature_shows_are_those_that_are_used(name, shown):
     parameters = parameters_of(LEARNERS[name])
     assert {option: parameters[option].default for option in shown} == shown
@@ -79,12 +80,14 @@ def test_the_defaults_that_a_signature_shows_are_those_that_are_used(name, shown
 
 
 @pytest.mark.parametrize("name", ["anil", "cavia", "platipus", "bmaml", "amortized_bml"])
+@pytest.mark.slow
 def test_recomputed_steps_have_the_same_gradient(name):
     found = [gradient_of(learner_of(name, steps=6, rate=0.05, remat=remat))[1] for remat in (False, True)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *found)
 
 
 @pytest.mark.parametrize("name", ["anil", "cavia", "llama", "platipus", "amortized_bml"])
+@pytest.mark.slow
 def test_first_order_changes_the_gradient_and_not_the_loss(name):
     through, stopped = (learner_of(name, steps=2, rate=0.1, first_order=first) for first in (False, True))
     params, exact = gradient_of(through)
@@ -100,6 +103,7 @@ def test_what_a_name_fixes_is_no_option():
         learner_of("gem_bml_plus", predictive=False)
 
 
+@pytest.mark.slow
 def test_an_optax_transformation_is_taken_as_it_is():
     by_name, by_hand = (learner_of("cavia", steps=3, optimizer=o) for o in ("sgd", optax.sgd(1.0)))
     params = by_name.init(KEY, TASK)

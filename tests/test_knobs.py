@@ -25,6 +25,7 @@ def answer(learner, params, task=TASK):
 
 
 @pytest.mark.parametrize("name", OF_NUMBERS)
+@pytest.mark.slow
 def test_the_noise_is_a_knob_of_every_learner_of_numbers(name):
     """It widens predictions by exactly what it adds, and moves nothing else."""
     small = traits_of(name).small
@@ -39,6 +40,7 @@ def test_the_noise_is_a_knob_of_every_learner_of_numbers(name):
     np.testing.assert_allclose(answer(again, params).variance(), plain.variance(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_does_not_know_of_the_knobs():
     learner = mp.learners.maml(mp.mlp(1, (8,)), mp.Gaussian(0.3), steps=2, rate=0.1, posterior=mp.implicit())
     params = learner.init(KEY, TASK)
@@ -80,6 +82,7 @@ def test_a_rule_of_ones_own_has_the_noise_if_it_takes_one():
     assert dict(own.knobs) == pytest.approx({"noise": 0.3})
 
 
+@pytest.mark.slow
 def test_temperatures_do_not_pile_up():
     learner = mp.learners.protonet(mp.mlp(4, (8,)), mp.Categorical(), way=3)
     params = learner.init(KEY, CLASSES)
@@ -89,6 +92,7 @@ def test_temperatures_do_not_pile_up():
     assert twice.knobs == (("softmax_temperature", 2.0),)
 
 
+@pytest.mark.slow
 def test_the_temperature_is_that_of_shown_classes_alone():
     inner = mp.learners.protonet(mp.mlp(4, (8,)), mp.Categorical(), way=4)
     learner = with_unseen(inner, 4)
@@ -102,6 +106,7 @@ def test_the_temperature_is_that_of_shown_classes_alone():
 
 
 @pytest.mark.parametrize("norm", ["batch", "task"])
+@pytest.mark.slow
 def test_a_learner_over_task_norm_is_turned_as_any_other(norm):
     model = mp.conv4(3, filters=4, blocks=2, norm=norm)
     images = mp.Batch(jax.random.uniform(KEY, (6, 8, 8, 1)), LABELS)
@@ -127,6 +132,7 @@ def test_calibrate_returns_the_learner_with_its_knobs_fitted():
     assert after < before - 0.5
 
 
+@pytest.mark.slow
 def test_calibrate_gives_any_classifier_a_temperature():
     splits = two_circles()
     learner = mp.learners.maml(mp.mlp(2, (8,)), mp.Categorical(), steps=1, rate=2.0)

@@ -123,6 +123,7 @@ def test_weights_are_relative_in_means_and_their_sum_is_bounded():
 
 
 @pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.slow
 def test_nil_scores_do_not_depend_on_the_scale_of_weights(softmax):
     learner = nil(mlp(3, (4,)), Categorical(), softmax=softmax)
     x, y = jax.random.normal(KEY, (6, 2)), jnp.arange(6) % 3

@@ -27,6 +27,7 @@ def problem():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_evidence_is_the_exact_marginal_likelihood():
     batch, theta, scale, likelihood, exact, mode, _ = problem()
     got = negative_log_evidence(linear, likelihood, mode, theta, batch, scale)
@@ -65,6 +66,7 @@ def test_every_wrong_variant_differs():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_its_gradient_is_that_of_the_marginal_likelihood():
     batch, theta, scale, likelihood, *_ = problem()
 
@@ -83,6 +85,7 @@ def test_its_gradient_is_that_of_the_marginal_likelihood():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("curvature", ["dual", "diagonal", "lanczos", dual])
+@pytest.mark.slow
 def test_any_curvature_serves(curvature):
     batch = Batch(jax.random.normal(jax.random.key(0), (6, 2)), jnp.arange(6) % 3)
     phi = jax.random.normal(jax.random.key(1), (2, 3))

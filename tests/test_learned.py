@@ -50,6 +50,7 @@ def test_an_lstm_step_by_hand():
     np.testing.assert_allclose(two.c[0, 0], c2, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_log_sign_is_the_papers_and_has_a_derivative_everywhere():
     g = jnp.array([1.0, -np.e, np.exp(-10.0) * 0.5, 0.0, 1e-8])
     shown = log_sign(g)
@@ -63,6 +64,7 @@ def test_log_sign_is_the_papers_and_has_a_derivative_everywhere():
 # ------------------------------------------------------------------------------------------------------- the optimiser
 
 
+@pytest.mark.slow
 def test_each_coordinate_is_optimised_alone_and_all_alike():
     optimizer = learned_optimizer(init_rule(KEY))
     grads = [jax.random.normal(k, (6,)) for k in jax.random.split(KEY, 3)]
@@ -117,6 +119,7 @@ def test_an_optimiser_that_asks_is_told_the_loss():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_without_truncation_and_stops_the_gradient_is_the_derivative():
     task = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), a_quadratic())
     learner = l2l(linear(), EXACT, steps=6, unroll=6, units=4, first_order=False, start="learned")
@@ -153,6 +156,7 @@ def test_truncation_sums_the_gradients_of_each_unroll_from_where_it_starts():
     assert any(not np.allclose(a, b) for a, b in zip(*map(jax.tree.leaves, (whole, untruncated)), strict=True))
 
 
+@pytest.mark.slow
 def test_the_objective_is_the_mean_over_the_course_of_the_function_itself():
     task = a_quadratic()
     learner = l2l(linear(), EXACT, steps=8, unroll=4, start="learned")
@@ -170,6 +174,7 @@ def test_the_objective_is_the_mean_over_the_course_of_the_function_itself():
     np.testing.assert_allclose(posterior["head"]["w"], at["head"]["w"], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_random_starts_come_from_the_key_and_nothing_of_them_is_learned():
     task = a_quadratic()
     learner = l2l(linear(init_scale=1.0), EXACT, steps=2, unroll=2)
@@ -181,6 +186,7 @@ def test_random_starts_come_from_the_key_and_nothing_of_them_is_learned():
     assert not np.allclose(courses[0][0], courses[1][0])
 
 
+@pytest.mark.slow
 def test_training_steps_see_minibatches_of_the_support_and_padding_counts_for_nothing():
     x = jax.random.normal(KEY, (12, 3))
     task = Task(Batch(x, x[:, :1]), Batch(x, x[:, :1]))
@@ -217,6 +223,7 @@ def test_a_minute_of_training_beats_the_best_rate_of_gradient_descent_on_new_qua
 # ------------------------------------------------------------------------------------------------------- tasks, errors
 
 
+@pytest.mark.slow
 def test_a_quadratic_is_its_likelihood():
     task, theta = a_quadratic(), jax.random.normal(KEY, (10, 1))
     nll = EXACT.nll(linear().apply({"head": {"w": theta}}, task.support.x), task.support.y).mean()
@@ -229,6 +236,7 @@ def test_a_quadratic_is_its_likelihood():
     assert abs(x[0].std() - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_digits_are_real_and_their_splits_share_no_image():
     splits = digits(shot=100, query=50)
     task = splits.train.sample(KEY, 2)
@@ -271,6 +279,7 @@ def fit_of(task):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_with_blind_gates_the_cell_is_gradient_descent_with_decay():
     learner, params, task = a_cell(rate=0.05)
     blind = jax.tree.map(jnp.zeros_like, (params.rule.forget["w"], params.rule.input["w"]))
@@ -286,6 +295,7 @@ def test_with_blind_gates_the_cell_is_gradient_descent_with_decay():
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_of_the_cell_by_hand():
     rule = init_cell(KEY, 3, 0.02)
     rule = rule._replace(input={"w": jnp.array([0.3, -0.2, 0.1, 0.5, 2.0]), "b": jnp.array(-1.0)})
@@ -333,6 +343,7 @@ def test_gradients_and_losses_are_constants_to_the_meta_gradient():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_gates_can_be_seen_and_the_input_gate_is_the_implied_rate():
     learner, params, task = a_cell(rate=0.1)
     seen = gates(NET, Gaussian(), params, task.support, 3)

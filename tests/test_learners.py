@@ -57,6 +57,7 @@ def gap(a, b):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_first_order_is_the_query_gradient_at_phi_and_differs_from_second_order():
     second, first = maml(NET, Gaussian(), rate=0.05), fomaml(NET, Gaussian(), rate=0.05)
     params = second.init(KEY, TASK)
@@ -70,6 +71,7 @@ def test_first_order_is_the_query_gradient_at_phi_and_differs_from_second_order(
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.slow
 def test_learned_rates_at_their_start_are_maml(steps):
     plain = maml(NET, Gaussian(), rate=0.05, steps=steps)
     theta = plain.init(KEY, TASK)
@@ -93,6 +95,7 @@ def test_low_rank_preconditioner_moves_along_b():
     np.testing.assert_allclose(flat(phi)[0], expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_anil_moves_the_head_alone():
     learner = anil(NET, Gaussian(), rate=0.1, steps=3)
     params = learner.init(KEY, TASK)
@@ -105,6 +108,7 @@ def test_anil_moves_the_head_alone():
         anil(NET, Gaussian(), head="tail").init(KEY, TASK)
 
 
+@pytest.mark.slow
 def test_nil_classifies_by_similarity_without_adapting():
     x = jnp.array([[2.0, 0.1], [0.1, 2.0], [2.1, 0.0], [0.0, 1.9]])
     support = Batch(x, jnp.array([1, 0, 1, 0]))
@@ -119,6 +123,7 @@ def test_nil_classifies_by_similarity_without_adapting():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_reptiles_gradient_is_theta_minus_phi():
     learner = reptile(NET, Gaussian(), optimizer="sgd", rate=0.05, steps=4, minibatch=5)
     params = learner.init(KEY, TASK)
@@ -139,6 +144,7 @@ def test_minibatches_see_every_example_once_in_a_pass():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_imaml_approaches_the_derivative_of_the_inner_solution():
     def learner(cg_steps):
         return imaml(NET, Gaussian(), strength=1.0, steps=3000, rate=0.02, cg_steps=cg_steps)
@@ -173,6 +179,7 @@ def joined(tasks):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_llamas_evidence_is_the_exact_log_marginal_likelihood():
     theta, tasks = conjugate()
     theta = Hierarchy(*(jnp.asarray(leaf, float) for leaf in theta))
@@ -221,6 +228,7 @@ def test_llamas_optimum_recovers_the_prior_mean():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_llamas_posterior_is_the_exact_one_in_the_conjugate_case():
     theta, tasks = conjugate(tasks=1)
     task = jax.tree.map(lambda leaf: jnp.asarray(leaf[0], float), tasks)
@@ -239,6 +247,7 @@ def test_llamas_posterior_is_the_exact_one_in_the_conjugate_case():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("curvature", ["dual", "kfac", "diagonal", "lanczos"])
 @pytest.mark.parametrize("curvature_on", ["support", "query"])
+@pytest.mark.slow
 def test_llama_differentiates_through_each_curvature(curvature, curvature_on):
     learner = llama(NET, Gaussian(0.5), eta=0.1, steps=2, curvature=curvature, curvature_on=curvature_on)
     plain = llama(NET, Gaussian(0.5), eta=0.0, steps=2, curvature=curvature, curvature_on=curvature_on)
@@ -258,6 +267,7 @@ def test_llama_differentiates_through_each_curvature(curvature, curvature_on):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_implicit_posterior_of_few_steps_is_the_one_they_are_the_mode_of():
     # On a linear task, k steps from theta end at the mode under prior N(theta, Q); the posterior's covariance is
     # (H + Q^-1)^-1 with Q = ((1 - a H)^-k - 1) H^-1 (Santos 1996; Grant et al. 2018, sec. 3.2).
@@ -295,6 +305,7 @@ def test_memory_is_flat_in_the_inner_steps_on_images(name):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_cavia_moves_a_context_from_zero_and_nothing_else():
     """By hand, for a linear map of inputs and context: one step on phi, from which the meta-gradient goes to theta."""
     x, y = jnp.array([[1.0], [2.0]]), jnp.array([[0.5], [3.0]])
@@ -318,6 +329,7 @@ def test_cavia_moves_a_context_from_zero_and_nothing_else():
 
 
 @pytest.mark.parametrize("norm", ["batch", "task", "running"])
+@pytest.mark.slow
 def test_cavia_modulates_one_layer_after_its_norm(norm):
     """At phi = 0 the network is as it is; elsewhere its channels are scaled and shifted, which no norm undoes."""
     model, layer = conv4(3, filters=4, blocks=2, norm=norm), "block2"

@@ -43,6 +43,7 @@ CASES = {
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_nll_and_predictive_are_the_textbook_density(name):
     likelihood, outputs, y, log_density = CASES[name]
     np.testing.assert_allclose(likelihood.nll(jnp.asarray(outputs), jnp.asarray(y)), -log_density(outputs, y))
@@ -53,6 +54,7 @@ def test_nll_and_predictive_are_the_textbook_density(name):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["gaussian", "categorical", "bernoulli", "poisson"])
+@pytest.mark.slow
 def test_hessian_root_squares_to_the_hessian(name):
     likelihood, outputs, y, _ = CASES[name]
     root = likelihood.hessian_root(jnp.asarray(outputs))
@@ -75,6 +77,7 @@ def test_learned_noise_root_is_the_fisher_information():
 @pytest.mark.usefixtures("x64")
 @settings(max_examples=25)
 @given(st.floats(0.02, 0.98), st.integers(0, 10_000))
+@pytest.mark.slow
 def test_quantiles_invert_the_mixture_cdf(q, seed):
     rng = np.random.default_rng(seed)
     mixture = Normals(jnp.asarray(rng.normal(size=(3, 4, 1)) * 5), jnp.asarray(rng.uniform(0.01, 4, (3, 4, 1))))
@@ -91,6 +94,7 @@ def test_moments_of_mixtures():
     assert mixture.variance() == 3.0  # 2 within and 1 between
 
 
+@pytest.mark.slow
 def test_epistemic_variance_widens_and_softens():
     outputs = jnp.array([[[2.0, -1.0, 0.5]]])
     assert (Gaussian(1.0).predictive(outputs, jnp.full_like(outputs, 3.0)).variance() == 4.0).all()
@@ -122,6 +126,7 @@ def monte_carlo(mean, variance, draws=200_000, seed=0):
 
 @pytest.mark.parametrize("classes", [2, 3, 5, 20, 100])
 @pytest.mark.parametrize("variance", [0.1, 1.0, 4.0, 25.0, 400.0])
+@pytest.mark.slow
 def test_the_closed_form_softmax_is_that_of_gaussian_logits(classes, variance):
     rng = np.random.default_rng(classes)
     for equal in (True, False):
@@ -142,6 +147,7 @@ def test_the_softmax_of_a_leading_logit(classes, exact):
     assert alone == pytest.approx(0.8160, abs=5e-4)
 
 
+@pytest.mark.slow
 def test_the_closed_form_softmax_without_variance_is_the_softmax_and_has_derivatives():
     mean = jnp.asarray([[[0.0, -30.0, -60.0, 1.0]]])
     found = Categorical().predictive(mean, jnp.zeros_like(mean)).log_probs
@@ -156,6 +162,7 @@ def test_the_closed_form_softmax_without_variance_is_the_softmax_and_has_derivat
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variance", [0.0, 0.25, 1.0, 4.0])
+@pytest.mark.slow
 def test_an_uncertain_log_sd_or_log_rate_is_integrated_out(variance):
     z = np.linspace(-9, 9, 20_001)
     weights = ss.norm.pdf(z) / ss.norm.pdf(z).sum()
@@ -218,6 +225,7 @@ def test_targets_of_another_shape_are_not_broadcast(likelihood):
         Bernoulli().predictive(jnp.zeros((1, 3, 2)))
 
 
+@pytest.mark.slow
 def test_no_count_at_a_vanishing_rate_is_certain():
     assert Counts(jnp.full((1, 1, 1), -120.0)).log_prob(jnp.zeros((1, 1))) == 0
     assert Counts(jnp.full((1, 1, 1), -jnp.inf)).log_prob(jnp.zeros((1, 1))) == 0
@@ -225,6 +233,7 @@ def test_no_count_at_a_vanishing_rate_is_certain():
     assert jax.grad(lambda r: Counts(r).log_prob(jnp.zeros((1, 1)))[0])(jnp.full((1, 1, 1), -120.0)) == 0
 
 
+@pytest.mark.slow
 def test_far_tails_keep_their_digits():
     normal = Normals(jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1)))
     for q in (1e-9, 1 - 1e-9):

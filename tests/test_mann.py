@@ -19,6 +19,7 @@ ALL = pytest.mark.parametrize(("factory", "options"), [(mann, SMALL), (ntm, SMAL
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_three_accesses_of_one_head_by_the_equations():
     memory, decay = blank(3, 2, 1), 0.9
     content, read, usage = np.zeros((3, 2)), np.zeros(3), np.zeros(3)
@@ -38,6 +39,7 @@ def test_three_accesses_of_one_head_by_the_equations():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_two_heads_wipe_and_write_the_two_least_used_slots():
     memory = blank(4, 2, 2)._replace(content=jnp.full((4, 2), 7.0), usage=jnp.array([0.5, 0.1, 0.9, 0.2]))
     keys = jnp.array([[1.0, 2], [3, 4]])
@@ -69,6 +71,7 @@ def test_a_turing_machine_wipes_then_adds():
     np.testing.assert_allclose(after, [[0 + 3, 0.5 + 1], [0.5, 0.5 + 1], [1, 1]])
 
 
+@pytest.mark.slow
 def test_a_turing_machine_walks():
     """A head that asks for nothing and shifts by one walks along the tape."""
     walk, asked = jnp.eye(1, 4), jnp.array([[0.0, 0, 0, -40, 0, -20, -20, 20]])
@@ -79,6 +82,7 @@ def test_a_turing_machine_walks():
 
 @pytest.mark.usefixtures("x64")
 @ALL
+@pytest.mark.slow
 def test_a_query_is_the_next_step_of_the_episode_whatever_the_other_queries_are(factory, options):
     learner = factory(BARE, Categorical(), **options)
     support, query = batch(4), batch(3, 2)
@@ -92,6 +96,7 @@ def test_a_query_is_the_next_step_of_the_episode_whatever_the_other_queries_are(
 
 @pytest.mark.usefixtures("x64")
 @ALL
+@pytest.mark.slow
 def test_the_loss_is_the_nll_at_every_step_of_the_episode(factory, options):
     learner = factory(BARE, Categorical(), shuffle=False, **options)
     episode = batch(5)
@@ -114,6 +119,7 @@ def test_the_loss_is_the_nll_at_every_step_of_the_episode(factory, options):
 
 @pytest.mark.usefixtures("x64")
 @ALL
+@pytest.mark.slow
 def test_padding_is_passed_over_wherever_it_stands_and_order_matters(factory, options):
     learner = factory(BARE, Categorical(), **options)
     support, x = batch(5), batch(3, 2).x
@@ -126,6 +132,7 @@ def test_padding_is_passed_over_wherever_it_stands_and_order_matters(factory, op
     assert abs(answer(learner, params, support, x) - answer(learner, params, turned, x)).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_accuracy_is_told_by_how_often_a_class_was_seen():
     y = jnp.array([0, 1, 0, 1, 9, 0])
     outputs = jax.nn.one_hot(jnp.array([1, 1, 0, 0, 0, 0]), 2)

@@ -49,6 +49,7 @@ def log_softmax(scores):
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.slow
 def test_prototypes_are_class_means_and_absent_classes_have_no_probability(distance, learned):
     learner = protonet(PLAIN, Categorical(), distance=distance, temperature=0.7, learn_temperature=learned, way=WAY)
     params = learner.init(KEY, TASK)
@@ -80,6 +81,7 @@ def test_a_weight_counts_as_so_many_examples():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_bayesian_prototypes_are_the_posterior_of_the_joint_gaussian():
     """All of (mu_k, embeddings of class k, a query) as one dense Gaussian, conditioned on the support."""
     learner = protonet(PLAIN, Categorical(), bayes=True, way=WAY)
@@ -130,6 +132,7 @@ def test_fewer_shots_make_a_wider_class():
 
 
 @pytest.mark.parametrize("make", [protonet, matching, nearest_neighbour])
+@pytest.mark.slow
 def test_more_ways_than_are_there_change_nothing(make):
     """Trained with 60 ways, judged on 4: the same probabilities."""
     few, many = (make(PLAIN, Categorical(), way=way, **{"on": "pixels"} if make is nearest_neighbour else {})
@@ -253,6 +256,7 @@ def test_fine_tuning_a_frozen_network_is_logistic_regression():
     np.testing.assert_allclose(ours, theirs.predict_proba(with_one[1]), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_pretraining_and_tuning_move_what_they_should():
     model = mlp(WAY, (5,), "tanh")
     for frozen in (True, False):
@@ -292,6 +296,7 @@ def test_a_fine_tuned_head_has_laplace_error_bars():
         (gem_mixture, {"steps": 2, "draws": 2, "components": 2}),
     ],
 )
+@pytest.mark.slow
 def test_a_query_alone_does_not_feel_the_others(make, options):
     """Under batch norm the transductive answer depends on the company; the other does not."""
     model = conv4(outputs=WAY, filters=4, blocks=2)
@@ -311,6 +316,7 @@ def test_a_query_alone_does_not_feel_the_others(make, options):
     assert changes[True] > 1e-6 or options.get("on") == "pixels"
 
 
+@pytest.mark.slow
 def test_distances_do_not_cancel_and_have_gradients_at_zero():
     a, b = 1000 + jax.random.normal(KEY, (4, 8)), 1000 + jax.random.normal(jax.random.key(7), (3, 8))
     exact = ((np.asarray(a, float)[:, None] - np.asarray(b, float)) ** 2).sum(-1)
@@ -342,6 +348,7 @@ def test_bad_options_are_named(make, options, words):
         make(PLAIN, **({"likelihood": Categorical()} | options))
 
 
+@pytest.mark.slow
 def test_a_label_beyond_the_ways_is_no_small_loss():
     """Labels of the classes' own (plain classification) given to a learner of tasks: an error, NaN in compiled code."""
     learner = protonet(PLAIN, Categorical(), way=WAY)

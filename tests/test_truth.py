@@ -25,6 +25,7 @@ def verdict(source, params, **options):
     return judge(learner, params, source, source.sample(jax.random.key(3), 4000).support, jax.random.key(0), 40)
 
 
+@pytest.mark.slow
 def test_the_truth_is_judged_true(source):
     """LLAMA's Laplace approximation is exact here: with the true prior every figure is that of the truth."""
     found = verdict(source, Prior({"head": jnp.ones((2, 1))}, jnp.zeros(())))
@@ -45,6 +46,7 @@ def test_a_wrong_prior_is_seen(source):
     assert found.nll > 0.02
 
 
+@pytest.mark.slow
 def test_training_finds_the_prior():
     told = []
     found = referee(("llama",), steps=400, tasks=30, report=lambda name, verdict: told.append(name))
@@ -56,6 +58,7 @@ def test_training_finds_the_prior():
 
 
 @pytest.mark.parametrize("family", ["bernoulli", "poisson"])
+@pytest.mark.slow
 def test_inference_agrees_with_nuts(family):
     found = against_nuts(family, ("llama", "gem_bml"), tasks=12)
     assert found["nuts"].coverage > 0.7

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs():
     notebook = nbformat.read(TUTORIAL, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
