@@ -1,4 +1,4 @@
-"""Networks, each a `Model` of pure functions, and adapters for those of Flax and Equinox."""
+"""Networks, each a `Model` of pure functions, and adapters for Flax and Equinox modules."""
 
 from metaprior.core.named import Registry
 from metaprior.networks.adapters import from_equinox, from_flax, known_noise

@@ -1,4 +1,7 @@
-"""A `Model` from a Flax module or an Equinox one (a plain pair of functions needs no adapter), or around another."""
+"""Adapters that make a `Model` from a Flax or Equinox module, or from another model.
+
+A plain pair of functions init and apply needs no adapter.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +14,25 @@ from metaprior.core.types import PLAIN, Call, Model
 
 
 def from_flax(module: Any) -> Model:
-    """A Flax (linen) module on a batch x; its whole variable dict is theta, so it may have parameters only."""
+    """Makes a model from a Flax (linen) module, which is called on a batch x.
+
+    Its variable dict is theta, so it may have parameters only.
+
+    Args:
+        module: The module.
+
+    Raises:
+        ValueError: The module has other collections than params (raised by the model's init).
+    """
 
     def init(key: PRNGKeyArray, x: PyTree) -> PyTree:
         variables = module.init(key, x)
         extra = sorted(set(variables) - {"params"})
         if extra:
             raise ValueError(
-                f"module: has the collections {', '.join(extra)} beside params; a task's parameters are all that is "
-                "adapted, so use layers without running state, e.g. BatchNorm(use_running_average=False) replaced by "
-                "GroupNorm, or metaprior.networks.norm.batch_norm"
+                f"module must have no collection besides params, got {', '.join(extra)}. Only parameters are adapted "
+                "to a task, so use layers without running state: replace BatchNorm by GroupNorm, or by "
+                "metaprior.networks.norm.batch_norm."
             )
         return variables
 
@@ -28,8 +40,12 @@ def from_flax(module: Any) -> Model:
 
 
 def from_equinox(build: Callable[[PRNGKeyArray], Any]) -> Model:
-    """An Equinox module on *one* example, from build(key) -> module; it is vmapped over the batch."""
-    import equinox as eqx  # not above: it takes a sixth of a second
+    """Makes a model from an Equinox module, which is called on *one* example and vmapped over the batch.
+
+    Args:
+        build: Function (key) -> module.
+    """
+    import equinox as eqx  # imported here because it takes a sixth of a second
 
     skeleton = eqx.partition(build(jax.random.key(0)), eqx.is_inexact_array)[1]
 
@@ -43,10 +59,13 @@ def from_equinox(build: Callable[[PRNGKeyArray], Any]) -> Model:
 
 
 def known_noise(model: Model) -> Model:
-    """The last feature of x is the sd of that example's target, known; the model sees the others.
+    """Makes a model for examples with one target whose noise is known: the last column of x is its standard deviation.
 
-    Outputs are the model's and the log sd, as `Gaussian(scale=None)` reads them; only the model's have parameters. For
-    one target an example, x [n, d + 1].
+    The model sees the other columns. The outputs are those of the model and the log standard deviation, as
+    `Gaussian(scale=None)` reads them. Inputs x are [n, d + 1].
+
+    Args:
+        model: The model of inputs [n, d].
     """
 
     def init(key: PRNGKeyArray, x: Array) -> PyTree:

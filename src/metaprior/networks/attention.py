@@ -1,4 +1,4 @@
-"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1) over a set whose members have weights."""
+"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1) over a weighted set."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,17 @@ from jaxtyping import Array, Float
 
 
 def shares(scores: Float[Array, "*m n"], weight: Float[Array, "*m n"]) -> Float[Array, "*m n"]:
-    """Each member's share, in proportion to weight exp(score): a softmax in which weight 0 is not there.
+    """Computes a weighted softmax: shares in proportion to weight exp(score).
 
-    The shares add up to 1, or to 0 where there is no member at all.
+    Args:
+        scores: Scores [..., n].
+        weight: Weights [..., n] of at least 0. A member of weight 0 is ignored.
+
+    Returns:
+        Shares [..., n]. They add up to 1, or to 0 if all weights are 0.
     """
     there = weight > 0
-    # The largest score that counts is taken off, so that no exponential overflows.
+    # The largest score of a member with weight is subtracted, so that no exponential overflows.
     top = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True, initial=-1e30, where=there))
     mass = weight * jnp.exp(jnp.where(there, scores - top, 0))
     total = mass.sum(-1, keepdims=True)
@@ -24,9 +29,19 @@ def attend(
     values: Float[Array, "n h e"],
     weight: Float[Array, "*q n"],
 ) -> Float[Array, "q h e"]:
-    """For each query and head the mean of the values, in proportion to weight exp(query . key / sqrt(d)).
+    """Computes for each query and head the mean of the values, weighted by weight exp(query . key / sqrt(d)).
 
-    A key of weight 0 is not there; over no key at all the mean is 0.
+    Args:
+        queries: q queries for h heads [q, h, d].
+        keys: n keys [n, h, d].
+        values: n values [n, h, e].
+        weight: Weights of the n keys [n] or, for each query, [q, n]. A key of weight 0 is ignored.
+
+    Returns:
+        Means [q, h, e]; 0 if all weights are 0.
+
+    References:
+        Vaswani et al. 2017, Attention is all you need, eq. 1.
     """
     scores = jnp.einsum("qhd,nhd->hqn", queries, keys) / keys.shape[-1] ** 0.5
     return jnp.einsum("hqn,nhe->qhe", shares(scores, weight), values)

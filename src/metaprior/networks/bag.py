@@ -1,4 +1,4 @@
-"""A bag of embeddings: a text's words or n-grams, each with a vector and a weight of its own, summed."""
+"""A bag of embeddings: the weighted sum of the vectors of a text's words or n-grams."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,13 +13,26 @@ from metaprior.networks.layers import dense, dense_init, modulated
 
 
 def check_tokens(x: Array) -> None:
-    """A ValueError where x is no batch of rows of whole numbers."""
+    """Checks that x is a batch of token numbers.
+
+    Args:
+        x: The batch.
+
+    Raises:
+        ValueError: It is not an array of integers [n, length].
+    """
     if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"x: came {x.dtype} {x.shape}, needs whole numbers [n, length], 0 where there is no word")
+        raise ValueError(f"x must be integers [n, length] with 0 as padding, got {x.dtype} of shape {x.shape}.")
 
 
 def table_init(key: PRNGKeyArray, rows: int, width: int) -> Float[Array, "rows width"]:
-    """Random vectors of length about 1: in high dimensions nearly orthogonal, so that unlike words start unlike."""
+    """Draws random vectors of length about 1, which are nearly orthogonal in high dimensions.
+
+    Args:
+        key: Random key.
+        rows: Number of vectors.
+        width: Their dimension.
+    """
     return jax.random.normal(key, (rows, width)) / width**0.5
 
 
@@ -32,15 +45,23 @@ def bag(
     places: bool = False,
     head: bool = True,
 ) -> Model:
-    """sum_i w_i e_i / sqrt(sum_i w_i^2) over a text's words i, then layers with ReLU, and a linear head.
+    """Sums word vectors, sum_i w_i e_i / sqrt(sum_i w_i^2) over a text's words i, then dense layers and a linear head.
 
-    x: whole numbers [n, length]; 0 is padding, any other number is looked up modulo `buckets` (so a hash may be given,
-    and a table smaller than the vocabulary lets words share rows). The weights w > 0 start at 1; divided so, the bag of
-    a new network has a length of about 1 whatever its size. places: a vector for each place in the row multiplies the
-    words that stand there (Mnih & Hinton 2007, diagonal), for texts whose places mean something. head=False ends at
-    the embedding.
+    Inputs are integers [n, length]: 0 is padding, and any other number is looked up modulo `buckets`. The number may be
+    a hash, and words share rows if the table is smaller than the vocabulary. The weights w > 0 start at 1. With the
+    division, the sum has a length of about 1 at first, however many words there are.
 
-    Source: Joulin et al. 2017 (bags of hashed n-grams).
+    Args:
+        outputs: Number of outputs.
+        buckets: Number of rows of the embedding table.
+        width: Dimension of the word vectors.
+        hidden: Widths of the dense layers with ReLU.
+        places: Multiply each word vector by a learned vector of its position in the row (Mnih & Hinton 2007, diagonal
+            case), for texts whose positions have a meaning.
+        head: Whether the network has the linear head. False returns the embedding.
+
+    References:
+        Joulin et al. 2017, Bag of tricks for efficient text classification (bags of hashed n-grams).
     """
     names = [f"layer{i + 1}" for i in range(len(hidden))]
 
@@ -63,7 +84,7 @@ def bag(
         seen = params["table"][row]
         if places:
             seen = seen * params["places"]
-        # The least normal number keeps an empty text at zero, with a derivative that is finite.
+        # The smallest normal number gives an empty text the value 0 with a finite derivative.
         scale = jax.lax.rsqrt((weight**2).sum(-1, keepdims=True) + jnp.finfo(weight.dtype).tiny)
         f = jnp.einsum("nl,nld->nd", weight * scale, seen)
         for name in names:

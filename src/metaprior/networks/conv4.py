@@ -1,4 +1,4 @@
-"""Four convolution blocks, the embedding of most few-shot papers (Vinyals et al. 2016; Finn et al. 2017), or six."""
+"""Conv4, the embedding of most few-shot papers (Vinyals et al. 2016; Finn et al. 2017), and Conv6."""
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,28 @@ def conv4(
     norm: str = "batch",
     halvings: Whole | None = None,
 ) -> Model:
-    """`blocks` x [3x3 convolution, batch norm, ReLU, halving], then a linear head, on images [n, h, w, c].
+    """Applies `blocks` x [3x3 convolution, norm, ReLU, halving] and a linear head to images [n, h, w, c].
 
-    downsample: "max_pool" (2x2) or "stride" (MAML's Omniglot network: stride 2, same padding). readout: "flatten", or
-    "mean" over space. gain: learn the norm's stretch besides its shift (MAML's code learns the shift alone).
-    head=False ends at the embedding. norm: "batch" (of the batch at hand), "running", "task", "layer", "group" or
-    "none". halvings: so many first blocks halve (default: all).
+    Args:
+        outputs: Number of outputs.
+        filters: Number of channels of each block.
+        blocks: Number of blocks.
+        downsample: How a block halves the image: "max_pool" (2x2), or "stride" (stride 2 with same padding, as in
+            MAML's Omniglot network).
+        readout: "flatten", or "mean" over space.
+        gain: Whether the norm has a learned scale besides its shift. MAML's code learns the shift alone.
+        head: Whether the network has the linear head. False returns the embedding.
+        norm: "batch" (statistics of the current batch), "running" (of training tasks), "task" (of the support),
+            "layer", "group" or "none".
+        halvings: Number of blocks, from the first on, that halve the image. None halves in all.
+
+    Raises:
+        ValueError: `downsample`, `readout` or `norm` has another value.
     """
     if downsample not in ("max_pool", "stride"):
-        raise ValueError(f"downsample: came {downsample!r}, needs 'max_pool' or 'stride'")
+        raise ValueError(f"downsample must be 'max_pool' or 'stride', got {downsample!r}.")
     if readout not in ("flatten", "mean"):
-        raise ValueError(f"readout: came {readout!r}, needs 'flatten' or 'mean'")
+        raise ValueError(f"readout must be 'flatten' or 'mean', got {readout!r}.")
     check_norm(norm)
     names = [f"block{i + 1}" for i in range(blocks)]
     halving = names[: blocks if halvings is None else halvings]
@@ -78,5 +89,14 @@ def conv6(
     head: bool = True,
     norm: str = "batch",
 ) -> Model:
-    """Conv4 and two more blocks that do not halve (Chen, Liu, Kira, Wang & Huang 2019); options as `conv4`."""
+    """Makes Conv4 with two more blocks that do not halve the image (Chen, Liu, Kira, Wang & Huang 2019).
+
+    Args:
+        outputs: Number of outputs.
+        filters: Number of channels of each block.
+        readout: "flatten", or "mean" over space.
+        gain: Whether the norm has a learned scale besides its shift.
+        head: Whether the network has the linear head. False returns the embedding.
+        norm: As in `conv4`.
+    """
     return conv4(outputs, filters, 6, readout=readout, gain=gain, head=head, norm=norm, halvings=4)

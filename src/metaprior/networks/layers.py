@@ -1,4 +1,4 @@
-"""The layers our networks are made of. The `tap` of a `Call` sees each linear map."""
+"""Layers of the networks. The `tap` of a `Call` is called at each linear map."""
 
 from collections.abc import Mapping
 from math import prod
@@ -13,17 +13,35 @@ from metaprior.kernels.product import product, rows
 
 
 def modulated(name: str, s: Float[Array, "n *space c"], call: Call) -> Float[Array, "n *space c"]:
-    """A hidden layer's outputs as a learner modulates them."""
+    """Applies the call's modulation to a hidden layer.
+
+    Args:
+        name: The layer's name.
+        s: Its outputs [n, ..., c].
+        call: The call; without `modulate` the outputs stay as they are.
+    """
     return s if call.modulate is None else call.modulate(name, s)
 
 
 def flat(x: Float[Array, "n *rest"]) -> Float[Array, "n d"]:
-    """One row an example, also where there are none."""
+    """Flattens x to one row per example, also if there are no examples.
+
+    Args:
+        x: Array [n, ...].
+    """
     return x.reshape(x.shape[0], prod(x.shape[1:]))
 
 
 def dense_init(key: PRNGKeyArray, inputs: int, outputs: int, scale: float | None = None) -> dict[str, Array]:
-    """A dense layer's weights: Glorot uniform, or a normal of sd `scale` cut at two; zero bias."""
+    """Initialises a dense layer with a bias of 0.
+
+    Args:
+        key: Random key.
+        inputs: Number of inputs.
+        outputs: Number of outputs.
+        scale: Standard deviation of normal weights, truncated at two standard deviations. None draws weights from
+            Glorot's uniform distribution.
+    """
     if scale is None:
         w = jax.nn.initializers.glorot_uniform()(key, (inputs, outputs))
     else:
@@ -32,7 +50,14 @@ def dense_init(key: PRNGKeyArray, inputs: int, outputs: int, scale: float | None
 
 
 def dense(name: str, layer: dict[str, Array], x: Float[Array, "n i"], call: Call = PLAIN) -> Float[Array, "n o"]:
-    """x w + b, seen by the tap."""
+    """Computes x w + b, and calls the tap.
+
+    Args:
+        name: The layer's name.
+        layer: Its parameters {"w": [i, o], "b": [o]}.
+        x: Inputs [n, i].
+        call: The call, whose tap may replace the result.
+    """
     s = product(x, layer["w"]) + rows(layer["b"], x.shape[0])
     return s if call.tap is None else call.tap(name, x, s)
 
@@ -40,13 +65,28 @@ def dense(name: str, layer: dict[str, Array], x: Float[Array, "n i"], call: Call
 def convolve(
     name: str, layer: Mapping[str, Array], x: Float[Array, "n h w i"], call: Call = PLAIN, stride: int = 1
 ) -> Float[Array, "n h2 w2 o"]:
-    """The convolution with the layer's weights, same padding and no bias, seen by the tap."""
+    """Computes a convolution with same padding and without a bias, and calls the tap with patches as inputs.
+
+    Args:
+        name: The layer's name.
+        layer: Its parameters {"w": [kh, kw, i, o], ...}.
+        x: Images [n, h, w, i].
+        call: The call, whose tap may replace the result.
+        stride: Stride of both axes.
+    """
     w = layer["w"]
     s = conv2d(x, w, stride)
     return s if call.tap is None else call.tap(name, patches(x, (w.shape[0], w.shape[1]), stride), s)
 
 
 def check_images(x: Array) -> None:
-    """A ValueError unless x is a batch of images."""
+    """Checks that x is a batch of images.
+
+    Args:
+        x: The batch.
+
+    Raises:
+        ValueError: It is not of shape [n, height, width, channels].
+    """
     if x.ndim != 4:
-        raise ValueError(f"x: came shape {x.shape}, needs images [n, height, width, channels]")
+        raise ValueError(f"x must be images [n, height, width, channels], got shape {x.shape}.")

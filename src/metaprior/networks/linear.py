@@ -1,4 +1,4 @@
-"""The linear map without a bias: the model of the conjugate hierarchy and of random quadratics."""
+"""The linear map without a bias: the model of the conjugate hierarchy and of random quadratic losses."""
 
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -9,7 +9,12 @@ from metaprior.core.types import PLAIN, Call, Model
 
 @checked
 def linear(outputs: Count = 1, init_scale: NonNegative = 0.01) -> Model:
-    """x w on [n, ...] inputs (flattened); w starts normal of sd `init_scale`."""
+    """Computes x w on inputs [n, ...], which are flattened.
+
+    Args:
+        outputs: Number of outputs.
+        init_scale: Standard deviation of the initial weights, which are normal.
+    """
 
     def init(key: PRNGKeyArray, x: Array) -> dict:
         inputs = x.reshape(x.shape[0], -1).shape[1]

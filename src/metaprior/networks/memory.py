@@ -1,7 +1,8 @@
-"""External memories that a controller asks: least-recently-used access, and the neural Turing machine's.
+"""External memories of a controller: least-recently-used access and the neural Turing machine.
 
-`least_used` (Santoro et al. 2016, sec. 3) writes to a slot that is new or was just read. `turing` (Graves, Wayne &
-Danihelka 2014, sec. 3) writes where its heads are: by content, by where they were, and by shifts.
+`least_used` (Santoro et al. 2016, sec. 3) writes to the least used slot or to the one that was just read. `turing`
+(Graves, Wayne & Danihelka 2014, sec. 3) writes at the heads' positions, which depend on content, on the previous
+positions and on shifts.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-SHIFTS = (-1, 0, 1)  # that a Turing machine's head can make at once
+SHIFTS = (-1, 0, 1)  # possible moves of a Turing machine's head in one step
 
 
 class Memory(NamedTuple):
-    """What is stored, where each head read last, and how recently each slot was used."""
+    """The state of a least-recently-used memory.
+
+    Attributes:
+        content: The slots' contents [slots, width].
+        read: Weights of each head's last reading [heads, slots].
+        usage: How much each slot was used recently [slots].
+    """
 
     content: Float[Array, "slots width"]
     read: Float[Array, "heads slots"]
@@ -23,7 +30,13 @@ class Memory(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """What is stored, and where each head reads and writes."""
+    """The state of a neural Turing machine's memory.
+
+    Attributes:
+        content: The slots' contents [slots, width].
+        read: Weights of each head's reading [heads, slots].
+        write: Weights of each head's writing [heads, slots].
+    """
 
     content: Float[Array, "slots width"]
     read: Float[Array, "heads slots"]
@@ -31,7 +44,15 @@ class Tape(NamedTuple):
 
 
 class Access(NamedTuple):
-    """A kind of memory: its heads, each of which asks `numbers` and reads `width`; how it starts and how it goes on."""
+    """A kind of memory.
+
+    Attributes:
+        heads: Number of heads.
+        width: Numbers that a head reads per step.
+        numbers: Numbers that a head needs from the controller per step.
+        start: Function () -> the state of an empty memory.
+        step: Function (state, the controller's numbers [heads, numbers]) -> the next state.
+    """
 
     heads: int
     width: int
@@ -41,19 +62,43 @@ class Access(NamedTuple):
 
 
 def found(memory: Memory | Tape) -> Float[Array, " n"]:
-    """What the heads have read, one after another."""
+    """Returns what the heads have read, concatenated [heads width].
+
+    Args:
+        memory: The memory's state.
+    """
     return (memory.read @ memory.content).reshape(-1)
 
 
 def check_sizes(slots: int, width: int, heads: int) -> None:
-    """A ValueError unless each head can have a slot of its own and a slot holds something; no heads are no memory."""
+    """Checks the sizes of a memory. Without heads there is no memory.
+
+    Args:
+        slots: Number of slots.
+        width: Numbers in a slot.
+        heads: Number of heads.
+
+    Raises:
+        ValueError: There are more heads than slots, or a slot is empty.
+    """
     if heads < 0 or heads > slots or (heads and width < 1):
-        came = f"{slots}, {width}, {heads}"
-        raise ValueError(f"slots, width, heads: came {came}; needs width >= 1 and 0 <= heads <= slots")
+        came = f"slots={slots}, width={width}, heads={heads}"
+        raise ValueError(f"width must be at least 1 and heads from 0 to slots, got {came}.")
 
 
 def least_used(slots: int, width: int, heads: int, decay: float = 0.95, sharpen: bool = True) -> Access:
-    """Each head asks a key, its gate, and how sharply it reads (heeded if `sharpen`)."""
+    """Makes a memory with least-recently-used access. A head takes a key, a gate and a sharpness of reading.
+
+    Args:
+        slots: Number of slots.
+        width: Numbers in a slot.
+        heads: Number of heads.
+        decay: Factor by which usage decreases per step (eq. 5).
+        sharpen: Use the sharpness. False uses 1, as in eq. 3.
+
+    References:
+        Santoro, Bartunov, Botvinick, Wierstra & Lillicrap 2016, sec. 3.
+    """
     check_sizes(slots, width, heads)
 
     def step(memory: Memory, asked: Float[Array, "heads numbers"]) -> Memory:
@@ -64,9 +109,18 @@ def least_used(slots: int, width: int, heads: int, decay: float = 0.95, sharpen:
 
 
 def turing(slots: int, width: int, heads: int) -> Access:
-    """Each head asks where to write and where to read (a key, three numbers, the shifts), what to wipe and to add.
+    """Makes the memory of a neural Turing machine.
 
-    The tape starts blank with head i at slot i: a blank tape looks the same everywhere, so content finds no place.
+    A head takes an address to write and one to read (a key, three numbers and the shifts), a vector to erase and one
+    to add. The memory starts blank with head i at slot i, because content cannot distinguish blank slots.
+
+    Args:
+        slots: Number of slots.
+        width: Numbers in a slot.
+        heads: Number of heads.
+
+    References:
+        Graves, Wayne & Danihelka 2014, Neural Turing machines, sec. 3.
     """
     check_sizes(slots, width, heads)
     address = width + 3 + len(SHIFTS)
@@ -84,12 +138,23 @@ def turing(slots: int, width: int, heads: int) -> Access:
 
 
 def blank(slots: int, width: int, heads: int) -> Memory:
-    """Nothing stored, nowhere read."""
+    """Returns an empty memory that has not been read.
+
+    Args:
+        slots: Number of slots.
+        width: Numbers in a slot.
+        heads: Number of heads.
+    """
     return Memory(jnp.zeros((slots, width)), jnp.zeros((heads, slots)), jnp.zeros(slots))
 
 
 def cosine(keys: Float[Array, "heads width"], content: Float[Array, "slots width"]) -> Float[Array, "heads slots"]:
-    """Cosine similarity (eq. 2); a blank slot is similar to nothing."""
+    """Computes the cosine similarity of keys and slots (eq. 2). That of a blank slot is 0.
+
+    Args:
+        keys: Keys [heads, width].
+        content: Contents [slots, width].
+    """
     keys, content = (a * jax.lax.rsqrt((a**2).sum(-1, keepdims=True) + 1e-12) for a in (keys, content))
     return keys @ content.T
 
@@ -97,11 +162,21 @@ def cosine(keys: Float[Array, "heads width"], content: Float[Array, "slots width
 def access(
     memory: Memory, keys: Float[Array, "heads width"], gate: Float[Array, " heads"], sharpness: Array, decay: float
 ) -> Memory:
-    """Write the keys, then look them up.
+    """Writes the keys, then reads the memory with them.
 
-    Head i writes its key where it read last, in proportion to its gate, and else to the i-th least used slot, which is
-    wiped first (eqs. 6-8, which are of one head). Reading weights are a softmax of the cosines times
-    `sharpness` (eq. 3 has 1). Usage fades by `decay` (eq. 5).
+    Head i writes its key with weight `gate` where it read last, and with weight 1 - gate to the i-th least used slot,
+    which is erased first (eqs. 6-8, which are for one head). Reading weights are a softmax of the cosines times
+    `sharpness` (1 in eq. 3). Usage decreases by the factor `decay` (eq. 5).
+
+    Args:
+        memory: The state before.
+        keys: The heads' keys [heads, width].
+        gate: The heads' gates in (0, 1) [heads].
+        sharpness: The heads' factors of the cosines [heads].
+        decay: Factor of the usage.
+
+    Returns:
+        The state after.
     """
     slots = memory.usage.shape[0]
     least = jax.nn.one_hot(jax.lax.top_k(-memory.usage, keys.shape[0])[1], slots)
@@ -114,7 +189,15 @@ def access(
 def locate(
     content: Float[Array, "slots width"], before: Float[Array, "heads slots"], asked: Float[Array, "heads numbers"]
 ) -> Float[Array, "heads slots"]:
-    """Where each head goes: by its key, or from where it was, then shifted and sharpened (Graves et al., eqs. 5-9)."""
+    """Computes the next weights of each head (Graves et al., eqs. 5-9).
+
+    The weights are those of the key's content or the previous ones, mixed by a gate, then shifted and sharpened.
+
+    Args:
+        content: Contents [slots, width].
+        before: The previous weights [heads, slots].
+        asked: A key, a strength, a gate, a sharpness and the shifts of each head [heads, width + 6].
+    """
     width = content.shape[1]
     key, (strength, gate, sharpness) = jnp.tanh(asked[:, :width]), asked[:, width : width + 3].T
     found = jax.nn.softmax(jax.nn.softplus(strength)[:, None] * cosine(key, content))
@@ -122,7 +205,7 @@ def locate(
     mixed = gate * found + (1 - gate) * before
     share = jax.nn.softmax(asked[:, width + 3 :])
     moved = sum(share[:, i, None] * jnp.roll(mixed, shift, -1) for i, shift in enumerate(SHIFTS))
-    # w^p / sum w^p by logarithms: a place that is as good as 0 has a derivative all the same.
+    # w^p / sum w^p by logarithms, so that the derivative is not 0 where w is almost 0.
     return jax.nn.softmax((1 + jax.nn.softplus(sharpness))[:, None] * jnp.log(moved + 1e-12))
 
 
@@ -132,5 +215,12 @@ def written(
     wipe: Float[Array, "heads width"],
     add: Float[Array, "heads width"],
 ) -> Float[Array, "slots width"]:
-    """Every head's wiping, then every head's adding (Graves et al., eqs. 3-4)."""
+    """Applies every head's erasing, then every head's adding (Graves et al., eqs. 3-4).
+
+    Args:
+        content: Contents [slots, width].
+        write: Weights of each head's writing [heads, slots].
+        wipe: What each head erases, in (0, 1) [heads, width].
+        add: What each head adds [heads, width].
+    """
     return content * (1 - write[:, :, None] * wipe[:, None, :]).prod(0) + write.T @ add

@@ -27,12 +27,21 @@ def mlp(
     norm: bool = False,
     init_scale: NonNegative | None = None,
 ) -> Model:
-    """A fully connected network on [n, ...] inputs (flattened), with batch norm after each hidden layer if `norm`.
+    """Makes a fully connected network on inputs [n, ...], which are flattened.
 
-    `init_scale` draws weights from a cut normal of that sd (MAML's code uses 0.01); None is Glorot's uniform.
+    Args:
+        outputs: Number of outputs.
+        hidden: Widths of the hidden layers.
+        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "gelu".
+        norm: Whether batch norm follows each hidden layer.
+        init_scale: Standard deviation of normal initial weights, truncated at two standard deviations (0.01 in MAML's
+            code). None draws weights from Glorot's uniform distribution.
+
+    Raises:
+        ValueError: The activation is unknown.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: came {activation!r}, needs one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
     act = ACTIVATIONS[activation]
     names = [*(f"layer{i + 1}" for i in range(len(hidden))), "head"]
 
@@ -42,7 +51,7 @@ def mlp(
         params = {n: dense_init(k, i, o, init_scale) for n, k, (i, o) in zip(names, keys, pairwise(width), strict=True)}
         if norm:
             for name in names[:-1]:
-                # The norm's shift takes the place of the layer's bias, which normalising would cancel.
+                # The norm's shift replaces the layer's bias, which the normalisation would cancel.
                 params[name]["shift"] = params[name].pop("b")
         return params
 
