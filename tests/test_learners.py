@@ -356,7 +356,7 @@ def test_cavia_names_a_layer_that_is_not_there():
     learner = cavia(conv4(3, filters=4, blocks=2), Categorical(), layer="block3")
     with pytest.raises(ValueError, match=r"layer must be one of block1, block2, got 'block3'\."):
         learner.init(KEY, Task(batch, batch))
-    with pytest.raises(ValueError, match=r"layer must be given for a network that does not take .* needs images"):
+    with pytest.raises(ValueError, match=r"layer must be given for a network that does not take .* must be images"):
         cavia(conv4(3, filters=4, blocks=2), Categorical()).init(KEY, Task(batch, batch))
 
 

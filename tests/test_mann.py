@@ -157,7 +157,7 @@ def test_a_report_shows_accuracy_by_instance_where_asked():
 
 def test_bad_input_is_named():
     for factory in (mann, ntm):
-        with pytest.raises(ValueError, match="slots, width, heads: came 6, 4, 7"):
+        with pytest.raises(ValueError, match="heads from 0 to slots, got slots=6, width=4, heads=7"):
             factory(BARE, Categorical(), **SMALL | {"heads": 7})
     with pytest.raises(ValueError, match="hidden must be an integer of at least 1, got 0"):
         lstm(BARE, Categorical(), hidden=0)

@@ -310,7 +310,7 @@ def test_a_network_without_calls_says_so():
 def test_task_norm_needs_a_support_of_examples():
     learner = make_learner("zero_shot", small("task"), Categorical(), way=WAY)
     task = Task(Batch(Attributes(jnp.eye(WAY)), jnp.arange(WAY)), TASK.query)
-    with pytest.raises(ValueError, match="'task' normalises queries by a support of examples"):
+    with pytest.raises(ValueError, match="norm='task' needs a support of examples"):
         learner.loss(learner.init(KEY, task), task, KEY)
 
 
@@ -373,7 +373,7 @@ def test_fixed_statistics_of_the_batch_itself_are_batch_norm():
 
 
 def test_bad_input_is_named(pool):
-    with pytest.raises(ValueError, match="norm: came 'batchnorm', needs one of batch, running, task, layer"):
+    with pytest.raises(ValueError, match=r"norm must be one of batch, running, task, layer.* got 'batchnorm'"):
         resnet12(norm="batchnorm")
     with pytest.raises(ValueError, match="widths: came"):
         resnet12(widths=())

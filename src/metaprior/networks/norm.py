@@ -1,10 +1,11 @@
-"""Normalisation between layers: what an image is measured by decides what a prediction depends on.
+"""Normalisation between layers. Its statistics decide on which other examples a prediction depends.
 
-Batch norm by the batch at hand ("batch"), by statistics of the training tasks ("running") or of the support ("task"),
-and norms of each example by itself ("layer", "group"). docs/networks.md says what follows from the choice.
+Batch norm uses statistics of the current batch ("batch"), of the training tasks ("running") or of the support
+("task"). The other norms use each example alone ("layer", "group"). docs/networks.md describes the consequences.
 
-Left to itself, differentiation of batch norm takes four sums over all pixels, each of a product that is first written
-to memory, where two sums of what is already there will do: on a CPU twice as fast, with a tenth of the buffers.
+Automatic differentiation of batch norm computes four sums over all pixels, each of a product that is first written to
+memory. The derivative below needs two sums of arrays that exist already. On a CPU this is twice as fast, with a tenth
+of the buffers.
 """
 
 from collections.abc import Mapping
@@ -17,52 +18,85 @@ from jaxtyping import Array, Float
 
 EPSILON = 1e-5
 NORMS = ("batch", "running", "task", "layer", "group", "none")
-OF_A_BATCH = NORMS[:3]  # their statistics are of many examples; the others' of one
+OF_A_BATCH = NORMS[:3]  # their statistics are over many examples; those of the others are over one
 NOT_ITS_OWN = {"task": "the support", "running": "training tasks"}
-GROUP_CHANNELS = 16  # of one group; Wu & He 2018, table 3
+GROUP_CHANNELS = 16  # channels per group; Wu & He 2018, table 3
 
 
 class Statistics(NamedTuple):
-    """Mean and variance of each channel."""
+    """Mean and variance of each channel.
+
+    Attributes:
+        mean: Means [c].
+        variance: Variances [c].
+    """
 
     mean: Float[Array, " c"]
     variance: Float[Array, " c"]
 
 
 AT_HAND = "at hand"
-# What a batch norm goes by: statistics for each layer by its name, the weights of the examples at hand, or AT_HAND,
-# those examples all alike. None is the last for norm="batch"; "running" and "task" have to be told.
+# The statistics of a batch norm: given ones for each layer by its name, those of the current examples with weights, or
+# those of the current examples with equal weights (AT_HAND). None means AT_HAND for norm="batch", and is an error for
+# "running" and "task".
 By = Mapping[str, Statistics] | Float[Array, " n"] | str | None
 
 
 def check_norm(norm: str) -> None:
-    """A ValueError unless `norm` is one of NORMS."""
+    """Checks the name of a norm.
+
+    Args:
+        norm: The name.
+
+    Raises:
+        ValueError: It is not one of NORMS.
+    """
     if norm not in NORMS:
-        raise ValueError(f"norm: came {norm!r}, needs one of {', '.join(NORMS)}")
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}.")
 
 
 def source_of(norm: str) -> str:
-    """What `Model.statistics` is under this norm: whose statistics somebody else has to provide."""
+    """Returns the value of `Model.statistics` for a norm.
+
+    Args:
+        norm: The norm's name.
+
+    Returns:
+        "task" or "running" if the statistics must be provided from outside the network, else "batch".
+    """
     return norm if norm in NOT_ITS_OWN else "batch"
 
 
 def norm_init(width: int, gain: bool) -> dict[str, Array]:
-    """A shift of 0 and, if asked for, a gain of 1 a channel."""
+    """Initialises a norm's parameters: a shift of 0 and a gain of 1 per channel.
+
+    Args:
+        width: Number of channels.
+        gain: Whether there is a gain.
+    """
     return {"shift": jnp.zeros(width)} | ({"gain": jnp.ones(width)} if gain else {})
 
 
 def normalise(
     norm: str, name: str, layer: Mapping[str, Array], x: Float[Array, "n *space c"], by: By = None
 ) -> Float[Array, "n *space c"]:
-    """The layer's norm of x, then its gain (if it has one) and shift.
+    """Normalises x, then applies the layer's gain (if it has one) and shift.
 
-    Raises ValueError where the norm is "task" or "running" and nothing is said to go by.
+    Args:
+        norm: The norm's name.
+        name: The layer's name.
+        layer: Its parameters, with "shift" [c] and perhaps "gain" [c].
+        x: The layer's outputs [n, ..., c].
+        by: The statistics of a batch norm, see `Call.by`.
+
+    Raises:
+        ValueError: The norm is "task" or "running", and `by` is None.
     """
     shift, gain = layer["shift"], layer.get("gain")
     if by is None and norm in NOT_ITS_OWN:
         raise ValueError(
-            f"norm: {norm!r} goes by the statistics of {NOT_ITS_OWN[norm]}, which the network does not know; make the "
-            "learner by make_learner(name, model, ...), which tells it, or give the network norm='batch'"
+            f"norm {norm!r} needs the statistics of {NOT_ITS_OWN[norm]}, but the network was called without them. "
+            "Make the learner with make_learner(name, model, ...), which provides them, or use norm='batch'."
         )
     if norm in OF_A_BATCH:
         if by is None or isinstance(by, str):
@@ -76,7 +110,15 @@ def normalise(
 
 
 def moments(x: Float[Array, "n *space c"], weight: Float[Array, " n"]) -> Statistics:
-    """Each channel's mean and variance over the examples, in proportion to their weights; 0 and 1 over none."""
+    """Computes each channel's weighted mean and variance over the examples (and space).
+
+    Args:
+        x: Outputs of a layer [n, ..., c].
+        weight: Weights of the examples [n].
+
+    Returns:
+        The statistics; mean 0 and variance 1 if all weights are 0.
+    """
     total = weight.sum()
     share = (weight / jnp.where(total > 0, total, 1)).reshape(-1, *[1] * (x.ndim - 1))
     space = tuple(range(1, x.ndim - 1))
@@ -86,7 +128,12 @@ def moments(x: Float[Array, "n *space c"], weight: Float[Array, " n"]) -> Statis
 
 
 def group_norm(x: Float[Array, "n *space c"], groups: int) -> Float[Array, "n *space c"]:
-    """Each example and group of channels normalised by itself (Wu & He 2018); one group is layer norm of an image."""
+    """Normalises each example and group of channels alone (Wu & He 2018). One group is layer norm of an image.
+
+    Args:
+        x: Outputs of a layer [n, ..., c].
+        groups: Number of groups, which divides c.
+    """
     split = x.reshape(*x.shape[:-1], groups, -1)
     axes = (*range(1, x.ndim - 1), x.ndim)
     centred = split - split.mean(axes, keepdims=True)
@@ -97,16 +144,24 @@ def group_norm(x: Float[Array, "n *space c"], groups: int) -> Float[Array, "n *s
 def batch_norm(
     x: Float[Array, "n *space c"], shift: Float[Array, " c"], gain: Float[Array, " c"] | None = None
 ) -> Float[Array, "n *space c"]:
-    """Normalise each channel with the statistics of the batch at hand, then stretch and shift.
+    """Normalises each channel with the statistics of the current batch, then scales and shifts it.
 
-    A query set is normalised by itself, which makes predictions transductive, as in MAML (Finn et al. 2017). Ioffe &
-    Szegedy 2015, algorithm 1; their epsilon, 1e-5 here, is added to the variance.
+    A query set is normalised with its own statistics, so predictions are transductive, as in MAML (Finn et al. 2017).
+    An epsilon of 1e-5 is added to the variance.
+
+    Args:
+        x: Outputs of a layer [n, ..., c].
+        shift: Shift of each channel [c].
+        gain: Scale of each channel [c]. None is 1.
+
+    References:
+        Ioffe & Szegedy 2015, Batch normalization, algorithm 1.
     """
     return _normalise(x, shift, jnp.ones_like(shift) if gain is None else gain)
 
 
 def _statistics(x: Array) -> tuple[Array, Array]:
-    """Mean and 1 / sd of each channel; in two passes, since E x^2 - (E x)^2 cancels where the mean is large."""
+    """Computes mean and 1 / sd of each channel in two passes: E x^2 - (E x)^2 loses digits if the mean is large."""
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(axes)
     return mean, jax.lax.rsqrt(((x - mean) ** 2).mean(axes) + EPSILON)
@@ -120,7 +175,7 @@ def _normalise(x: Array, shift: Array, gain: Array) -> Array:
 
 @_normalise.defjvp
 def _normalise_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    """dy = a dx + b x + c with a, b, c per channel: its transpose needs just sum(dy) and sum(x dy)."""
+    """Computes dy = a dx + b x + c with a, b, c per channel. Its transpose needs only sum(dy) and sum(x dy)."""
     (x, shift, gain), (dx, dshift, dgain) = primals, tangents
     axes = tuple(range(x.ndim - 1))
     mean, rate = _statistics(x)

@@ -23,15 +23,25 @@ def resnet12(
     head: bool = True,
     norm: str = "batch",
 ) -> Model:
-    """A residual block a width, the mean over space, then a linear head, on images [n, h, w, c] of 16 pixels or more.
+    """Applies residual blocks, the mean over space and a linear head to images [n, h, w, c] of 16 pixels or more.
 
-    A block: three [3x3 convolution, norm], leaky ReLU (0.1) after the first two; beside them [1x1 convolution, norm];
-    their sum, leaky ReLU, 2x2 max-pooling. widths: those of Lee et al. 2019; Oreshkin et al. 2018 have (64, 128, 256,
-    512). No DropBlock. gain, head, norm: as `conv4`.
+    A block has three [3x3 convolution, norm], with a leaky ReLU (slope 0.1) after the first two. A [1x1 convolution,
+    norm] of the block's input is added, followed by a leaky ReLU and 2x2 max-pooling. There is no DropBlock.
+
+    Args:
+        outputs: Number of outputs.
+        widths: Number of channels of each block. The default is that of Lee et al. 2019; Oreshkin et al. 2018 have
+            (64, 128, 256, 512).
+        gain: Whether a norm has a learned scale besides its shift.
+        head: Whether the network has the linear head. False returns the embedding.
+        norm: As in `conv4`.
+
+    Raises:
+        ValueError: There are no widths, or the norm is unknown.
     """
     check_norm(norm)
     if not widths or min(widths) < 1:
-        raise ValueError(f"widths: came {tuple(widths)}, needs a number of channels a block")
+        raise ValueError(f"widths must have a number of channels for each block, got {tuple(widths)}.")
     blocks = [f"block{i + 1}" for i in range(len(widths))]
     leaky = partial(jax.nn.leaky_relu, negative_slope=0.1)
 
@@ -58,7 +68,7 @@ def resnet12(
 
     def init(key: PRNGKeyArray, x: Array) -> dict:
         check_images(x)
-        he = jax.nn.initializers.variance_scaling(2 / 1.01, "fan_out", "normal")  # 1 + 0.1^2: the leaky ReLU's
+        he = jax.nn.initializers.variance_scaling(2 / 1.01, "fan_out", "normal")  # 1.01 = 1 + 0.1^2, for the leaky ReLU
         *keys_of_blocks, key_head = jax.random.split(key, len(widths) + 1)
         width, params = x.shape[-1], {}
         for name, after, key_block in zip(blocks, widths, keys_of_blocks, strict=True):

@@ -1,8 +1,8 @@
-"""Networks whose batch norm goes by statistics of other examples than those at hand: a support, or training tasks.
+"""Networks whose batch norm uses statistics of other examples than the current ones: of a support or training tasks.
 
-Statistics are neither theta nor phi. No step of the inner loop moves them and no posterior is put on them: they are a
-function of parameters and examples (`statistics_of`), and a model that goes by them is another model (`given`,
-`beside`) with the same parameters.
+Statistics are neither theta nor phi. The inner loop does not change them, and they have no posterior. They are a
+function of parameters and examples (`statistics_of`). A model that uses them is another model (`given`, `beside`) with
+the same parameters.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,9 +20,15 @@ Network = Callable[..., Array]  # (x, call) -> outputs, the network under some p
 
 
 def statistics_of(network: Network, x: PyTree, weight: Float[Array, " n"] | None = None) -> dict[str, Statistics]:
-    """Mean and variance of each layer's outputs, channel by channel, while the examples are normalised by themselves.
+    """Computes the mean and variance of each channel of each layer, with each layer normalised by its own statistics.
 
-    In proportion to the examples' weights, so that padding does not count.
+    Args:
+        network: Function (x, call) -> outputs.
+        x: Inputs [n, ...].
+        weight: Weights of the examples [n], so that padding does not count. None is 1.
+
+    Returns:
+        The statistics by the layers' names.
     """
     weight = jnp.ones(jax.tree.leaves(x)[0].shape[0]) if weight is None else weight
     seen: dict[str, Statistics] = {}
@@ -36,7 +42,12 @@ def statistics_of(network: Network, x: PyTree, weight: Float[Array, " n"] | None
 
 
 def given(model: Model, statistics: Mapping[str, Statistics] | str) -> Model:
-    """The model under fixed statistics, so that what it says of an example depends on no other; or under `AT_HAND`."""
+    """Returns the model with fixed statistics, so that the outputs of an example depend on no other example.
+
+    Args:
+        model: The model.
+        statistics: The statistics by the layers' names, or `AT_HAND` for those of the current examples.
+    """
 
     def under(network: Network) -> Network:
         def told(params: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
@@ -53,10 +64,18 @@ def _under(model: Model, under: Callable[[Network], Network], **told: Any) -> Mo
 
 
 def by_support(network: Network, support: Batch | None) -> Network:
-    """The network with its batch norm by the support's statistics, whatever it makes of its inputs and layers.
+    """Returns the network with a batch norm that uses the support's statistics.
 
-    The support goes through the network together with the examples at hand, and it alone counts in the statistics. A
-    tap is shown the examples at hand. Without a support, or where statistics are given, nothing changes.
+    The support goes through the network together with the current examples, but only the support counts in the
+    statistics. So they are right however the network transforms its inputs and layers. A tap sees only the current
+    examples. Without a support, or if the call gives statistics, nothing changes.
+
+    Args:
+        network: Function (x, call) -> outputs.
+        support: The support, or None.
+
+    Raises:
+        ValueError: The current inputs are of another kind than the support's (raised by the returned network).
     """
     if support is None:
         return network
@@ -70,8 +89,8 @@ def by_support(network: Network, support: Batch | None) -> Network:
             return network(x, call._replace(by=weight))
         if jax.tree.structure(x) != jax.tree.structure(support.x):
             raise ValueError(
-                "norm: 'task' normalises queries by a support of examples, but this support has other inputs than its "
-                "queries (attributes, for instance); use norm='batch', 'running', 'layer' or 'group'"
+                "norm='task' needs a support of examples like the queries, got a support with other inputs, e.g. "
+                "attributes. Use norm='batch', 'running', 'layer' or 'group'."
             )
         both = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), support.x, x)
         by = jnp.concatenate([weight, jnp.zeros(jax.tree.leaves(x)[0].shape[0], weight.dtype)])
@@ -81,14 +100,19 @@ def by_support(network: Network, support: Batch | None) -> Network:
 
 
 def _of_rows_from(n: int, tap: Callable | None) -> Callable | None:
-    """The tap on the examples from the n-th on; the others pass."""
+    """Returns the tap applied to the examples from the n-th on only."""
     if tap is None:
         return None
     return lambda name, inputs, s: jnp.concatenate([s[:n], tap(name, inputs[n:], s[n:])])
 
 
 def beside(model: Model, support: Batch) -> Model:
-    """The model with its batch norm by the statistics that the support has under the parameters of each call."""
+    """Returns the model with a batch norm that uses the support's statistics under the parameters of each call.
+
+    Args:
+        model: The model.
+        support: The support.
+    """
 
     def under(network: Network) -> Network:
         return lambda params, x, call=PLAIN: by_support(partial(network, params), support)(x, call)

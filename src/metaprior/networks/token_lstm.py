@@ -11,7 +11,7 @@ from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import lstm_init, run_lstm
 
 POOLS = ("mean", "last", "blank")
-BLANK = 1  # the number of the place that a cloze task leaves open
+BLANK = 1  # the token number of the blank in a cloze task
 
 
 @checked
@@ -23,21 +23,32 @@ def token_lstm(
     pool: str = "mean",
     head: bool = True,
 ) -> Model:
-    """Word vectors, an LSTM in either direction, what they make of the text, and a linear head.
+    """Applies word vectors, an LSTM in each direction, pooling and a linear head to a text.
 
-    x: whole numbers [n, length]; 0 is padding and leaves the states as they are, any other number is looked up modulo
-    `buckets`. pool: the "mean" of the outputs over the words; the "last" of each direction; or those at the "blank"
-    (number 1), where one direction has read all before it and the other all after it (Melamud et al. 2016). head=False
-    ends at the embedding [n, 2 * hidden].
+    Inputs are integers [n, length]: 0 is padding, which does not change the states. Any other number is looked up
+    modulo `buckets`.
+
+    Args:
+        outputs: Number of outputs.
+        buckets: Number of rows of the embedding table.
+        width: Dimension of the word vectors.
+        hidden: Number of units of each LSTM.
+        pool: "mean" averages the LSTMs' outputs over the words; "last" takes the last output of each direction; "blank"
+            takes the outputs at the blank (number 1), where one direction has read all words before it, and the other
+            all words after it (Melamud et al. 2016).
+        head: Whether the network has the linear head. False returns the embedding [n, 2 hidden].
+
+    Raises:
+        ValueError: The pooling is unknown.
     """
     if pool not in POOLS:
-        raise ValueError(f"pool: came {pool!r}, needs one of {', '.join(POOLS)}")
+        raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}.")
 
     def init(key: PRNGKeyArray, x: Int[Array, "n length"]) -> dict:
         check_tokens(x)
         keys = jax.random.split(key, 4)
         params: dict = {
-            # Of unit deviation: a gate sums over them with weights that shrink by the width.
+            # Unit standard deviation: a gate sums over them with weights that decrease with the width.
             "table": width**0.5 * table_init(keys[0], buckets, width),
             "forward": lstm_init(keys[1], width, hidden),
             "backward": lstm_init(keys[2], width, hidden),

@@ -1,4 +1,4 @@
-"""The twin network of Koch, Zemel & Salakhutdinov (2015, sec. 3.1), of which a siamese learner looks at two outputs."""
+"""The twin network of Koch, Zemel & Salakhutdinov (2015, sec. 3.1); a siamese learner compares two of its outputs."""
 
 from collections.abc import Sequence
 
@@ -23,22 +23,31 @@ def twin(
     activation: str = "sigmoid",
     head: bool = True,
 ) -> Model:
-    """Unpadded convolutions with ReLU, halved by 2x2 max-pooling but after the last, a dense layer, a linear head.
+    """Applies unpadded convolutions with ReLU, a dense layer and a linear head to images [n, h, w, c].
 
-    By default the published network for images [n, 105, 105, 1]. activation: of the dense layer of `width` units.
-    head=False ends there, at the embedding. Weights start at He's and Glorot's scales (the paper's normals of sd 0.01
-    and 0.2 were for its own layer-wise rates), biases at 0.
+    2x2 max-pooling follows each convolution but the last. The default is the published network for images
+    [n, 105, 105, 1]. Weights start at the scales of He and Glorot, and biases at 0. (The paper's normal weights with
+    standard deviations 0.01 and 0.2 belong to its layer-wise learning rates.)
+
+    Args:
+        outputs: Number of outputs.
+        filters: Number of channels of each convolution.
+        kernels: Side of each convolution's kernel.
+        width: Number of units of the dense layer.
+        activation: Activation of the dense layer.
+        head: Whether the network has the linear head. False returns the embedding.
 
     Raises:
-        ValueError: Unlike numbers of filters and kernels, or images too small for them.
+        ValueError: There are not as many kernels as filters, or the images are too small for them.
     """
     if len(filters) != len(kernels) or not filters:
-        raise ValueError(f"filters, kernels: came {tuple(filters)}, {tuple(kernels)}; needs as many of each")
+        came = f"{tuple(filters)} and {tuple(kernels)}"
+        raise ValueError(f"filters and kernels must have one entry for each convolution, got {came}.")
     act = lookup("activation", activation, ACTIVATIONS)
     names = [f"conv{i + 1}" for i in range(len(filters))]
 
     def sides(side: int) -> int:
-        """What is left of an image's side after the convolutions."""
+        """Returns the side of an image after the convolutions."""
         for i, kernel in enumerate(kernels):
             side = (side if i == 0 else side // 2) - kernel + 1
         return side
@@ -46,8 +55,8 @@ def twin(
     def check(x: Array) -> None:
         if x.ndim != 4 or min(map(sides, x.shape[1:3])) < 1:
             raise ValueError(
-                f"x: came shape {x.shape}, needs images [n, height, width, channels] large enough for kernels "
-                f"{tuple(kernels)} with halving between; give larger images or smaller kernels"
+                f"x must be images [n, height, width, channels], large enough for kernels {tuple(kernels)} with "
+                f"halving between them, got shape {x.shape}. Give larger images or smaller kernels."
             )
 
     def features(params: dict, x: Array) -> Float[Array, "n d"]:
