@@ -53,7 +53,7 @@ def test_every_optimizer_that_is_accepted_is_finite_through_steps_at_exact_zeros
 
 @pytest.mark.parametrize("optimizer", NO_META_GRADIENT)
 def test_optimizers_without_a_derivative_at_zero_are_refused_where_the_meta_gradient_flows(optimizer):
-    with pytest.raises(ValueError, match=f"'{optimizer}' is not finite"):
+    with pytest.raises(ValueError, match=f"finite meta-gradient through its steps, got '{optimizer}'"):
         make_learner("maml", mlp(1, (4,)), Gaussian(), optimizer=optimizer)
     make_learner("maml", mlp(1, (4,)), Gaussian(), optimizer=optimizer, first_order=True)
 
@@ -72,7 +72,7 @@ def test_adam_and_its_kin_in_the_learners_whose_meta_gradient_flows_through_them
 
 @pytest.mark.parametrize("name", ["clip", "scale", "global_norm", "apply_updates", "scale_by_adam", "sgdd"])
 def test_what_is_no_optimizer_is_refused(name):
-    with pytest.raises(ValueError, match="optimizer: came"):
+    with pytest.raises(ValueError, match="optimizer must be the name"):
         make_optimizer(name, 0.1)
 
 

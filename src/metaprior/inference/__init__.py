@@ -1,1 +1,1 @@
-"""How phi is inferred: everything that two learners share."""
+"""Inference of phi: the methods that several learners share."""

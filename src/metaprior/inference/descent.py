@@ -1,7 +1,7 @@
-"""phi by gradient steps from theta: the inner loop that every gradient-based learner shares.
+"""Gradient steps from theta to phi: the inner loop of all gradient-based learners.
 
-`descend` runs the steps. Where the meta-gradient flows is the caller's choice: through all of it (MAML), stopped at
-each inner gradient (first order), or around it (iMAML, Reptile).
+`descend` runs the steps. The caller decides where the meta-gradient flows: through all steps (MAML), stopped at each
+inner gradient (first order), or around the steps (iMAML, Reptile).
 """
 
 from collections.abc import Callable
@@ -16,12 +16,16 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 from metaprior.core.likelihoods import Likelihood
 from metaprior.core.types import Batch, counted, examples, weighted_mean, weights
 
-SEGMENTS = 4  # of a rematerialised descent, of each of its segments, and so on
-UNROLLED = 5  # inner steps up to this many are unrolled: XLA then fuses across them; more are a loop
+SEGMENTS = 4  # number of segments of a rematerialised descent, of parts of each segment, and so on
+UNROLLED = 5  # up to this many inner steps are unrolled, so that XLA fuses across them; more are a loop
 
 
 def count(batch: Batch) -> Scalar | int:
-    """How many examples the rows stand for, the sum of their weights; 1 where none counts, so that it can divide."""
+    """Returns the number of examples: the sum of the weights, or 1 if it is 0, so that one can divide by it.
+
+    Args:
+        batch: The batch.
+    """
     if batch.weight is None:
         return max(examples(batch), 1)
     total = weights(batch).sum()
@@ -29,18 +33,34 @@ def count(batch: Batch) -> Scalar | int:
 
 
 def mean_nll(likelihood: Likelihood, outputs: Array, batch: Batch) -> Scalar:
-    """The weighted mean of the examples' nll; 0 for an empty batch, so that nothing is learned from nothing."""
+    """Computes the weighted mean of the examples' nll. It is 0 for an empty batch.
+
+    Args:
+        likelihood: The likelihood.
+        outputs: The network's outputs [n, c].
+        batch: The n examples.
+    """
     return weighted_mean(likelihood.nll(outputs, counted(batch).y), batch)
 
 
 def half_square(a: PyTree, b: PyTree) -> Scalar:
-    """1/2 |a - b|^2 over all leaves."""
+    """Computes 1/2 |a - b|^2 over all leaves.
+
+    Args:
+        a: A pytree.
+        b: A pytree of the same structure.
+    """
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return jnp.asarray(0.5 * sum(((u - v) ** 2).sum() for u, v in pairs))
 
 
 class Descent(NamedTuple):
-    """Where an inner loop stands: phi and its optimiser's state."""
+    """The state of an inner loop.
+
+    Attributes:
+        phi: The parameters of the task.
+        state: The optimiser's state.
+    """
 
     phi: PyTree
     state: PyTree
@@ -53,7 +73,18 @@ def optimizer_step(
     *batch: PyTree,
     first_order: bool = False,
 ) -> tuple[Descent, Scalar]:
-    """One step on loss(phi, *batch), and the loss before it; a line search gets from optax's extra what it asks for."""
+    """Takes one step on loss(phi, *batch). A line search gets the arguments that it needs.
+
+    Args:
+        loss: The loss to minimise.
+        at: The state before the step.
+        optimizer: The optimiser.
+        batch: Further arguments of the loss.
+        first_order: Stop the gradient at the loss's value and gradient.
+
+    Returns:
+        The state after the step, and the loss before it.
+    """
     value, g = jax.value_and_grad(loss)(at.phi, *batch)
     if first_order:
         value, g = jax.lax.stop_gradient((value, g))
@@ -73,14 +104,23 @@ def descend(
     data: PyTree = None,
     collect: Callable[..., PyTree] | None = None,
 ) -> Descent:
-    """k optimiser steps on loss(phi), or on loss(phi, data[t]) where data has one leading entry a step.
+    """Takes k optimiser steps on loss(phi), or on loss(phi, data[t]) if there are data.
 
-    With `collect`, data depend on phi (a policy's trajectories): step t descends loss(phi, collect(phi_t, data[t])),
-    where data[t] is a random key, say. What is collected is a constant to the inner gradient; the meta-gradient
-    flows through it unless `collect` stops it.
+    Args:
+        loss: The loss to minimise.
+        phi: The starting point.
+        optimizer: The optimiser.
+        steps: Number of steps k.
+        first_order: Stop the gradient at each inner gradient (Finn et al. 2017, sec. 5.2).
+        remat: Keep 4 log4(k) values of phi for the backward pass instead of all intermediates of k steps, and recompute
+            the rest, with log4(k) more forward passes.
+        data: A pytree whose leaves have one leading entry per step.
+        collect: Function (phi) or (phi, data[t]) -> data that depend on phi, such as a policy's trajectories. Step t
+            then descends loss(phi, collect(phi_t, data[t])), where data[t] may be a random key. The collected data are
+            a constant for the inner gradient. The meta-gradient flows through them, unless `collect` stops it.
 
-    first_order stops the gradient at each inner gradient (Finn et al. 2017, sec. 5.2). remat keeps 4 log4(k) phis for
-    the backward pass instead of all that k steps computed, and recomputes the rest: log4(k) more forward passes.
+    Returns:
+        The state after the last step.
     """
 
     def step(at: Descent, batch: PyTree) -> Descent:
@@ -90,7 +130,7 @@ def descend(
     start = Descent(phi, optimizer.init(phi))
     if remat and steps > 1 and not first_order:
         return _rematerialised(step, start, steps, data)
-    # Where no gradient flows through the steps there is nothing to fuse for, and a loop reuses its buffers.
+    # If no gradient flows through the steps, fusion has no advantage, and a loop reuses its buffers.
     if steps <= UNROLLED and not first_order:
         for t in range(steps):
             start = step(start, jax.tree.map(lambda leaf, t=t: leaf[t], data))
@@ -99,13 +139,13 @@ def descend(
 
 
 def _given(at: Descent, batch: PyTree, some: bool, collect: Callable[..., PyTree] | None) -> tuple[PyTree, ...]:
-    """What a step's loss takes besides phi."""
+    """Returns the arguments of a step's loss besides phi."""
     given = (batch,) if some else ()
     return given if collect is None else (collect(at.phi, *given),)
 
 
 def _rematerialised(step: Callable, start: Descent, steps: int, data: PyTree) -> Descent:
-    """A tree of segments (Griewank 1992): each is recomputed in the backward pass, in segments of its own."""
+    """Runs the steps as a tree of segments (Griewank 1992), each of which is recomputed in the backward pass."""
     length = 1
     while length * SEGMENTS < steps:
         length *= SEGMENTS
@@ -124,9 +164,16 @@ def _rematerialised(step: Callable, start: Descent, steps: int, data: PyTree) ->
 
 
 def minibatches(key: PRNGKeyArray, n: int, size: int, steps: int) -> Int[Array, "steps size"]:
-    """Which of n examples each step sees: they cycle through the shuffled data without replacement in each pass.
+    """Draws the indices of the examples for each step. Each pass goes through the shuffled data once.
 
-    Places, not the examples themselves, whose memory would grow with the steps; `drawn` gets a step's examples.
+    The result holds indices, because the memory of the examples themselves would grow with the steps. `drawn` returns
+    a step's examples.
+
+    Args:
+        key: Random key.
+        n: Number of examples.
+        size: Examples per step.
+        steps: Number of steps.
     """
     passes = -(-steps * size // n)
     order = jax.vmap(lambda k: jax.random.permutation(k, n))(jax.random.split(key, passes)).reshape(-1)
@@ -134,7 +181,12 @@ def minibatches(key: PRNGKeyArray, n: int, size: int, steps: int) -> Int[Array, 
 
 
 def drawn(data: Batch, places: Int[Array, " size"]) -> Batch:
-    """The examples at those places."""
+    """Returns the examples with the given indices.
+
+    Args:
+        data: The examples.
+        places: Indices [size].
+    """
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[places], data)
 
 
@@ -147,7 +199,16 @@ def trajectory(
     data: PyTree = None,
     collect: Callable[..., PyTree] | None = None,
 ) -> Descent:
-    """The descents after 0, 1, ..., k steps, stacked along a new leading axis; `data` and `collect` as in `descend`."""
+    """Computes the states after 0, 1, ..., k steps, stacked along a new leading axis.
+
+    Args:
+        loss: The loss to minimise.
+        phi: The starting point.
+        optimizer: The optimiser.
+        steps: Number of steps k.
+        data: As in `descend`.
+        collect: As in `descend`.
+    """
 
     def step(at: Descent, batch: PyTree) -> tuple[Descent, Descent]:
         given = _given(at, batch, data is not None, collect)
@@ -162,11 +223,20 @@ def trajectory(
 def inner_rates(
     loss: Callable[[PyTree], Scalar], at: Descent, optimizer: optax.GradientTransformation, probes: int = 1
 ) -> PyTree:
-    """The rate at which each parameter follows its gradient at one step: the diagonal of -d update / d gradient.
+    """Computes each parameter's learning rate at one step: the diagonal of -d update / d gradient.
 
-    It is 0 where the gradient is exactly 0: the parameter does not move (and Adam's rate there would be 1 / eps).
-    Exact for every optimiser that treats parameters one by one (SGD, learned rates, Adam); otherwise Hutchinson's
-    estimate z * (B z) over random signs z.
+    It is 0 where the gradient is exactly 0, because the parameter does not move (Adam's rate would be 1 / eps there).
+    It is exact for every optimiser that treats parameters one by one (SGD, learned rates, Adam). Otherwise it is
+    Hutchinson's estimate z * (B z) with random signs z.
+
+    Args:
+        loss: The loss of the step.
+        at: The state before the step.
+        optimizer: The optimiser.
+        probes: Number of draws of z.
+
+    Returns:
+        The rates, shaped as phi.
     """
     value, g = jax.value_and_grad(loss)(at.phi)
     told, asked = optax.with_extra_args_support(optimizer), {"value": value, "grad": g, "value_fn": loss}
@@ -184,9 +254,14 @@ def inner_rates(
 
 
 def line_search(rate: float | Array) -> optax.GradientTransformationExtraArgs:
-    """Gradient descent whose rate, `rate` at most, is halved until the loss falls as its slope promises (Armijo 1966).
+    """Returns gradient descent with a backtracking line search.
 
-    Twelve times at most. It cannot be differentiated in reverse: for inner loops around which the meta-gradient flows.
+    The rate is halved, at most twelve times, until the loss decreases sufficiently relative to its slope (Armijo 1966).
+    Reverse-mode differentiation through it is not possible, so it is for inner loops around which the meta-gradient
+    flows.
+
+    Args:
+        rate: The largest learning rate.
     """
     search = optax.scale_by_backtracking_linesearch(
         max_backtracking_steps=12, slope_rtol=1e-4, decrease_factor=0.5, increase_factor=2.0, rtol=1e-6
@@ -194,8 +269,8 @@ def line_search(rate: float | Array) -> optax.GradientTransformationExtraArgs:
     return optax.chain(optax.scale_by_learning_rate(rate), search)
 
 
-# Optimisers whose own derivative does not exist where a gradient or a tensor is exactly zero: they have no eps_root, or
-# one that does not reach there (optax 0.2.8).
+# Optimisers that are not differentiable where a gradient or a tensor is exactly zero: they have no eps_root, or one
+# that does not help (optax 0.2.8).
 NO_META_GRADIENT = {
     "adafactor": "its root mean square of a tensor has no derivative at zero",
     "lamb": "its norm of a tensor has no derivative at zero",
@@ -206,36 +281,39 @@ NO_META_GRADIENT = {
     "lbfgs": "its line search cannot be differentiated in reverse",
     "line_search": "its halving cannot be differentiated in reverse",
 }
-EPS_ROOT = 1e-8  # added to Adam's second moment where the meta-gradient flows: sqrt has no derivative at 0
+EPS_ROOT = 1e-8  # added to Adam's second moment if the meta-gradient flows: sqrt has no derivative at 0
 
 
 def make_optimizer(
     name: str, rate: float | Array, *, differentiated: bool = True, **options: Any
 ) -> optax.GradientTransformation:
-    """An optax optimiser by name, e.g. make_optimizer("adam", 1e-3, b1=0.0), or "line_search".
+    """Makes an optax optimiser by its name, e.g. make_optimizer("adam", 1e-3, b1=0.0), or "line_search".
 
     A parameter whose gradient is exactly zero (a dead ReLU unit, an input column of zeros) has a second moment of zero,
-    whose square root has no derivative: the meta-gradient through Adam's steps would be NaN. Where the meta-gradient
-    flows, optimisers that have `eps_root` get 1e-8: a step answers a gradient below 1e-4 in proportion, and a change of
-    it by 1e4 at most, so that a few steps stay finite in float32.
+    whose square root has no derivative, so the meta-gradient through Adam's steps would be NaN. If the meta-gradient
+    flows, optimisers with an option `eps_root` get 1e-8. A step is then proportional to a gradient below 1e-4, and its
+    derivative in the gradient is at most 1e4 times the rate, so that a few steps stay finite in float32.
 
     Args:
-        name: of an optax optimiser, whose first argument is its rate.
-        rate: the learning rate on the mean loss.
-        differentiated: whether the meta-gradient flows through the steps.
-        options: of the optimiser.
+        name: Name of an optax optimiser, whose first argument is its learning rate.
+        rate: The learning rate on the mean loss.
+        differentiated: Whether the meta-gradient flows through the steps.
+        options: Further options of the optimiser.
+
+    Returns:
+        The optimiser.
 
     Raises:
-        ValueError: unknown names, and with `differentiated` optimisers whose derivative does not exist at zero.
+        ValueError: The name is unknown, or `differentiated` is True and the optimiser is not differentiable at zero.
     """
     factory = line_search if name == "line_search" else getattr(optax, name, None)
     known = [] if factory is None or name.startswith(("_", "scale_by_")) else _parameters(factory)
     if factory is None or not known or known[0] not in ("rate", "learning_rate", "max_learning_rate"):
-        raise ValueError(f"optimizer: came {name!r}, needs the name of an optax optimiser, e.g. 'sgd' or 'adam'")
+        raise ValueError(f"optimizer must be the name of an optax optimiser, e.g. 'sgd' or 'adam', got {name!r}.")
     if differentiated and name in NO_META_GRADIENT:
         raise ValueError(
-            f"optimizer: the meta-gradient flows through the inner steps, and that of {name!r} is not finite: "
-            f"{NO_META_GRADIENT[name]}; use 'sgd' or 'adam', or first_order=True where the learner has it."
+            f"optimizer must have a finite meta-gradient through its steps, got {name!r}: {NO_META_GRADIENT[name]}. "
+            "Use 'sgd' or 'adam', or first_order=True if the learner has it."
         )
     if differentiated and "eps_root" in known:
         options.setdefault("eps_root", EPS_ROOT)

@@ -1,4 +1,4 @@
-"""The options of an inner loop, which every learner that fits phi by steps shares."""
+"""The options of an inner loop, which all learners that fit phi by steps share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from metaprior.inference.descent import Descent, descend, make_optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class InnerLoop:
-    """How phi is fitted to a support.
+    """The options of fitting phi to a support.
 
-    A learner's factory takes these fields as keyword options of its own (`passes_options_to`), with its own defaults,
-    and leaves out those that have no meaning for it.
+    A learner's factory takes these fields as keyword options (`passes_options_to`), with its own defaults, and without
+    those that have no meaning for it.
 
-    Args:
+    Attributes:
         steps: Number of inner steps in training.
         test_steps: Number of inner steps on a new task. None uses `steps`.
         rate: Learning rate of the inner optimiser, on the *mean* negative log likelihood of the support.
@@ -46,14 +46,14 @@ class InnerLoop:
 
     @property
     def on_new_task(self) -> int:
-        """Number of inner steps on a new task."""
+        """The number of inner steps on a new task."""
         return self.steps if self.test_steps is None else self.test_steps
 
     def transformation(self, *, differentiated: bool | None = None, **options: Any) -> optax.GradientTransformation:
         """Returns the inner optimiser as an optax transformation.
 
         Args:
-            differentiated: Whether the meta-gradient flows through the steps. None: unless `first_order`.
+            differentiated: Whether the meta-gradient flows through the steps. None means unless `first_order`.
             options: Further options of the named optax optimiser.
         """
         if not isinstance(self.optimizer, str):
@@ -67,6 +67,15 @@ class InnerLoop:
         phi: PyTree,
         optimizer: optax.GradientTransformation | None = None,
     ) -> Descent:
-        """Runs the inner steps of training on loss(phi). The optimiser is by default that of the options."""
+        """Runs the inner steps of training.
+
+        Args:
+            loss: The loss of phi.
+            phi: The starting point.
+            optimizer: The optimiser. None uses that of the options.
+
+        Returns:
+            The state after the last step.
+        """
         inner = self.transformation() if optimizer is None else optimizer
         return descend(loss, phi, inner, self.steps, first_order=self.first_order, remat=self.remat)

@@ -1,4 +1,4 @@
-"""What learned optimisers share: how a gradient is shown to a network, truncated unrolls, and use on any loss."""
+"""Shared parts of learned optimisers: the encoding of gradients, truncated unrolls, and use on any loss."""
 
 from collections.abc import Callable
 
@@ -13,13 +13,20 @@ P = 10.0
 
 
 def log_sign(g: Float[Array, " n"], p: float = P) -> Float[Array, "n 2"]:
-    """Magnitude and direction of a number of any size, both in about -1..1 (Andrychowicz et al. 2016, appendix A).
+    """Encodes numbers of any magnitude as two numbers of about -1..1.
 
-    (log|g| / p, sign g) where |g| >= exp(-p), else (-1, exp(p) g).
+    They are (log|g| / p, sign g) if |g| >= exp(-p), else (-1, exp(p) g).
+
+    Args:
+        g: Numbers [n], e.g. gradients.
+        p: Sets the smallest magnitude that is encoded by its logarithm.
+
+    References:
+        Andrychowicz et al. 2016, Learning to learn by gradient descent by gradient descent, appendix A.
     """
     least = jnp.exp(-jnp.asarray(p, g.dtype))
     large = jnp.abs(g) >= least
-    # What is not chosen must be finite too: its derivative is multiplied by 0, not left out.
+    # The branch that is not chosen must be finite too: its derivative is multiplied by 0, not omitted.
     size = jnp.log(jnp.where(large, jnp.abs(g), 1.0)) / p
     return jnp.stack([jnp.where(large, size, -1.0), jnp.where(large, jnp.sign(g), g / least)], -1)
 
@@ -35,9 +42,22 @@ def unrolled(
     first_order: bool = True,
     data: PyTree = None,
 ) -> tuple[Descent, Float[Array, " steps"]]:
-    """`steps` optimiser steps on fit (as `descend`), and judge(phi) after each; back-propagation stops every `unroll`.
+    """Takes optimiser steps with truncated back-propagation through time.
 
-    Each step is recomputed in the backward pass: an LSTM's gates are many times larger than its state.
+    Each step is recomputed in the backward pass, because an LSTM's gates are many times larger than its state.
+
+    Args:
+        fit: The loss to minimise, as in `descend`.
+        judge: Function of phi that is evaluated after each step.
+        phi: The starting point.
+        optimizer: The optimiser.
+        steps: Number of steps, a multiple of `unroll`.
+        unroll: Number of steps after which back-propagation stops.
+        first_order: Stop the gradient at each inner gradient.
+        data: As in `descend`.
+
+    Returns:
+        The state after the last step, and the values of `judge` [steps].
     """
 
     def step(at: Descent, batch: PyTree) -> tuple[Descent, Scalar]:
@@ -64,9 +84,17 @@ def optimise(
     steps: int,
     data: PyTree = None,
 ) -> tuple[PyTree, Float[Array, " steps"]]:
-    """Minimise loss(phi), or loss(phi, data[t]) with one leading entry of data a step, by any optax transformation.
+    """Minimises loss(phi), or loss(phi, data[t]) if there are data, by any optax transformation.
 
-    Returns phi after `steps` steps and the loss before each of them.
+    Args:
+        loss: The loss.
+        start: The starting point.
+        optimizer: The optimiser, e.g. a learned one.
+        steps: Number of steps.
+        data: A pytree whose leaves have one leading entry per step.
+
+    Returns:
+        phi after the last step, and the loss before each step [steps].
     """
 
     def step(at: Descent, batch: PyTree) -> tuple[Descent, Scalar]:

@@ -1,14 +1,15 @@
-"""What an inner optimiser's own steps imply: the map from data to phi_k on a quadratic loss, as a Gaussian.
+"""The Gaussian posterior that the steps of an inner optimiser imply on a quadratic loss.
 
 k steps of an optimiser that is linear in its gradients, on the loss 1/2 phi' H phi - b' phi, end at A theta + C b. C is
-the posterior covariance of the Gaussian model that the steps solve exactly, with prior covariance (C^-1 - H)^-1. So C b
-is where the optimiser itself ends from zero, and nothing need be known of it but that it is linear:
+the posterior covariance of the Gaussian model that the steps solve exactly, with prior covariance (C^-1 - H)^-1. C b
+is the end point of the optimiser from zero. So C can be computed by running the optimiser, if only it is linear:
 
-* It treats all elements alike (SGD with any schedule, momentum, Nesterov, weight decay): C = s(H), and s(l) is what the
-  optimiser makes of one parameter with curvature l (`optimizer_spectrum`).
-* It treats all elements of a tensor alike (`lslr`, optax.multi_transform): steps do not commute, C is slightly
-  unsymmetric, and it is carried in a basis for each tensor (`tensor_gaussian`).
-* A constant matrix B = S S' of rates (`meta_sgd`, `preconditioned`): C = S s(S' H S) S', and S may be rectangular.
+* It treats all elements alike (SGD with any schedule, momentum, Nesterov, weight decay): C = s(H), and s(l) is the end
+  point of the optimiser for one parameter with curvature l (`optimizer_spectrum`).
+* It treats all elements of a tensor alike (`lslr`, optax.multi_transform): steps do not commute, so C is slightly
+  asymmetric. It is stored in a basis for each tensor (`tensor_gaussian`).
+* It has a constant matrix B = S S' of rates (`meta_sgd`, `preconditioned`): C = S s(S' H S) S', and S may be
+  rectangular.
 """
 
 from collections.abc import Callable
@@ -29,16 +30,24 @@ Alike = Literal["all", "tensor"] | None
 
 
 def alike(optimizer: optax.GradientTransformation, phi: PyTree, steps: int) -> Alike:
-    """Which elements a linear optimiser treats alike: "all", those of one "tensor", or None (also: it is not linear).
+    """Finds out which elements a linear optimiser treats alike.
 
-    It is found by feeding the optimiser random gradients and parameters w_i z_t, and sums and multiples of them: all
-    answers must be w_i r_t with r linear in z. An optimiser whose rates are traced cannot be tried, and gets None.
+    The optimiser is run on random gradients and parameters w_i z_t, and on sums and multiples of them. All its updates
+    must be w_i r_t with r linear in z. An optimiser with traced rates cannot be tested, and gets None.
+
+    Args:
+        optimizer: The optimiser.
+        phi: The parameters; only their shapes matter.
+        steps: Number of steps.
+
+    Returns:
+        "all", "tensor" for the elements of each tensor, or None if neither holds or the optimiser is not linear.
     """
     leaves, treedef = jax.tree.flatten(phi)
     shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
     try:
         return _alike(optimizer, treedef, shapes, max(steps, 1))
-    except (TypeError, ValueError):  # it asks for the loss too (a line search), or its rates are traced
+    except (TypeError, ValueError):  # it needs the loss too (a line search), or its rates are traced
         return None
 
 
@@ -74,7 +83,7 @@ def _alike(optimizer: optax.GradientTransformation, treedef: Any, shapes: tuple,
 def _run(
     optimizer: optax.GradientTransformation, gradient: Callable, start: PyTree, steps: int | Array, most: int
 ) -> tuple[PyTree, PyTree]:
-    """Where `steps` of at most `most` steps end, and what gradient(phi) -> (gradient, seen) saw before each step."""
+    """Returns phi after `steps` <= `most` steps, and the `seen` of gradient(phi) -> (gradient, seen) at each step."""
     told = optax.with_extra_args_support(optimizer)
 
     def step(carry: tuple, t: Array) -> tuple[tuple, PyTree]:
@@ -95,16 +104,20 @@ def optimizer_spectrum(
     steps: int | Array,
     most: int,
 ) -> tuple[Scalar, Float[Array, " r"], Bool[Array, " r"]]:
-    """The spectrum s of C by running the optimiser itself on one parameter a curvature l, from 0, with b = 1.
+    """Computes the spectrum s of C by running the optimiser on one parameter per curvature l, from 0, with b = 1.
 
-    (s(l) - s(0)) / l is a run of its own, whose gradients are s(l) at each step: nothing cancels. Where a step leaves
-    s(l) outside 0..1/l (it overshoots) no prior explains the steps: there s = 1 / l, the likelihood alone.
+    (s(l) - s(0)) / l comes from a separate run, whose gradients are s(l) at each step, so no digits cancel. If a step
+    leaves s(l) outside 0..1/l (it overshoots), no prior explains the steps. There s = 1 / l, the likelihood alone.
 
     Args:
-        values: eigenvalues l of the mean loss's curvature.
-        optimizer: linear, treats all elements alike.
-        like: a pytree of phi's structure.
-        steps: k, may be traced; most: its static bound.
+        values: Eigenvalues l of the mean loss's curvature [r].
+        optimizer: A linear optimiser that treats all elements alike.
+        like: A pytree of phi's structure.
+        steps: Number of steps k, which may be traced.
+        most: A static upper bound of steps.
+
+    Returns:
+        s(0), (s(l) - s(0)) / l [r], and whether the steps overshoot [r].
     """
     curve = jnp.append(values, 0)
     slack = jnp.sqrt(jnp.finfo(curve.dtype).eps)
@@ -125,27 +138,46 @@ def optimizer_spectrum(
 
 
 class Root(NamedTuple):
-    """S = [diag(diagonal), factor], a root of B = diag(diagonal^2) + factor factor'; `diagonal` is shaped as phi."""
+    """S = [diag(diagonal), factor], a root of B = diag(diagonal^2) + factor factor'.
+
+    Attributes:
+        diagonal: The diagonal part, shaped as phi.
+        factor: The low-rank part [p, r].
+    """
 
     diagonal: PyTree
     factor: Float[Array, "p r"]
 
     def push(self, white: tuple[PyTree, Float[Array, " r"]]) -> PyTree:
-        """S z, shaped as phi."""
+        """Computes S z, shaped as phi.
+
+        Args:
+            white: The two parts of z: one shaped as phi, one [r].
+        """
         unravel = ravel_pytree(self.diagonal)[1]
         return jax.tree.map(jnp.add, scaled(self.diagonal, white[0]), unravel(self.factor @ white[1]))
 
     def pull(self, row: PyTree) -> tuple[PyTree, Float[Array, " r"]]:
-        """S' row."""
+        """Computes S' row.
+
+        Args:
+            row: A row, shaped as phi.
+        """
         return scaled(self.diagonal, row), self.factor.T @ ravel_pytree(row)[0]
 
     def origin(self) -> tuple[PyTree, Float[Array, " r"]]:
-        """z = 0."""
+        """Returns z = 0."""
         return jax.tree.map(jnp.zeros_like, self.diagonal), jnp.zeros(self.factor.shape[1], self.factor.dtype)
 
 
 class RootedGaussian(NamedTuple):
-    """N(mean, S W S') with W the covariance of `white`, a Gaussian over z in phi = mean + S z."""
+    """N(mean, S W S'), where W is the covariance of z in phi = mean + S z.
+
+    Attributes:
+        mean: The mean of phi.
+        root: S.
+        white: The Gaussian of z.
+    """
 
     mean: PyTree
     root: Root
@@ -153,24 +185,39 @@ class RootedGaussian(NamedTuple):
 
     @property
     def clipped(self) -> Scalar:
-        """The share of directions where the steps overshoot."""
+        """The fraction of directions in which the steps overshoot."""
         return self.white.clipped
 
     def sample(self, key: PRNGKeyArray) -> PyTree:
-        """One draw of phi."""
+        """Draws one phi.
+
+        Args:
+            key: Random key.
+        """
         return jax.tree.map(jnp.add, self.mean, self.root.push(self.white.sample(key)))
 
     def quadratic(self, row: PyTree) -> Scalar:
-        """row C row' for a row shaped as phi."""
+        """Computes row C row', where C is the covariance.
+
+        Args:
+            row: A row, shaped as phi.
+        """
         return self.white.quadratic(self.root.pull(row))
 
 
 class TensorGaussian(NamedTuple):
-    """A Gaussian whose steps treat each tensor alike: variance `flat` outside of a few directions of each tensor.
+    """The Gaussian of an optimiser that treats the elements of each of T tensors alike.
 
-    basis: orthonormal rows for each tensor (leaves [r, ...]). root: C^(1/2) in the T r coordinates of all bases.
-    overshot: where no prior explains the steps. asymmetry: |C - C'| / |C + C'| (Frobenius) before its symmetric part
-    was taken, 0 where the steps commute.
+    The variance is `flat` outside of r directions of each tensor.
+
+    Attributes:
+        mean: The mean of phi.
+        basis: Orthonormal rows for each tensor (leaves [r, ...]).
+        flat: The variance of each tensor outside of its basis.
+        root: C^(1/2) in the T r coordinates of all bases.
+        overshot: Whether no prior explains the steps [r].
+        values: Eigenvalues of the curvature [r].
+        asymmetry: |C - C'| / |C + C'| (Frobenius norms) before C was made symmetric; 0 if the steps commute.
     """
 
     mean: PyTree
@@ -183,12 +230,16 @@ class TensorGaussian(NamedTuple):
 
     @property
     def clipped(self) -> Scalar:
-        """The share of directions in which the steps end beyond the support's own optimum."""
+        """The fraction of directions in which the steps end beyond the support's optimum."""
         floor = self.values.max(-1, keepdims=True) * 1e-6
         return self.overshot.sum(-1) / jnp.maximum((self.values > floor).sum(-1), 1)
 
     def push(self, noise: PyTree) -> PyTree:
-        """C^(1/2) noise, without the mean."""
+        """Computes C^(1/2) noise, without the mean.
+
+        Args:
+            noise: A vector, shaped as phi.
+        """
         told = jax.tree.map(lambda q, e: jnp.tensordot(q, e, axes=e.ndim), self.basis, noise)
         parts = jax.tree.leaves(told)
         turned = jax.tree.unflatten(jax.tree.structure(told), jnp.split(self.root @ jnp.concatenate(parts), len(parts)))
@@ -202,11 +253,19 @@ class TensorGaussian(NamedTuple):
         )
 
     def sample(self, key: PRNGKeyArray) -> PyTree:
-        """One draw of phi."""
+        """Draws one phi.
+
+        Args:
+            key: Random key.
+        """
         return jax.tree.map(jnp.add, self.mean, self.push(normal_like(key, self.mean)))
 
     def quadratic(self, row: PyTree) -> Scalar:
-        """row C row' for a row shaped as phi."""
+        """Computes row C row', where C is the covariance.
+
+        Args:
+            row: A row, shaped as phi.
+        """
         pushed = self.push(row)
         return inner(pushed, pushed)
 
@@ -219,11 +278,20 @@ def tensor_gaussian(
     most: int,
     temperature: float | Array = 1.0,
 ) -> TensorGaussian:
-    """N(mean, temperature C) for k steps on a loss with curvature H = R' R, R the `rows` (leaves [r, ...]).
+    """Computes N(mean, temperature C) for k steps on a loss with curvature H = R' R.
 
-    With orthonormal rows Q_j for each tensor, R_j = L_j Q_j: within their span C is a matrix N of T r coordinates whose
-    gradient is L' L N - I, and outside of it a number a tensor whose gradient is -1. The optimiser runs on both. Where
-    the steps overshoot (an eigenvalue of R C R' is beyond 0..1), C is cut down to the likelihood alone.
+    With orthonormal rows Q_j for each tensor, R_j = L_j Q_j. Within their span, C is a matrix N of T r coordinates
+    whose gradient is L' L N - I. Outside of it, C is one number per tensor, whose gradient is -1. The optimiser runs on
+    both. If the steps overshoot (an eigenvalue of R C R' is outside 0..1), C is reduced to the likelihood alone in that
+    direction.
+
+    Args:
+        mean: The mean of phi.
+        rows: R (leaves [r, ...]).
+        optimizer: A linear optimiser that treats the elements of each tensor alike.
+        steps: Number of steps k, which may be traced.
+        most: A static upper bound of steps.
+        temperature: Factor of the covariance.
     """
     leaves, treedef = jax.tree.flatten(rows)
     r, tensors = leaves[0].shape[0], len(leaves)
@@ -267,7 +335,7 @@ def tensor_gaussian(
 
 
 def _orthonormal(rows: Float[Array, "r *shape"]) -> tuple[Float[Array, "r r"], Float[Array, "r *shape"]]:
-    """L and orthonormal rows Q (zero where the rank ends) with rows = L Q."""
+    """Computes L and orthonormal rows Q with rows = L Q. Rows of Q beyond the rank are 0."""
     values, vectors = jnp.linalg.eigh(jnp.tensordot(rows, rows, (tuple(range(1, rows.ndim)),) * 2))
     kept = values > values[-1] * values.size * jnp.finfo(values.dtype).eps
     lengths = jnp.where(kept, jnp.sqrt(jnp.where(kept, values, 1)), 0)

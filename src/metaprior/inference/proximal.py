@@ -1,7 +1,8 @@
 """The proximal inner problem of iMAML and its derivative by the implicit function theorem (Rajeswaran et al. 2019).
 
-phi* = argmin L(phi) + s/2 |phi - theta|^2 (eq. 3). At phi*, s (theta - phi*) = grad L(phi*), so d phi*/d theta =
-(I + H/s)^-1 (Lemma 1), applied to a vector by conjugate gradients (Algorithm 2): no inner step is ever kept.
+The problem is phi* = argmin L(phi) + s/2 |phi - theta|^2 (eq. 3). At phi*, s (theta - phi*) = grad L(phi*), so
+d phi*/d theta = (I + H/s)^-1 (Lemma 1). Conjugate gradients apply it to a vector (Algorithm 2), so no inner step is
+stored.
 """
 
 from collections.abc import Callable
@@ -15,10 +16,15 @@ from metaprior.inference.descent import half_square
 
 
 def conjugate_gradients(matvec: Callable[[PyTree], PyTree], b: PyTree, steps: int) -> PyTree:
-    """x with A x = b for positive definite A, after at most `steps` products with A, from x = 0.
+    """Solves A x = b for a positive definite A by conjugate gradients from x = 0.
 
-    It stops where it met a direction p with p'Ap <= 0 (A is not positive definite there) or where it has converged, and
-    keeps what it had, or b itself if it had nothing.
+    It stops at convergence, or at a direction p with p'Ap <= 0 (A is not positive definite there). It then returns the
+    solution so far, or b if there is none.
+
+    Args:
+        matvec: Function v -> A v.
+        b: The right-hand side.
+        steps: The largest number of products with A.
     """
 
     def dot(u: PyTree, v: PyTree) -> Scalar:
@@ -58,22 +64,41 @@ def proximal(
     damping: float = 0.0,
     optimizer: optax.GradientTransformation | None = None,
 ) -> PyTree:
-    """argmin over phi of loss(phi) + strength/2 |phi - theta|^2, by `steps` gradient steps of `rate` from theta.
+    """Minimises loss(phi) + strength/2 |phi - theta|^2 over phi by gradient steps from theta.
 
-    Its reverse-mode derivative is the implicit one, (I + H/strength) g = v solved by `cg_steps` conjugate-gradient
-    steps; memory does not grow with `steps`. It reaches theta, strength, and whatever traced floats `loss` closes over
-    (a likelihood's noise, a shared body). It is biased as far as phi is from the minimum, and the descent diverges
-    from rate = 2 / (largest curvature + strength) on. It needs I + H/strength > 0: where a solve meets negative
-    curvature it stops there. damping is added to the operator's identity (0 in the paper;
-    the public code has 1). optimizer: any optax transformation in the place of gradient descent.
+    The reverse-mode derivative is the implicit one: it solves (I + H/strength) g = v by conjugate gradients, with
+    memory that does not grow with `steps`. It reaches theta, strength and all traced floats that `loss` closes over (a
+    likelihood's noise, a shared body). Its bias grows with the distance of phi from the minimum. It needs
+    I + H/strength > 0: a solve that meets negative curvature stops there.
+
+    Args:
+        loss: The loss L of phi.
+        theta: The prior's mean and the starting point.
+        strength: The strength s of the quadratic penalty.
+        steps: Number of gradient steps.
+        rate: Learning rate. Gradient descent diverges if it is 2 / (largest curvature + strength) or more.
+        cg_steps: Number of conjugate-gradient steps.
+        damping: Number that is added to the identity in I + H/strength: 0 in the paper, 1 in its public code.
+        optimizer: An optax transformation instead of gradient descent.
+
+    Returns:
+        The minimiser, after `steps` steps.
+
+    Raises:
+        ValueError: steps is below 0, or cg_steps is below 1.
+
+    References:
+        Rajeswaran, Finn, Kakade & Levine 2019, Meta-learning with implicit gradients.
     """
-    if steps < 0 or cg_steps < 1:
-        raise ValueError(f"steps, cg_steps: came {steps} and {cg_steps}, need at least 0 and 1")
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}.")
+    if cg_steps < 1:
+        raise ValueError(f"cg_steps must be at least 1, got {cg_steps}.")
     solver = optax.with_extra_args_support(optax.sgd(rate) if optimizer is None else optimizer)
     s = jnp.asarray(strength, jax.tree.leaves(theta)[0].dtype)
 
     def stationary(phi: PyTree) -> PyTree:
-        """phi - theta + grad L(phi)/s, 0 at phi*, whose derivative is I + H/s."""
+        """Computes phi - theta + grad L(phi)/s, which is 0 at phi* and has the derivative I + H/s."""
         return jax.tree.map(lambda p, t, g: p - t + g / s, phi, theta, jax.grad(loss)(phi))
 
     def objective(phi: PyTree) -> Scalar:
@@ -83,7 +108,7 @@ def proximal(
         def step(_: Array, at: tuple) -> tuple:
             phi, state = at
             value, pull = jax.value_and_grad(objective)(phi)
-            # What a line search asks for, and others do not.
+            # Arguments of a line search; other optimisers ignore them.
             update, state = solver.update(pull, state, phi, value=value, grad=pull, value_fn=objective)
             return optax.apply_updates(phi, update), state
 
