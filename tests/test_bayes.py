@@ -295,7 +295,7 @@ def test_local_reparametrisation_of_convolutions():
     model = conv4(3, filters=4, blocks=1)
     plain, local = (nll_draws(model, Categorical(), -2.0, x, y, local, 3000) for local in (False, True))
     np.testing.assert_allclose(plain.mean(), local.mean(), atol=5 * (plain.std() + local.std()) / 3000**0.5)
-    with pytest.raises(ValueError, match="local: needs a network that takes"):
+    with pytest.raises(ValueError, match="local must be False for a network"):
         nll_draws(LINE, Gaussian(), -1.0, jnp.ones((1, 2)), jnp.ones((1, 1)), True, 1)
 
 
@@ -341,7 +341,7 @@ def test_without_support_the_posterior_is_the_prior(name):
         ("gem_bml", {"kl_weight": -0.1}, "kl_weight must be"),
         ("gem_bml", {"log_sd": -200.0}, "log_sd: came -200.0"),
         ("amortized_bml", {"samples": 0}, "samples must be"),
-        ("amortized_bml", {"samples": 3}, "samples: came 3, needs 1 or an even number"),
+        ("amortized_bml", {"samples": 3}, "samples must be 1 or even.* got 3"),
         ("gem_bml", {"optimizer": "natural", "rate": 2.0}, "needs a rate of"),
         ("gem_bml", {"optimizer": "natural", "kl_weight": 0.0}, "a kl_weight above 0"),
         ("maml_noise", {"noise": 0.0}, "noise: came 0.0"),

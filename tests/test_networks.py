@@ -303,7 +303,7 @@ def test_a_network_without_calls_says_so():
     with pytest.raises(ValueError, match=r"model must take a `Call`.*curvature='dual'"):
         learner.adapt(learner.init(KEY, TASK), TASK.support, KEY)
     learner = make_learner("amortized_bml", model, Categorical(), local=True)
-    with pytest.raises(ValueError, match="local: needs a network that takes"):
+    with pytest.raises(ValueError, match="local must be False for a network"):
         learner.adapt(learner.init(KEY, TASK), TASK.support, KEY)
 
 
