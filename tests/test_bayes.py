@@ -342,8 +342,8 @@ def test_without_support_the_posterior_is_the_prior(name):
         ("gem_bml", {"log_sd": -200.0}, "log_sd: came -200.0"),
         ("amortized_bml", {"samples": 0}, "samples must be"),
         ("amortized_bml", {"samples": 3}, "samples must be 1 or even.* got 3"),
-        ("gem_bml", {"optimizer": "natural", "rate": 2.0}, "needs a rate of"),
-        ("gem_bml", {"optimizer": "natural", "kl_weight": 0.0}, "a kl_weight above 0"),
+        ("gem_bml", {"optimizer": "natural", "rate": 2.0}, r"rate must be in \(0, 1\].* got rate 2.0"),
+        ("gem_bml", {"optimizer": "natural", "kl_weight": 0.0}, "kl_weight above 0.* and kl_weight 0.0"),
         ("maml_noise", {"noise": 0.0}, "noise: came 0.0"),
     ],
 )

@@ -47,8 +47,8 @@ class Variational(InnerLoop):
         if self.optimizer == "natural" and not (0 < self.rate <= 1 and self.kl_weight > 0):
             came = f"rate {self.rate} and kl_weight {self.kl_weight}"
             raise ValueError(
-                f"rate must be in (0, 1] and kl_weight above 0 for optimizer='natural', got {came}. Change them, or use "
-                "another optimizer."
+                f"rate must be in (0, 1] and kl_weight above 0 for optimizer='natural', got {came}. Change them, or "
+                "use another optimizer."
             )
         if self.samples > 1 and self.samples % 2:
             raise ValueError(f"samples must be 1 or even, as draws are mirrored in pairs, got {self.samples}.")
