@@ -126,7 +126,7 @@ def test_fractions_are_seeded_and_disjoint(source):
         ({"query": 4}, r"shot \+ query must be at most 4, the number of images of class ant, got 1 \+ 4"),
         ({"split": (("ant", "gnu"), ("cat",), ("dog",))}, "unknown class 'gnu'"),
         ({"split": (("ant", "bee"), ("bee", "cat"), ("dog",))}, "class 'bee' twice"),
-        ({"split": (0.5, 0.5)}, "split must be three parts \(training, validation, test\), got 2"),
+        ({"split": (0.5, 0.5)}, r"split must be three parts \(training, validation, test\), got 2"),
         ({"split": (0.5, 0.2, 0.2)}, "three fractions of at least 0 that sum to 1"),
         ({"split": (1.0, 0.0, 0.0)}, "at least one group in each part, got 6 / 0 / 0"),
         ({"size": 0}, "size must be"),

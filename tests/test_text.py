@@ -101,7 +101,7 @@ def test_plain_lines_are_texts_without_labels(tmp_path):
         ("a.csv", "text,label\n", {}, "must have a header and at least one row"),
         ("a.json", "[1, 2", {}, "is not JSON"),
         ("a.json", "[1, 2]", {}, "must hold a list of objects"),
-        ("a.pdf", "x", {}, "must end in one of .*, got \.pdf"),
+        ("a.pdf", "x", {}, r"must end in one of .*, got \.pdf"),
         ("a.csv.xz", "not packed", {}, "corrupt or truncated"),
     ],
 )

@@ -101,7 +101,7 @@ def siamese(model: Model, likelihood: Likelihood, *, way: Way | None = None, tra
 
     def loss(params: Twins, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         data = joined(task._replace(support=labelled(task.support)))
-        x, y = data.x, data.y.astype(int)
+        x, y = data.x, jnp.asarray(data.y).astype(int)
         f = embed(params.embedding, x)
         odds = log_odds(params, f, f)
         score, right = verification(odds, y, weights(data))
