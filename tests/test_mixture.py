@@ -22,6 +22,7 @@ def observations(*values):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_exact_marginal():
     """y = phi + noise with two components: log p(D) is a log of two normal densities."""
     task = Task(observations(0.4, 0.9), observations(0.6))
@@ -49,6 +50,7 @@ def test_the_gradient_is_that_of_the_exact_marginal():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_one_component_is_gem_bml():
     task = jax.tree.map(lambda leaf: leaf[0], sinusoid(shot=6, query=6).train.sample(jax.random.key(0), 1))
     options = {"steps": 4, "rate": 0.02, "kl_weight": 0.0, "log_sd": -18.0, "optimizer": "sgd"}

@@ -90,6 +90,7 @@ def test_the_last_bit_is_that_of_any_number_of_threads(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once(tmp_path):
     first = build(SOURCE, tmp_path)
     stamp = first.stat().st_mtime_ns
@@ -131,6 +132,7 @@ def compiled_once(tmp_path_factory):
 
 
 @pytest.mark.parametrize("doubt", DOUBTS)
+@pytest.mark.slow
 def test_a_library_in_doubt_is_not_loaded(doubt, compiled_once, tmp_path):
     library = tmp_path / compiled_once.name
     for suffix in (".so", ".sha256"):
@@ -223,6 +225,7 @@ PRODUCTS = [
 
 @pytest.mark.parametrize("shared", ["", "xy", "w"])
 @pytest.mark.parametrize("out", ["y", "x", "w"])
+@pytest.mark.slow
 def test_products_agree_with_xla(out, shared):
     assert registered()
     for t, n, i, o in PRODUCTS:
@@ -242,6 +245,7 @@ def test_products_agree_with_xla(out, shared):
 
 
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)], ids=["both", "weights", "inputs"])
+@pytest.mark.slow
 def test_a_product_and_its_derivatives_are_those_of_matrices(axes):
     keys = jax.random.split(jax.random.key(3), 4)
     shapes = [(5, 7, 6), (5, 6, 8), (5, 8), (5, 8, 3)]

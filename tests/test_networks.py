@@ -75,6 +75,7 @@ def test_embeddings_have_the_papers_sizes(model, width, weights):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_a_residual_block_is_its_formula():
     model = resnet12(2, widths=(3,))
     x = images(5).astype(float)
@@ -102,6 +103,7 @@ def test_the_last_blocks_of_conv6_keep_the_size():
         conv4(blocks=6).init(KEY, x)
 
 
+@pytest.mark.slow
 def test_curvature_sees_every_layer_of_a_resnet():
     model = resnet12(WAY, widths=(2, 3))
     params = model.init(KEY, TASK.support.x)
@@ -117,6 +119,7 @@ def test_curvature_sees_every_layer_of_a_resnet():
 @pytest.mark.parametrize(
     ("name", "norm"), [*(("protonet", norm) for norm in NORMS), ("maml", "batch"), ("maml", "task")]
 )
+@pytest.mark.slow
 def test_whether_a_prediction_depends_on_the_other_queries(name, norm):
     learner = make_learner(name, small(norm), Categorical())
     params = learner.init(KEY, TASK)
@@ -124,6 +127,7 @@ def test_whether_a_prediction_depends_on_the_other_queries(name, norm):
     assert depends_on_other_queries(learner, params) == (norm in ("batch", "running"))
 
 
+@pytest.mark.slow
 def test_once_settled_running_statistics_make_queries_independent(pool):
     learner = make_learner("protonet", small("running", blocks=2), Categorical())
     params = learner.init(KEY, TASK)
@@ -158,6 +162,7 @@ def test_running_statistics_mean_the_same_in_training_evaluation_and_calibration
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_running_statistics_follow_what_a_learner_makes_of_the_network(pool):
     """The first layer's are those of its outputs after the warp."""
     model = conv4(2, filters=3, blocks=1, norm="running")
@@ -179,6 +184,7 @@ def pool():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_settled_statistics_are_those_of_all_examples_of_the_tasks(pool):
     model = conv4(2, filters=3, blocks=1, norm="running", head=False)
     tasks = jax.vmap(lambda k: pool.sample(k, 1))(jax.random.split(KEY, 5))
@@ -194,6 +200,7 @@ def test_settled_statistics_are_those_of_all_examples_of_the_tasks(pool):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.slow
 def test_task_norm_is_a_batch_in_which_the_support_alone_counts(padding):
     """Against one pass over support and queries together, the queries' weights in the statistics being 0."""
     model = small("task", blocks=2)
@@ -269,6 +276,7 @@ def adapting(adaptation, norm, rule=None):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("adaptation", [warped, widened, scaled])
+@pytest.mark.slow
 def test_task_norm_follows_whatever_a_learner_makes_of_the_network(adaptation):
     of_batch, of_task = adapting(adaptation, "batch"), adapting(adaptation, "task")
     params = of_batch.init(KEY, TASK)
@@ -287,6 +295,7 @@ def test_task_norm_follows_whatever_a_learner_makes_of_the_network(adaptation):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_curvature_by_layers_sees_the_same_network_under_task_norm():
     of_batch, of_task = (adapting(warped, norm, laplace(curvature="kfac")) for norm in ("batch", "task"))
     params, support = of_batch.init(KEY, TASK), TASK.support
@@ -316,6 +325,7 @@ def test_task_norm_needs_a_support_of_examples():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["maml", "imaml", "cnp"])
+@pytest.mark.slow
 def test_learners_under_task_norm_vmap_and_differentiate(name):
     learner = make_learner(name, small("task"), Categorical())
     params = learner.init(KEY, TASK)
@@ -343,6 +353,7 @@ def test_learners_under_task_norm_vmap_and_differentiate(name):
         np.testing.assert_allclose(mine, finite, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_moments_leave_out_what_weighs_nothing_and_none_at_all_normalises_nothing():
     x = images(5)[..., [0, 0]] * jnp.array([1.0, 3.0])
     some = moments(x, jnp.array([1.0, 0, 1, 1, 0]))
@@ -354,6 +365,7 @@ def test_moments_leave_out_what_weighs_nothing_and_none_at_all_normalises_nothin
     np.testing.assert_array_equal(none.variance, [1, 1])
 
 
+@pytest.mark.slow
 def test_group_norm_is_of_an_example_and_its_group():
     x = jax.random.normal(KEY, (2, 3, 3, 6)) * jnp.arange(1, 7)
     y = group_norm(x, 3).reshape(2, 9, 3, 2)

@@ -45,6 +45,7 @@ def test_every_derivative(x64, shape):
     close(ours, theirs, 1e-9)
 
 
+@pytest.mark.slow
 def test_every_derivative_under_vmap(x64):
     arguments = inputs(3, 2, 2, lead=(2,))
     ours, theirs = (jax.jit(jax.vmap(lambda *a, n=n: derivatives(n, *a)))(*arguments) for n in (batch_norm, by_formula))

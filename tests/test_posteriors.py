@@ -38,6 +38,7 @@ def santos(key, rate, steps, rank):
 @pytest.mark.usefixtures("x64")
 @settings(max_examples=60)
 @given(st.integers(0, 2**30), st.floats(0.05, 0.95), st.integers(1, 10), st.integers(1, 4))
+@pytest.mark.slow
 def test_truncated_gradient_descent_is_the_mode_of_the_implicit_posterior(seed, rate, steps, rank):
     x, y, theta, p, phi, c, posterior = santos(jax.random.key(seed), rate, steps, rank)
     # A Gaussian posterior N(m, C) of the likelihood N(y; X phi, I) has m = theta + C X'(y - X theta).
@@ -52,6 +53,7 @@ def test_truncated_gradient_descent_is_the_mode_of_the_implicit_posterior(seed, 
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_santos_golden():
     # h = 2, rate 0.1, k = 3, phi_0 = 1, phi* = 3: phi_3 = 1.976 and the prior's variance is 0.4765625.
     batch = Batch(jnp.array([[2.0**0.5]]), jnp.array([[3 * 2.0**0.5]]))
@@ -63,6 +65,7 @@ def test_santos_golden():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_descent_spectrum_in_exact_arithmetic():
     for k in (0, 1, 2, 5, 40):
         values = np.array([0.0, 1e-14, 1e-9, 1e-5, 2e-5, 9.9e-4 / max(k, 1), 1.01e-3 / max(k, 1), 0.3, 0.999])
@@ -77,6 +80,7 @@ def test_descent_spectrum_in_exact_arithmetic():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_implicit_by_lanczos_is_the_dual_one():
     x = jax.random.normal(jax.random.key(0), (5, 4))
     arguments = linear, Gaussian(0.5), jnp.ones((4, 1)), Batch(x, jnp.zeros((5, 1))), Implied(jnp.full((4, 1), 0.3), 6)
@@ -86,6 +90,7 @@ def test_implicit_by_lanczos_is_the_dual_one():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_overshooting_directions_are_clipped_and_counted():
     batch = Batch(jnp.diag(jnp.array([2.0, 1.0, 0.5])), jnp.zeros((3, 1)))
     posterior = implicit().infer(
@@ -97,6 +102,7 @@ def test_overshooting_directions_are_clipped_and_counted():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("curvature", ["dual", partial(lanczos, order=40)])
+@pytest.mark.slow
 def test_laplace_is_bayesian_linear_regression(curvature):
     kx, ky = jax.random.split(jax.random.key(0))
     x, y = jax.random.normal(kx, (7, 3)), jax.random.normal(ky, (7, 2))
@@ -124,6 +130,7 @@ def test_laplace_is_bayesian_linear_regression(curvature):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.slow
 def test_precision_and_temperature_can_be_fitted_for_a_softmax(curvature):
     """Its Gauss-Newton matrix has repeated zero eigenvalues, where eigenvectors have no derivative."""
     phi = {"layer": {"w": jnp.ones((2, 3)) / 2}, "head": {"w": jnp.arange(9.0).reshape(3, 3) / 9}}
@@ -141,6 +148,7 @@ def test_precision_and_temperature_can_be_fitted_for_a_softmax(curvature):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_draws_agree_with_the_closed_form_where_the_network_is_linear():
     x = jax.random.normal(jax.random.key(0), (4, 3))
     batch, phi = Batch(x, jnp.zeros((4, 1))), jnp.ones((3, 1))
@@ -168,6 +176,7 @@ def test_imaml_explicit_prior_is_its_laplace_posterior():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_what_all_logits_share_changes_no_softmax_predictive():
     """A parameter added to every logit has prior variance but no effect on any class probability."""
     x = jax.random.normal(jax.random.key(0), (6, 2))
@@ -188,6 +197,7 @@ def test_what_all_logits_share_changes_no_softmax_predictive():
     assert jnp.all(without.max(-1) < plain.max(-1))  # less confident than the point
 
 
+@pytest.mark.slow
 def test_softmax_closed_form_is_near_the_exact_mixture():
     x = jax.random.normal(jax.random.key(0), (8, 4))
     batch, phi = Batch(x, jnp.arange(8) % 3), jax.random.normal(jax.random.key(1), (4, 3))
@@ -200,6 +210,7 @@ def test_softmax_closed_form_is_near_the_exact_mixture():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_linear_draws_have_the_closed_forms_moments():
     phi = {"layer": {"w": jnp.ones((2, 3)) / 2}, "head": {"w": jnp.arange(3.0)[:, None]}}
     x = jax.random.normal(jax.random.key(0), (4, 2))

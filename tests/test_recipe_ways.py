@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from metaprior.core.types import Batch, Splits, Task
 from metaprior.experiments.recipe import build, load_recipe, most_ways, recipe_from_dict, training_of, with_overrides
 from metaprior.tasks import FixedTasks
 
 
+@pytest.mark.slow
 def test_the_largest_way_reaches_the_network_and_the_learner():
     recipe = recipe_from_dict({
         "name": "ways", "learner": "protonet", "tasks": {"name": "omniglot", "way": 5, "train_way": 9},

@@ -153,6 +153,7 @@ def test_figures_that_diverged_are_read_as_they_were_written():
     assert Report.from_json(report.to_json()) == report
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_which_a_bit_flipped_is_passed_over(tmp_path):
     tree = {"w": np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)}
     saved = Checkpoints(tmp_path / "c")

@@ -278,6 +278,7 @@ def test_the_librarys_suites_can_be_loaded(name):
     assert load_suite(name).runs
 
 
+@pytest.mark.slow
 def test_the_pages_are_those_of_the_data(tmp_path):
     """Stale pages fail: run `make results`."""
     write_pages(ROOT / "results", ROOT / "benchmarks" / "results", tmp_path)

@@ -99,6 +99,7 @@ def test_queries_that_help_are_seen_wherever_a_learner_is_judged():
     assert nll[0] < nll[1]
 
 
+@pytest.mark.slow
 def test_a_padded_query_does_not_count():
     learner = soft_k_means(MODEL, mp.Categorical())
     params, (support, query) = learner.init(KEY, TASK), TASK

@@ -39,6 +39,7 @@ def graph(**options):
     return learner, learner.init(KEY, TASK), answer
 
 
+@pytest.mark.slow
 def test_of_each_class_a_share_keeps_its_label_at_least_one():
     keep = known(KEY, Y, jnp.ones(12), 0.4)
     assert [int(keep[c == Y].sum()) for c in range(3)] == [2, 2, 1]
@@ -50,6 +51,7 @@ def test_of_each_class_a_share_keeps_its_label_at_least_one():
     np.testing.assert_allclose(draws[:, :10].mean(0), 0.4, atol=0.1)
 
 
+@pytest.mark.slow
 def test_hidden_labels_are_unknown_or_askable_or_left_out():
     shown, askable, left_out = (
         hidden(labelled=0.4, unlabelled=kind).sample(KEY, 1).support for kind in ("shown", "askable", "left_out")
@@ -64,6 +66,7 @@ def test_hidden_labels_are_unknown_or_askable_or_left_out():
     assert hidden(labelled=0.4).sample(KEY, 1).query.y.min() == 0
 
 
+@pytest.mark.slow
 def test_unlabelled_examples_are_news_to_the_graph_and_left_out_ones_are_not():
     _, params, answer = graph()
     keep = np.array([0, 1, 5, 6, 10])
@@ -75,6 +78,7 @@ def test_unlabelled_examples_are_news_to_the_graph_and_left_out_ones_are_not():
 
 
 @pytest.mark.parametrize("name", learners_having("rules_out_unseen"))
+@pytest.mark.slow
 def test_learners_that_compare_embeddings_ignore_unlabelled_examples(name):
     on = {"on": "pixels"} if name == "nearest_neighbour" else {}
     learner = make_learner(name, BARE, Categorical(), way=3, **on)
@@ -88,6 +92,7 @@ def test_learners_that_compare_embeddings_ignore_unlabelled_examples(name):
     np.testing.assert_allclose(answer(Batch(X, y)), answer(Batch(X[keep], Y[keep])), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_more_unlabelled_than_allowed_is_an_error_and_nan_where_compiled():
     learner, params, answer = graph(unlabelled=0.5)
     half = Batch(X, Y.at[:6].set(-1))
@@ -101,6 +106,7 @@ def test_more_unlabelled_than_allowed_is_an_error_and_nan_where_compiled():
         learner.adapt(params, padded, KEY)
 
 
+@pytest.mark.slow
 def test_each_query_learns_the_one_label_of_most_attention_in_its_share():
     _, params, answer = graph(ask="attention")
     support = Batch(X, jnp.where(jnp.arange(12) % 5 == 0, Y, ask_for(Y)))
@@ -124,6 +130,7 @@ def test_each_query_learns_the_one_label_of_most_attention_in_its_share():
     assert jnp.isfinite(answer(even, none, KEY)).all()
 
 
+@pytest.mark.slow
 def test_what_to_ask_is_learned_end_to_end_from_drawn_choices():
     learner, params, _ = graph(ask="attention")
     task = TASK._replace(support=Batch(X, jnp.where(jnp.arange(12) % 5 == 0, Y, ask_for(Y))))
@@ -142,6 +149,7 @@ def test_random_asking_depends_on_the_key_alone():
 
 
 @pytest.mark.parametrize("name", [n for n in LEARNERS if not traits_of(n).reads_attributes])
+@pytest.mark.slow
 def test_hidden_labels_are_read_or_refused_before_anything_is_compiled(name):
     told = traits_of(name)
     options = {"unlabelled": 0.8} if "unlabelled" in option_names(LEARNERS[name]) else told.small
@@ -166,6 +174,7 @@ def test_training_on_hidden_labels_is_refused_in_python_too():
         fit(learner, splits, Training(steps=2, chunk=2, meta_batch=1))
 
 
+@pytest.mark.slow
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"labelled must be a fraction above 0 .*, got 0\.0"):
         hidden(labelled=0)

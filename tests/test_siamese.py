@@ -34,6 +34,7 @@ def test_classes_have_probabilities_in_proportion_to_their_odds():
     assert (answer(SUPPORT)[:, 2] == 0).all()  # a class that the support does not show
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_cross_entropy_of_all_pairs_half_of_it_by_pairs_of_one_class():
     task = Task(SUPPORT, Batch(X, jnp.array([0, 1])))
     x, y = np.concatenate([SUPPORT.x, X]), [0, 0, 1, 0, 1]
@@ -49,6 +50,7 @@ def test_the_loss_is_the_cross_entropy_of_all_pairs_half_of_it_by_pairs_of_one_c
     np.testing.assert_allclose(metrics["accuracy"], (answer(SUPPORT).argmax(-1) == task.query.y).mean())
 
 
+@pytest.mark.slow
 def test_padding_and_unlabelled_examples_are_in_no_pair():
     query = Batch(X, jnp.array([0, 1]))
     loss = SIAMESE.loss(PARAMS, Task(SUPPORT, query), KEY)[0]
@@ -57,6 +59,7 @@ def test_padding_and_unlabelled_examples_are_in_no_pair():
     np.testing.assert_allclose(answer(longer), answer(SUPPORT), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_published_network_has_the_published_sizes():
     network = twin(head=False)
     params = jax.eval_shape(network.init, KEY, jax.ShapeDtypeStruct((1, 105, 105, 1), jnp.float32))
@@ -70,6 +73,7 @@ def test_the_published_network_has_the_published_sizes():
     assert small.features(theta, jnp.ones((5, 8, 9, 1))).shape == (5, 4)
 
 
+@pytest.mark.slow
 def test_warps_move_pixels_where_they_say():
     image = jnp.zeros((7, 7, 1)).at[3, 5, 0].set(1.0)
     quarter = jnp.array([[0.0, -1], [1, 0]])  # (row, column) from the centre: (0, 2) -> (-2, 0)
@@ -80,6 +84,7 @@ def test_warps_move_pixels_where_they_say():
     np.testing.assert_allclose(warp(image, 4 * jnp.eye(2), jnp.zeros(2)).sum(), 0, atol=1e-5)  # pushed out of sight
 
 
+@pytest.mark.slow
 def test_random_warps_are_keyed_and_of_the_stated_extent():
     image = jax.random.uniform(KEY, (9, 9, 2))
     warped = jax.jit(affine)(KEY, image)
@@ -93,6 +98,7 @@ def test_random_warps_are_keyed_and_of_the_stated_extent():
     assert 1.1 < size.max() < 1.26
 
 
+@pytest.mark.slow
 def test_only_training_images_are_warped():
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
     pool = class_pool(images, [10] * 4, way=2, shot=2, query=1)

@@ -37,6 +37,7 @@ def look(layer, z):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("n", [1, 4, 5])
+@pytest.mark.slow
 def test_each_query_is_the_end_of_a_sequence_of_its_own(n):
     learner, support, x = snail(BARE, Categorical(), **SMALL), batch(n), batch(3, 2).x
     params = start(learner, support)
@@ -52,6 +53,7 @@ def test_each_query_is_the_end_of_a_sequence_of_its_own(n):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_padding_is_like_nothing_wherever_it_stands():
     learner, support, x = snail(BARE, Categorical(), **SMALL), batch(5), batch(3, 2).x
     params = start(learner, support)
@@ -63,6 +65,7 @@ def test_padding_is_like_nothing_wherever_it_stands():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_convolutions_reach_every_example_and_order_matters():
     learner, support, x = snail(BARE, Gaussian(), **SMALL), batch(6), batch(1, 2).x
     support = support._replace(y=support.x.sum(-1, keepdims=True).repeat(3, 1))
@@ -74,6 +77,7 @@ def test_the_convolutions_reach_every_example_and_order_matters():
     assert abs(answer(learner, params, support, x) - answer(learner, params, turned, x)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_empty_support_is_a_sequence_of_the_query_alone():
     learner, support, x = snail(BARE, Categorical(), **SMALL), batch(4), batch(3, 2).x
     params = start(learner, support)
@@ -81,6 +85,7 @@ def test_an_empty_support_is_a_sequence_of_the_query_alone():
     np.testing.assert_allclose(none, answer(learner, params, support._replace(weight=jnp.zeros(4)), x), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_shuffles_the_support_by_its_key():
     mixed, plain = (snail(BARE, Categorical(), shuffle=shuffle, **SMALL) for shuffle in (True, False))
     task = Task(batch(5), batch(4, 2))

@@ -31,6 +31,7 @@ KEY = jax.random.key(0)
 # -- tasks with two explanations ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wave_and_line_both_pass_through_the_support_and_one_is_true():
     source = wave_or_line(query=200, noise=0.1).train
     task, targets = source.explained(KEY, 400)
@@ -50,6 +51,7 @@ def test_wave_and_line_both_pass_through_the_support_and_one_is_true():
     assert np.abs(task.support.x).max() <= 3
 
 
+@pytest.mark.slow
 def test_two_circles_pass_through_the_support_and_one_is_true():
     source = two_circles(query=300, radius=2.0, apart=(0.5, 1.5)).test
     task, targets = source.explained(KEY, 400)
@@ -67,6 +69,7 @@ def test_two_circles_pass_through_the_support_and_one_is_true():
 
 
 @pytest.mark.parametrize("factory", [wave_or_line, two_circles])
+@pytest.mark.slow
 def test_sources_are_pure_and_their_splits_apart(factory):
     splits = factory(query=4, test_query=6)
     for source, size in zip(splits, (4, 6, 6), strict=True):
@@ -111,6 +114,7 @@ def explaining(source, which=(0, 1)):
     return Learner(lambda key, task: None, lambda params, support, key: support, predict, None)
 
 
+@pytest.mark.slow
 def test_closeness_by_hand():
     def constant(*values):
         return jnp.asarray(values, float)[:, None, None] * jnp.ones((1, 5, 1))
@@ -124,6 +128,7 @@ def test_closeness_by_hand():
     np.testing.assert_array_equal(closeness(flipped, explanations, 1 / 3), [[1, 0], [0, 0], [0, 1]])
 
 
+@pytest.mark.slow
 def test_joint_log_prob_by_hand():
     predictive = Categories(jnp.log(jnp.array([[[0.9, 0.1], [0.9, 0.1]], [[0.2, 0.8], [0.2, 0.8]]])))
     assert joint_log_prob(predictive, jnp.array([0, 1])) == pytest.approx(log((0.9 * 0.1 + 0.2 * 0.8) / 2), abs=1e-5)
@@ -135,6 +140,7 @@ def test_joint_log_prob_by_hand():
 
 
 @pytest.mark.parametrize("factory", [wave_or_line, two_circles])
+@pytest.mark.slow
 def test_the_truth_covers_all_and_its_nll_is_the_exact_one(factory):
     source = factory(test_query=60).test
     truth = referee(source, KEY, tasks=150)
@@ -153,6 +159,7 @@ def test_the_truth_covers_all_and_its_nll_is_the_exact_one(factory):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a.mean, b.mean, rtol=1e-4), found[:4], truth[:4])
 
 
+@pytest.mark.slow
 def test_one_sided_and_undecided_learners_are_told():
     source = wave_or_line().test
     line = ambiguity(explaining(source, (1,)), None, source, KEY, tasks=40)
@@ -177,6 +184,7 @@ def test_ambiguity_refuses(source, options, words):
 
 
 @pytest.mark.parametrize("factory", [wave_or_line, two_circles])
+@pytest.mark.slow
 def test_picture_of_draws_and_explanations(factory):
     source = factory(test_query=30).test
     learners = {"all": (explaining(source), None), "one": (explaining(source, (0,)), None)}
@@ -229,6 +237,7 @@ def test_acquisition_is_the_greedy_loop_without_padding():
         x, y = np.vstack([x, query.x[best]]), np.vstack([y, query.y[best]])
 
 
+@pytest.mark.slow
 def test_variance_chooses_better_than_chance_on_lines():
     result = active(ridge(), None, linear(shot=2, test_query=80).test, KEY, tasks=200, start=1, pool=30, points=3)
     assert result.seen == [1, 2, 3, 4]
@@ -277,6 +286,7 @@ def test_auroc_at_its_ends():
     assert auroc(jnp.ones(4), jnp.ones(3)) == 0.5
 
 
+@pytest.mark.slow
 def test_uncertainty_by_hand():
     sure, unsure = jnp.array([[1.0, 0.0]]), jnp.array([[0.5, 0.5]])
     found = uncertainty(Categories(jnp.log(jnp.stack([sure, sure[:, ::-1]]))))
@@ -317,6 +327,7 @@ def kernel(spread):
     return Learner(lambda key, task: None, adapt, predict, None)
 
 
+@pytest.mark.slow
 def test_novel_images_are_of_the_kinds_they_are_named_by(pool):
     task, novel = novel_images(pool, jax.random.key(5))
     np.testing.assert_array_equal(task.support.y, [0, 0, 1, 1, 2, 2])
@@ -334,6 +345,7 @@ def test_novel_images_are_of_the_kinds_they_are_named_by(pool):
     assert abs(noise.std() - (high - low) / 12**0.5) < 0.02
 
 
+@pytest.mark.slow
 def test_a_learner_that_knows_what_it_knows_and_one_that_does_not(pool):
     wise = novelty(kernel(0.3), None, pool, KEY, tasks=12)
     assert wise.accuracy.mean == 1

@@ -432,6 +432,7 @@ def offset_tasks(dx, dy, scale=1.0, **options):
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.slow
 def test_offsets_change_nothing(offset):
     (plain, x), (moved, _) = offset_tasks(0, 0), offset_tasks(offset, offset)
     np.testing.assert_allclose(moved.train.x, plain.train.x, atol=2e-6)
@@ -517,6 +518,7 @@ def test_ids_in_floats_that_cannot_tell_them_apart():
     assert array_tasks(x, x, groups, split=(0.5, 0.25, 0.25)).train.groups.shape == (2,)
 
 
+@pytest.mark.slow
 def test_counts_are_not_standardised():
     x, groups = np.arange(40.0), np.repeat(np.arange(10), 4)
     y = np.arange(40) % 5
@@ -573,6 +575,7 @@ def test_a_word_is_no_number_for_a_gaussian(tmp_path):
     names=st.lists(st.text(min_size=1), min_size=2, max_size=4, unique=True),
     labels=st.lists(st.integers() | st.text(), max_size=3, unique=True),
 )
+@pytest.mark.slow
 def test_preparations_are_kept_to_the_last_bit(numbers, names, labels):
     spread = tuple(abs(number) or 1.0 for number in numbers)
     columns = (
@@ -612,6 +615,7 @@ def test_a_preparation_whose_parts_do_not_fit_is_damaged(part, says):
     assert says in str(error.value)
 
 
+@pytest.mark.slow
 def test_pictures_are_in_the_units_of_the_table():
     splits, _ = offset_tasks(1e6, 0, columns=["price $"], names=("wage", "who"))
     learner = maml(mlp(1, ()), Gaussian(0.5), steps=1, rate=0.1)

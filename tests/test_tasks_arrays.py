@@ -31,6 +31,7 @@ def rows():
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 9999), ragged=st.sampled_from(["pad", "resample"]))
+@pytest.mark.slow
 def test_ragged_groups(seed, ragged):
     source = array_tasks(*rows(), shot=4, query=3, split=SPLIT, ragged=ragged).train
     task = sample(source, jax.random.key(seed), 5)
@@ -60,6 +61,7 @@ def test_each_group_once_before_any_twice():
     assert sorted(groups[:3]) == sorted(groups[3:6]) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_distinct_of_a_smaller_population():
     for population in range(1, 6):
         got = np.asarray(jax.vmap(lambda k, p=population: distinct(k, p, 5))(jax.random.split(jax.random.key(0), 20)))
@@ -67,6 +69,7 @@ def test_distinct_of_a_smaller_population():
         assert (got[:, population:] == -1).all()
 
 
+@pytest.mark.slow
 def test_jit_and_bits():
     source = array_tasks(*rows(), split=SPLIT).train
     a, b = sample(source, jax.random.key(1), 3), sample(source, jax.random.key(1), 3)
@@ -76,6 +79,7 @@ def test_jit_and_bits():
         assert array_tasks(*rows(), split=SPLIT).train.sample(jax.random.key(0), 1).support.x.dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_standardising_by_training_groups_and_back():
     x, y, groups = rows()
     splits = array_tasks(x, y, groups, shot=1, query=1, split=SPLIT, standardise=True)
@@ -99,6 +103,7 @@ def test_random_splits_are_disjoint_and_seeded():
     assert [len(part) for part in ids[0]] == [14, 3, 3]
 
 
+@pytest.mark.slow
 def test_labels():
     codes, classes = encode_labels(["no", "yes", "no"])
     assert (codes.tolist(), classes) == ([0, 1, 0], ["no", "yes"])
@@ -164,6 +169,7 @@ def write_csv(path, lines):
     return path
 
 
+@pytest.mark.slow
 def test_table_from_csv_and_npz(tmp_path):
     lines = ["id,kind,dose,school,score"] + [f"{i},{'ab'[i % 2]},{i},s{i % 6},{2 * i}" for i in range(36)]
     path = write_csv(tmp_path / "t.csv", lines)
@@ -216,6 +222,7 @@ REAL = Path(os.environ.get("METAPRIOR_DATA", "/nowhere"), "grouped_tables")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="METAPRIOR_DATA has no folder grouped_tables")
+@pytest.mark.slow
 def test_sleepstudy_and_radon():
     splits = sleepstudy(shot=3, query=7)
     task = splits.train.sample(jax.random.key(0), 13)

@@ -79,6 +79,7 @@ def test_support_domain():
     assert task.support.x.max() <= 0 < task.query.x.max()
 
 
+@pytest.mark.slow
 def test_ambiguous_is_half_lines():
     task = ambiguous(noise=0.0, query=20).train.sample(jax.random.key(3), 1000)
     x, y = np.asarray(task.query.x[..., 0]), np.asarray(task.query.y)
@@ -89,6 +90,7 @@ def test_ambiguous_is_half_lines():
     assert np.abs(fit[straight]).max() <= 3.001
 
 
+@pytest.mark.slow
 def test_float64():
     with jax.enable_x64():
         for factory in FAMILIES:

@@ -73,6 +73,7 @@ def source(request, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_every_form_gives_the_same_episodes(source, cache):
     for _ in range(2):
         splits = images(path=source, way=2, shot=1, query=3, test_query=2, size=8, split=SPLIT)
@@ -86,6 +87,7 @@ def test_every_form_gives_the_same_episodes(source, cache):
     assert len(list(cache.glob("images-*"))) == 1
 
 
+@pytest.mark.slow
 def test_folders_name_the_split(tmp_path):
     for part, name in (("train", "ant"), ("train", "bee"), ("val", "cat"), ("val", "dog"), ("test", "elk"),
                        ("test", "fox")):  # fmt: skip
@@ -98,6 +100,7 @@ def test_folders_name_the_split(tmp_path):
     assert red == [{0, 1}, {2, 3}, {4, 5}]
 
 
+@pytest.mark.slow
 def test_resizing_grey_and_normalising(source):
     splits = images(
         path=source, way=2, shot=1, query=3, test_query=2, size=(4, 6), channels=1, split=SPLIT, normalise=True
@@ -246,6 +249,7 @@ REAL = Path(os.environ.get("METAPRIOR_DATA", "/nowhere"), "miniimagenet")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="METAPRIOR_DATA has no folder miniimagenet")
+@pytest.mark.slow
 def test_miniimagenet_is_the_published_benchmark():
     found = find_pictures(REAL)
     assert len(found) == 60_000
@@ -306,6 +310,7 @@ def test_adapt_shows_pictures_as_training_did(tmp_path, size):
     np.testing.assert_allclose([float(told["p(c0)"]), float(told["p(c8)"])], p, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_augmentation_changes_pictures_in_0_to_1_before_they_are_normalised():
     """A border of a crop is black, and brighter is brighter, whatever the mean and deviation."""
     raw = np.full((8, 6, 6, 1), 128, np.uint8)

@@ -39,6 +39,7 @@ def test_golden_scalar():
         np.testing.assert_allclose(exact_log_marginal(theta, both), -3.38718321, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_posterior_is_the_textbook_precision_form():
     with jax.enable_x64():
         theta, task = problem()
@@ -74,6 +75,7 @@ def test_empirical_bayes_mean_is_where_the_gradient_vanishes():
         np.testing.assert_allclose(jax.grad(total)(best), 0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_em_climbs_and_recovers_the_truth():
     with jax.enable_x64():
         theta, task = problem(tasks=1500, shot=8)

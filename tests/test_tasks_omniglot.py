@@ -209,6 +209,7 @@ def test_vinyals_split_is_the_index():
 
 @needs_data
 @pytest.mark.parametrize("split", ["vinyals", "maml", "lake"])
+@pytest.mark.slow
 def test_real_episodes(split):
     splits = omniglot(way=20, shot=1, query=1, test_query=15, split=split)
     classes = [set(np.asarray(source.classes).tolist()) for source in splits]

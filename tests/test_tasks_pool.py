@@ -38,6 +38,7 @@ def decode(x):
     seed=st.integers(0, 10_000),
     sizes=st.sampled_from([(2, 1, 1, False), (5, 2, 4, False), (6, 1, 2, True), (24, 1, 5, True)]),
 )
+@pytest.mark.slow
 def test_episodes(seed, sizes):
     way, shot, query, rotations = sizes
     source = class_pool(marked_images(), COUNTS, way=way, shot=shot, query=query, rotations=rotations)
@@ -60,6 +61,7 @@ def test_episodes(seed, sizes):
         assert len(set(classes.values())) == way
 
 
+@pytest.mark.slow
 def test_same_key_same_bits_and_jit_equals_eager():
     source = class_pool(marked_images(), COUNTS, way=3, shot=1, query=2, rotations=True, mean=0.3, deviation=0.7)
     assert isinstance(source, TaskSource)
@@ -93,6 +95,7 @@ def test_rotate_is_rot90():
         np.testing.assert_array_equal(turned[k], np.rot90(images[k], k, axes=(1, 2)))
 
 
+@pytest.mark.slow
 def test_normalisation_per_channel():
     images = np.full((6, 2, 2, 3), 51, np.uint8)
     task = class_pool(images, [3, 3], way=2, query=2, mean=[0.1, 0.2, 0.3], deviation=[1, 2, 4]).sample(
@@ -158,6 +161,7 @@ def test_fixed_tasks():
 
 
 @pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.slow
 def test_training_may_have_more_ways_and_labels_of_its_own(turned):
     parts = ([0, 1, 3, 5], [2], [4])
     splits = pool_splits(

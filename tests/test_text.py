@@ -151,6 +151,7 @@ def source(path, **options):
     return texts(path=path, **options)
 
 
+@pytest.mark.slow
 def test_classes_of_the_splits_are_disjoint_and_an_episode_repeats_no_text(rows, tmp_path):
     splits = source(write_csv(tmp_path / "t.csv", rows + [rows[0], (f"  {rows[1][0].upper()}", rows[1][1])]))
     classes = [set(np.asarray(part.classes).tolist()) for part in splits]
@@ -226,6 +227,7 @@ NETS = {
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.slow
 def test_padding_is_not_read_and_its_derivative_is_finite(name):
     model = NETS[name](outputs=3)
     x = jnp.array([[7, 1, 9, 0, 0], [0, 0, 0, 0, 0], [4, 1, 0, 0, 0]])
@@ -251,6 +253,7 @@ def test_a_bag_is_the_weighted_sum_over_its_length():
     np.testing.assert_allclose(model.apply(params, x)[0], (4 * e[3] + 5 * e[4]) / 41**0.5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_blank_sees_what_is_before_and_after_it():
     model = NETS["blank"](head=False)
     x = jnp.array([[5, 6, 1, 7, 8]])

@@ -55,6 +55,7 @@ def test_chunks_do_not_change_the_result():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_the_gradients_and_need_less_memory():
     learner, splits = tiny_learner(64), tiny_splits()
     tasks = splits.train.sample(jax.random.key(0), 32)
