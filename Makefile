@@ -34,8 +34,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/pyright --project pyproject.toml
 
+# Not --quiet: --strict would then count no warnings.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 results: $(STAMP)
 	$(BIN)/metaprior results --headlines RESULTS.md

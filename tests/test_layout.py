@@ -1,6 +1,7 @@
 """The rooms of the package: which may use which, and modules by their former names."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -13,6 +14,7 @@ import metaprior as mp
 from metaprior.moved import MOVED
 
 PACKAGE = Path(mp.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def room(module: str) -> str:
@@ -78,3 +80,18 @@ def test_former_names_are_in_nobodys_way():
         "except ModuleNotFoundError as error:\n    assert 'nothing' in str(error)\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_every_module_and_public_name_has_its_place_in_the_api_pages():
+    pages = {page.name: page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")}
+    shown = re.findall(r"^::: metaprior\.(\S+)$", "\n".join(pages.values()), re.MULTILINE)
+    modules = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("[!_]*.py")]
+    public = {module for module in modules if not module.startswith("cli.")} - {"moved"}
+    assert sorted(shown) == sorted(public)
+    assert set(re.findall(r"api/(\S+\.md)", (ROOT / "mkdocs.yml").read_text())) == pages.keys()
+    names, former = pages["index.md"].split("## The public names")[1].split("## Former module names")
+    table = "".join(line for line in names.split("## ")[0].splitlines() if line.startswith("| "))
+    assert set(re.findall(r"`(\w+)`", table)) == set(mp.__all__)
+    assert len(mp.__all__) == 30
+    rows = re.findall(r"^\| `(\S+)` \| (.*) \|$", former, re.MULTILINE)
+    assert {old: tuple(re.findall(r"`(\S+)`", new)) for old, new in rows} == MOVED

@@ -448,7 +448,6 @@ def recipe_learner(
         posterior: "point", "implicit" or "laplace", or None for the learner's own.
         steps: The number of inner steps on a new task, or None for the recipe's.
         way: The largest number of classes. The default is `most_ways(recipe)`.
-        softmax_temperature: The temperature of the predicted probabilities, or None for 1.
         **posterior_options: The options of `posterior`.
 
     Raises:

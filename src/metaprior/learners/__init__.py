@@ -5,4 +5,5 @@ from metaprior.learners.registry import *  # noqa: F403
 from metaprior.learners.registry import LEARNERS, make_learner
 from metaprior.learners.traits import Traits, traits
 
-__all__ = ["LEARNERS", "Traits", "learned_optimizer", "make_learner", "traits", *LEARNERS]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["LEARNERS", "Traits", "learned_optimizer", "make_learner", "traits"]
+__all__.extend(LEARNERS)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -43,7 +43,7 @@ class CheckpointMismatch(ValueError):
 
 
 def fingerprint(tree: PyTree) -> dict[str, str]:
-    """Returns the type and shape of each leaf by its path, e.g. {"['head']['w']": "float32[40,1]"}.
+    """Returns the type and shape of each leaf by its path, e.g. `{"['head']['w']": "float32[40,1]"}`.
 
     Args:
         tree: A pytree of arrays.
