@@ -287,7 +287,9 @@ EPS_ROOT = 1e-8  # added to Adam's second moment if the meta-gradient flows: sqr
 def make_optimizer(
     name: str, rate: float | Array, *, differentiated: bool = True, **options: Any
 ) -> optax.GradientTransformation:
-    """Makes an optax optimiser by its name, e.g. make_optimizer("adam", 1e-3, b1=0.0), or "line_search".
+    """Makes an optax optimiser, or "line_search", by its name.
+
+    An example is make_optimizer("adam", 1e-3, b1=0.0).
 
     A parameter whose gradient is exactly zero (a dead ReLU unit, an input column of zeros) has a second moment of zero,
     whose square root has no derivative, so the meta-gradient through Adam's steps would be NaN. If the meta-gradient

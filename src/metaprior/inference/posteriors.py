@@ -1,8 +1,7 @@
-"""What is put around phi_k: a point, a Laplace Gaussian, or the Gaussian that the inner loop itself implies.
+"""Posteriors around phi_k, the end of an inner loop: a point, a Laplace Gaussian, or the Gaussian of the loop itself.
 
-A `PosteriorRule` is a pair of pure functions over one task's phi, any pytree (the head alone for ANIL):
-    infer(outputs, likelihood, phi, support, implied)      -> posterior, a pytree with `mean` and `sample(key)`
-    predict(outputs, likelihood, posterior, x, key)        -> Predictive
+A `PosteriorRule` has two pure functions of one task's phi, any pytree (the head alone for ANIL): `infer` makes the
+posterior from the support, and `predict` makes the predictive from the posterior.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,12 +48,18 @@ DRAWS_AT_ONCE = 8
 class Implied(NamedTuple):
     """The prior that an inner loop implies, in units of the *summed* support nll.
 
-    scale: a root of the constant inner rates, shaped as phi or a `Root` (rate a on a mean over N examples is a/N); None
-    where the steps follow no gradient at any rate.
-    steps: k. precision: of an explicit prior N(theta, 1/precision) that the loop optimises instead (iMAML), or None.
-    optimizer: that takes the steps, where its rates are not constant or not known to be (`scale` then has those of the
-    last step); most: a static bound of steps; unit: N^(-1/2); by_tensor: it is linear and treats the elements of a
-    tensor alike (otherwise this is found out).
+    Attributes:
+        scale: A root of the constant inner rates, shaped as phi or a `Root`. A rate a on a mean over N examples is a/N
+            here. None if the steps follow no gradient at any rate.
+        steps: Number of steps k, which may be traced.
+        precision: Precision of an explicit prior N(theta, 1/precision) that the loop optimises instead (iMAML), or
+            None.
+        optimizer: The optimiser of the steps, if its rates are not constant or not known to be constant. `scale` then
+            has the rates of the last step.
+        most: A static upper bound of steps.
+        unit: N^(-1/2).
+        by_tensor: Whether the optimiser is known to be linear and to treat the elements of each tensor alike. If not,
+            this is found out (`alike`).
     """
 
     scale: PyTree
@@ -67,7 +72,15 @@ class Implied(NamedTuple):
 
 
 class PosteriorRule(NamedTuple):
-    """How a posterior around phi is inferred from the support, and how it predicts."""
+    """Defines how a posterior around phi is inferred from the support, and how it predicts.
+
+    Attributes:
+        infer: Function (outputs, likelihood, phi, support, implied) -> posterior, a pytree with `mean`, `sample(key)`
+            and `quadratic(row)`.
+        predict: Function (outputs, likelihood, posterior, x, key) -> `Predictive`.
+        knobs: Pairs (name, value) of its positive scalars that can be fitted on validation tasks.
+        turn: Function (knobs) -> the rule with these values, a mapping by name.
+    """
 
     infer: Callable[[Callable[..., Array], Likelihood, PyTree, Batch, Implied], Any]
     predict: Callable[[Callable[..., Array], Likelihood, Any, PyTree, PRNGKeyArray], Any]
@@ -75,9 +88,12 @@ class PosteriorRule(NamedTuple):
     turn: Callable[[Mapping[str, Any]], "PosteriorRule"] | None = None
 
     def scalars(self, likelihood: Likelihood) -> tuple[tuple[str, Any], ...]:
-        """Its knobs, and the noise where the likelihood has one: (name, value) of each.
+        """Returns pairs (name, value) of its knobs, and of the noise if the likelihood has one.
 
-        The noise is that of predictions alone: inner steps keep the likelihood that they were trained with.
+        The noise is that of predictions only: inner steps keep the likelihood that they were trained with.
+
+        Args:
+            likelihood: The likelihood.
         """
         own = dict(self.knobs)
         if isinstance(likelihood, Gaussian) and likelihood.scale is not None and self._takes_noise():
@@ -86,7 +102,11 @@ class PosteriorRule(NamedTuple):
         return as_knobs(own)
 
     def turned(self, knobs: Mapping[str, Any]) -> "PosteriorRule":
-        """The rule with these values; those of other knobs stay."""
+        """Returns the rule with new values of some knobs.
+
+        Args:
+            knobs: The new values by name. Other knobs keep theirs.
+        """
         own = {name: value for name, value in knobs.items() if name != "noise"}
         rule = self.turn(own) if own and self.turn is not None else self
         if "noise" not in knobs:
@@ -99,33 +119,51 @@ class PosteriorRule(NamedTuple):
 
 
 class Point(NamedTuple):
-    """All mass on one phi."""
+    """All mass on one phi.
+
+    Attributes:
+        mean: The value of phi.
+    """
 
     mean: PyTree
 
     def sample(self, key: PRNGKeyArray) -> PyTree:
-        """phi itself."""
+        """Returns phi."""
         return self.mean
 
     def quadratic(self, row: PyTree) -> Scalar:
-        """No variance."""
+        """Returns 0, as there is no variance."""
         return jnp.zeros(())
 
 
 class CurvatureGaussian(NamedTuple):
-    """N(mean, temperature C) with C as a curvature has it."""
+    """N(mean, temperature C), where C is the covariance of a curvature.
+
+    Attributes:
+        mean: The mean of phi.
+        curvature: The curvature.
+        temperature: Factor of the covariance.
+    """
 
     mean: PyTree
     curvature: Any
     temperature: float | Array
 
     def sample(self, key: PRNGKeyArray) -> PyTree:
-        """One draw of phi."""
+        """Draws one phi.
+
+        Args:
+            key: Random key.
+        """
         root = jnp.sqrt(self.temperature)
         return jax.tree.map(lambda m, d: m + root * d, self.mean, self.curvature.sample(key))
 
     def quadratic(self, row: PyTree) -> Scalar:
-        """row C row' for a row shaped as phi."""
+        """Computes row C row', where C is the covariance.
+
+        Args:
+            row: A row, shaped as phi.
+        """
         return self.temperature * self.curvature.quadratic(row)
 
 
@@ -140,20 +178,35 @@ def predict(
     linear: bool = False,
     noise: float | Array | None = None,
 ) -> Any:
-    """The predictive at x under a posterior with `mean`, `sample` and `quadratic`.
+    """Computes the predictive at x under a posterior.
 
-    draws = 0: the linearised predictive in closed form (exact for Gaussian likelihoods of a linear network; softmax by
-    quadrature over logits that are independent beside a shift common to all classes, which changes nothing). It costs
-    one vector-Jacobian product through all of x an output, n c in all.
-    draws > 0: a mixture of so many networks drawn from the posterior; with linear=True of draws of the network
-    linearised at its mean, which is the network that Gauss-Newton describes (Immer, Korzepa & Bauer 2021): one
-    Jacobian-vector product a draw, the cheap choice for convolutional networks.
-    noise: replaces the Gaussian likelihood's scale.
+    Without draws it is the linearised predictive in closed form. This is exact for Gaussian likelihoods of a linear
+    network. For a softmax it uses quadrature over logits that are independent, apart from a shift common to all
+    classes, which does not change the probabilities. It costs one vector-Jacobian product through all of x per output,
+    n c in all.
+
+    With draws it is a mixture of networks that are drawn from the posterior.
+
+    Args:
+        outputs: Function (phi, x) -> outputs [n, c].
+        likelihood: The likelihood.
+        posterior: A posterior with `mean`, `sample` and `quadratic`.
+        x: Inputs.
+        key: Random key for the draws.
+        draws: Number of draws; 0 uses the closed form.
+        linear: Linearise each drawn network at the posterior's mean. This is the network that Gauss-Newton describes
+            (Immer, Korzepa & Bauer 2021). A draw costs one Jacobian-vector product, which is the cheap choice for
+            convolutional networks.
+        noise: Replaces the scale of the Gaussian likelihood. None keeps it.
+
+    Raises:
+        ValueError: There is a noise, and the likelihood is not Gaussian.
     """
     if noise is not None:
         if not isinstance(likelihood, Gaussian):
             raise ValueError(
-                f"noise: {type(likelihood).__name__} has no noise scale to replace, only Gaussian has; leave noise out"
+                f"noise must be None for {type(likelihood).__name__}, which has no noise scale, got {noise!r}. Leave "
+                "it out, or use the Gaussian likelihood."
             )
         likelihood = replace(likelihood, scale=noise)
     if draws:
@@ -167,7 +220,7 @@ def predict(
 
 
 def _drawn(outputs: Callable[..., Array], posterior: Any, x: PyTree, linear: bool) -> Callable[[PRNGKeyArray], Array]:
-    """key -> the outputs at x of one draw of phi."""
+    """Returns the function key -> outputs at x of one draw of phi."""
     if not linear:
         return lambda key: outputs(posterior.sample(key), x)
     f, push = jax.linearize(lambda phi: outputs(phi, x), posterior.mean)
@@ -175,7 +228,7 @@ def _drawn(outputs: Callable[..., Array], posterior: Any, x: PyTree, linear: boo
 
 
 def _felt(outputs: Callable[..., Array], likelihood: Likelihood) -> Callable[..., Array]:
-    """The outputs as the likelihood feels them: a softmax does not see what all its logits share."""
+    """Returns the outputs that matter to the likelihood: centred logits, as a softmax ignores a common shift."""
     if not isinstance(likelihood, Categorical):
         return outputs
 
@@ -187,9 +240,10 @@ def _felt(outputs: Callable[..., Array], likelihood: Likelihood) -> Callable[...
 
 
 def _apart(centred: Float[Array, "s n c"]) -> Float[Array, "s n c"]:
-    """Variances u of independent logits whose variances about their mean over the c classes are `centred`, w.
+    """Computes variances u of independent logits from the variances w (`centred`) about their mean over c classes.
 
-    w_j = (1 - 2/c) u_j + sum(u)/c^2, so sum(u) = sum(w) c/(c - 1). Two classes share one w: either gets half the sum.
+    w_j = (1 - 2/c) u_j + sum(u)/c^2, so sum(u) = sum(w) c/(c - 1). Two classes have the same w, and each gets half the
+    sum.
     """
     c = centred.shape[-1]
     total = centred.sum(-1, keepdims=True) * c / max(c - 1, 1)
@@ -211,7 +265,11 @@ def _rule(
 
 @checked
 def point(noise: Scale | None = None) -> PosteriorRule:
-    """phi_k alone. noise: the Gaussian likelihood's scale in the predictive, if not its own."""
+    """Uses phi_k alone, without a variance.
+
+    Args:
+        noise: Scale of the Gaussian likelihood in the predictive. None is the likelihood's own.
+    """
 
     def infer(outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied) -> Point:
         return Point(phi)
@@ -228,18 +286,31 @@ def laplace(
     linear: bool = False,
     curvature: str | Callable[..., Curvature] = "auto",
 ) -> PosteriorRule:
-    """N(phi_k, temperature (H + precision I)^-1) with H the support's Gauss-Newton matrix (Grant et al. 2018, sec. 4).
+    """Uses Laplace's approximation N(phi_k, temperature (H + precision I)^-1).
 
-    curvature: "auto" (exact, see `by_size`), one of CURVATURES, or a function with their arguments, e.g.
-    partial(lanczos, order=64).
-    precision: tau of the prior N(theta, I / tau); None takes the explicit prior of the inner loop, if it has one.
-    draws, linear: see `predict`. temperature, noise and precision may be traced, to be fitted on validation tasks by
-    their gradient.
+    H is the Gauss-Newton matrix of the support's summed nll.
+
+    precision, temperature and noise may be traced, so that they can be fitted on validation tasks by their gradient.
+
+    Args:
+        precision: tau of the prior N(theta, I / tau). None uses the explicit prior of the inner loop, if it has one.
+        temperature: Factor of the covariance.
+        noise: Scale of the Gaussian likelihood in the predictive. None is the likelihood's own.
+        draws: Number of draws in the predictive; 0 uses the closed form. See `predict`.
+        linear: Whether to linearise the drawn networks. See `predict`.
+        curvature: "auto" (exact, see `by_size`), a name in CURVATURES, or a function with their arguments, e.g.
+            partial(lanczos, order=64).
+
+    Raises:
+        ValueError: The curvature is unknown, or there is no explicit prior for precision=None.
+
+    References:
+        Grant et al. 2018, Recasting gradient-based meta-learning as hierarchical Bayes, sec. 4.
     """
     known = {"auto": by_size, **CURVATURES}
     fit = known.get(curvature) if isinstance(curvature, str) else curvature
     if fit is None:
-        raise ValueError(f"curvature: came {curvature!r}, needs one of {', '.join(known)}")
+        raise ValueError(f"curvature must be one of {', '.join(known)}, got {curvature!r}.")
 
     def infer(
         outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied
@@ -247,11 +318,12 @@ def laplace(
         tau = implied.precision if precision is None else precision
         if tau is None:
             raise ValueError(
-                "precision: came None, but this learner's inner loop has no explicit prior; give a number, e.g. 1.0"
+                "precision must be a number for this learner, whose inner loop has no explicit prior, got None. Use "
+                "e.g. precision=1.0."
             )
         unit = fit(outputs, likelihood, phi, support, 1.0)
         if isinstance(unit, (Dual, Primal, Lanczos)):
-            # tau enters after the eigenvectors, whose own derivative does not exist where eigenvalues repeat.
+            # tau is applied after the eigenvectors, which are not differentiable where eigenvalues repeat.
             return unit.gaussian(phi, partial(laplace_spectrum, precision=tau), temperature)
         fitted = fit(outputs, likelihood, phi, support, jnp.asarray(tau) ** -0.5)
         return CurvatureGaussian(phi, fitted, temperature)
@@ -275,35 +347,42 @@ def implicit(
     linear: bool = False,
     curvature: str | Callable[..., Dual | Primal | Lanczos] = "auto",
 ) -> PosteriorRule:
-    """The posterior that the inner loop's own steps imply, with nothing to choose (see `inference.linear_descent`).
+    """Uses the posterior that the steps of the inner loop imply, without a prior to choose.
 
-    Exact for a quadratic loss and every optimiser that is linear in its gradients: SGD with any schedule, momentum,
-    Nesterov, weight decay, and the learned rates of `meta_sgd`, `lslr` and `preconditioned`. Where a step overshoots no
-    prior explains the steps: the likelihood alone counts there, and the posterior's `clipped` says what share of
-    directions that is. Learned rates below 0 count as 0. Rates that differ by tensor and step imply a slightly
-    unsymmetric matrix: its symmetric part is taken, and `asymmetry` says how much was left out.
+    It is exact for a quadratic loss and every optimiser that is linear in its gradients: SGD with any schedule,
+    momentum, Nesterov, weight decay, and the learned rates of `meta_sgd`, `lslr` and `preconditioned`; see
+    `inference.linear_descent`. If a step overshoots in a direction, no prior explains the steps there. Only the
+    likelihood is used in such directions, and the posterior's `clipped` is their fraction. Learned rates below 0 count
+    as 0. Rates that differ by tensor and step imply a slightly asymmetric matrix: its symmetric part is used, and
+    `asymmetry` measures the rest.
 
-    An approximation for other optimisers (Adam, RMSProp, clipped gradients, a line search): k steps at the rates of the
-    last step, 0 for a parameter whose gradient is exactly zero there. A loop that optimises an explicit prior (iMAML)
-    implies that prior's Laplace posterior.
+    For other optimisers (Adam, RMSProp, clipped gradients, a line search) it is an approximation: k steps at the rates
+    of the last step, with rate 0 for a parameter whose gradient is exactly zero there. A loop that optimises an
+    explicit prior (iMAML) implies the Laplace posterior of that prior.
 
-    curvature: "auto" (exact, see `by_size`), "dual", "lanczos" or a function with their arguments. draws, linear: see
-    `predict`. temperature 1 is the pure value; fit it on validation tasks, as wide networks have very broad flat
-    directions.
+    Args:
+        temperature: Factor of the covariance. 1 is the value that the steps imply. Fit it on validation tasks, because
+            wide networks have very broad flat directions.
+        noise: Scale of the Gaussian likelihood in the predictive. None is the likelihood's own.
+        draws: Number of draws in the predictive; 0 uses the closed form. See `predict`.
+        linear: Whether to linearise the drawn networks. See `predict`.
+        curvature: "auto" (exact, see `by_size`), "dual", "lanczos", or a function with their arguments.
+
+    Raises:
+        ValueError: The curvature is unknown or has no spectrum, or the learner's steps imply no prior.
     """
-
     spectral = {"auto": by_size, "dual": dual, "lanczos": lanczos}
     fit = spectral.get(curvature) if isinstance(curvature, str) else curvature
     if fit is None:
-        raise ValueError(f"curvature: came {curvature!r}, needs one with a spectrum: {', '.join(spectral)}")
+        raise ValueError(f"curvature must have a spectrum ({', '.join(spectral)}), got {curvature!r}.")
 
     def infer(
         outputs, likelihood: Likelihood, phi: PyTree, support: Batch, implied: Implied
     ) -> SpectralGaussian | RootedGaussian | TensorGaussian:
         if implied.scale is None:
             raise ValueError(
-                "posterior must be 'laplace' or 'point' for this learner, got 'implicit': its steps are a network's, "
-                "and imply no prior."
+                "posterior must be 'laplace' or 'point' for this learner, got 'implicit'. Its steps are the outputs of "
+                "a network, and imply no prior."
             )
         if implied.precision is not None:
             scale, spectrum = implied.scale, laplace_spectrum

@@ -1,7 +1,8 @@
-"""Curvature of the summed support nll at phi: Gauss-Newton (Fisher), so never indefinite, beside a diagonal prior.
+"""Curvature of the summed support nll at phi, together with a diagonal prior.
 
-Each choice is `choice(outputs, likelihood, phi, batch, scale, key=None) -> Curvature` (see `rows.Curvature`):
-"dual" is exact, "kfac" Kronecker-factored, "diagonal" and "lanczos" what they say.
+The curvature is the Gauss-Newton (Fisher) matrix, so it is never indefinite. Each choice is a function
+`choice(outputs, likelihood, phi, batch, scale, key=None) -> Curvature` (see `rows.Curvature`): "dual" is exact, "kfac"
+is Kronecker-factored, "diagonal" is the diagonal, and "lanczos" is matrix-free by the Lanczos process.
 """
 
 from metaprior.inference.curvature.diagonal import diagonal

@@ -1,6 +1,6 @@
-"""The diagonal of the Gauss-Newton matrix: one number a parameter, every correlation left out.
+"""The diagonal of the Gauss-Newton matrix: one number per parameter, without correlations.
 
-Time n r vector-Jacobian products, memory n r times phi.
+Time is n r vector-Jacobian products, and memory is n r times phi.
 """
 
 from typing import NamedTuple
@@ -15,25 +15,42 @@ from metaprior.inference.curvature.rows import Outputs, as_scale, inner, map_row
 
 
 class Diagonal(NamedTuple):
-    """The diagonal of S H S, shaped as phi."""
+    """The diagonal d of S H S.
+
+    Attributes:
+        scale: The prior's scale S, shaped as phi.
+        values: d, shaped as phi.
+    """
 
     scale: PyTree
     values: PyTree
 
     def log_det(self) -> Scalar:
-        """sum log(1 + d)."""
+        """Computes the sum of log(1 + d)."""
         return jnp.asarray(sum(jnp.log1p(d).sum() for d in jax.tree.leaves(self.values)))
 
     def push(self, noise: PyTree) -> PyTree:
-        """S noise / sqrt(1 + d)."""
+        """Computes S noise / sqrt(1 + d).
+
+        Args:
+            noise: A vector, shaped as phi.
+        """
         return jax.tree.map(lambda s, d, e: s * e / jnp.sqrt(1 + d), self.scale, self.values, noise)
 
     def sample(self, key: PRNGKeyArray) -> PyTree:
-        """A draw from N(0, S^2 / (1 + d))."""
+        """Draws from N(0, S^2 / (1 + d)).
+
+        Args:
+            key: Random key.
+        """
         return self.push(normal_like(key, self.scale))
 
     def quadratic(self, row: PyTree) -> Scalar:
-        """sum row^2 S^2 / (1 + d)."""
+        """Computes the sum of row^2 S^2 / (1 + d).
+
+        Args:
+            row: A row, shaped as phi.
+        """
         pushed = self.push(row)
         return inner(pushed, pushed)
 
@@ -46,7 +63,16 @@ def diagonal(
     scale: PyTree,
     key: PRNGKeyArray | None = None,
 ) -> Diagonal:
-    """The exact diagonal of the Gauss-Newton matrix of the batch's summed nll at phi. `key` is not used."""
+    """Computes the exact diagonal of the Gauss-Newton matrix of the batch's summed nll at phi.
+
+    Args:
+        outputs: Function (phi, x) -> outputs [n, c].
+        likelihood: The likelihood.
+        phi: The point of the curvature.
+        batch: The n examples.
+        scale: The prior's scale S, a scalar or shaped as phi.
+        key: Not used.
+    """
     whole = as_scale(scale, phi)
     squares = map_rows(lambda row: jax.tree.map(jnp.square, row), outputs, likelihood, phi, batch, whole)
     return Diagonal(whole, jax.tree.map(lambda leaf: leaf.sum(0), squares))

@@ -1,11 +1,13 @@
 """Kronecker-factored curvature, K-FAC (Martens & Grosse 2015; Grosse & Martens 2016 for convolutions).
 
-A layer s = a W (inputs a, a bias being an input that is always 1) has the block N A (x) G, with A the mean of a'a over
-examples (summed over positions of a convolution) and G that of g'g, g the nll's gradient in s with labels drawn from
-the model: the true Fisher, its expectation taken exactly by the columns of the likelihood's root. Exact for a layer of
-one example; layers are independent of each other. LLAMA's curvature (Grant et al. 2018, sec. 4.1).
+A layer s = a W has inputs a (a bias is an input that is always 1) and the block N A (x) G. A is the mean of a'a over
+examples (summed over the positions of a convolution). G is the mean of g'g, where g is the nll's gradient in s with
+labels drawn from the model. This is the true Fisher; the columns of the likelihood's root give its expectation exactly.
+It is exact for a layer and one example. Layers are independent of each other. LLAMA uses this curvature (Grant et al.
+2018, sec. 4.1).
 
-Parameters that no tap sees (a batch norm's shift and gain) are left out: they do not move and do not count.
+Parameters without a tap (a batch norm's shift and gain) are left out: they have no variance and no part in the log
+determinant.
 """
 
 from collections.abc import Mapping
@@ -21,14 +23,26 @@ from metaprior.inference.curvature.rows import Outputs, as_scale, chunked, curva
 
 
 class Factor(NamedTuple):
-    """A positive semi-definite matrix by its eigenvalues and eigenvectors (columns)."""
+    """The eigendecomposition of a positive semi-definite matrix.
+
+    Attributes:
+        values: Eigenvalues [k].
+        vectors: Eigenvectors, as columns [k, k].
+    """
 
     values: Float[Array, " k"]
     vectors: Float[Array, "k k"]
 
 
 class Block(NamedTuple):
-    """One layer: N A (x) G beside the prior N(., scale^2), N being the `total` weight of the examples."""
+    """The curvature N A (x) G of one layer, together with the prior N(., scale^2).
+
+    Attributes:
+        inputs: A.
+        gradients: G.
+        scale: The prior's standard deviation.
+        total: N, the total weight of the examples.
+    """
 
     inputs: Factor
     gradients: Factor
@@ -36,25 +50,33 @@ class Block(NamedTuple):
     total: Scalar
 
     def spectrum(self) -> Float[Array, "k o"]:
-        """Eigenvalues of the whitened block, scale^2 N a_j g_i."""
+        """Computes the eigenvalues of the whitened block, scale^2 N a_j g_i."""
         return self.scale**2 * self.total * self.inputs.values[:, None] * self.gradients.values[None, :]
 
 
 class Kfac(NamedTuple):
-    """A block for each tapped layer, by the layer's name. Differentiate `log_det`; draws carry no gradient."""
+    """The curvature of a network. `log_det` is differentiable; draws have no gradient.
+
+    Attributes:
+        blocks: A block for each tapped layer, by the layer's name.
+        scale: The prior's scale, shaped as phi.
+    """
 
     blocks: dict[str, Block]
     scale: PyTree
 
     def log_det(self) -> Scalar:
-        """sum log(1 + scale^2 N a_j g_i) over layers."""
+        """Computes the sum of log(1 + scale^2 N a_j g_i) over layers."""
         return jnp.asarray(sum(jnp.log1p(block.spectrum()).sum() for block in self.blocks.values()))
 
     def push(self, noise: PyTree) -> PyTree:
-        """The symmetric root of each layer's covariance times its noise; zero for parameters without a tap.
+        """Multiplies each layer's noise by the symmetric root of its covariance. Parameters without a tap get 0.
 
-        U_A [(U_A' z U_G) / sqrt(1/scale^2 + N a_j g_i)] U_G': unlike that of U_A [z / ...] U_G', a draw does not depend
-        on the eigenvectors' signs, nor on their choice where eigenvalues repeat.
+        This is U_A [(U_A' z U_G) / sqrt(1/scale^2 + N a_j g_i)] U_G'. Unlike U_A [z / ...] U_G', it does not depend on
+        the eigenvectors' signs, nor on their choice if eigenvalues repeat.
+
+        Args:
+            noise: A vector z, shaped as phi.
         """
         move = jax.tree.map(jnp.zeros_like, noise)
         for name, block in self.blocks.items():
@@ -64,23 +86,31 @@ class Kfac(NamedTuple):
         return move
 
     def sample(self, key: PRNGKeyArray) -> PyTree:
-        """A draw of each layer from its own N(0, scale^2 (I + scale^2 N A (x) G)^-1)."""
+        """Draws each layer from N(0, scale^2 (I + scale^2 N A (x) G)^-1).
+
+        Args:
+            key: Random key.
+        """
         return self.push(normal_like(key, self.scale))
 
     def quadratic(self, row: PyTree) -> Scalar:
-        """The variance along a row shaped as phi, layer by layer."""
+        """Computes the variance row C row' as a sum over layers.
+
+        Args:
+            row: A row, shaped as phi.
+        """
         pushed = self.push(row)
         return inner(pushed, pushed)
 
 
 def _join(layer: Mapping[str, Array]) -> Float[Array, "k o"]:
-    """A layer's weights as one matrix, its bias as the last row."""
+    """Returns a layer's weights as one matrix with the bias as the last row."""
     w = layer["w"].reshape(-1, layer["w"].shape[-1])
     return w if layer.get("b") is None else jnp.concatenate([w, layer["b"][None]])
 
 
 def _split(matrix: Float[Array, "k o"], layer: Mapping[str, Array]) -> dict[str, Any]:
-    """`_join` undone; what else the layer has is kept."""
+    """Reverts `_join`. Other parameters of the layer stay."""
     if layer.get("b") is None:
         return {**layer, "w": matrix.reshape(layer["w"].shape)}
     return {**layer, "w": matrix[:-1].reshape(layer["w"].shape), "b": matrix[-1]}
@@ -88,7 +118,7 @@ def _split(matrix: Float[Array, "k o"], layer: Mapping[str, Array]) -> dict[str,
 
 def _factor(matrix: Float[Array, "k k"]) -> Factor:
     vectors = jnp.linalg.eigh(jax.lax.stop_gradient(matrix))[1]
-    # d value_i = v_i' dM v_i, with the vectors held fixed: right to first order, and safe where eigenvalues repeat.
+    # d value_i = v_i' dM v_i with fixed vectors: correct to first order, and safe if eigenvalues repeat.
     values = jnp.einsum("ji,jk,ki->i", vectors, matrix, vectors)
     return Factor(jnp.maximum(values, 0), vectors)
 
@@ -101,11 +131,21 @@ def kfac(
     scale: PyTree,
     key: PRNGKeyArray | None = None,
 ) -> Kfac:
-    """K-FAC of the batch's summed nll at phi, a dict of layers {"w": [..., o], "b": [o]}, by r backward passes.
+    """Computes K-FAC of the batch's summed nll at phi by r backward passes.
 
-    `outputs(phi, x, call)` calls call.tap(name, inputs [n, ..., k], s [n, ..., o]) -> s at each linear map, whose layer
-    is phi[name]. One prior scale a layer is used, the root mean square where `scale` varies within it. `key` draws a
-    sign for each example: where a batch norm ties examples together these keep G unbiased, else they do nothing.
+    Args:
+        outputs: Function (phi, x, call) -> outputs [n, c]. It must call call.tap(name, inputs [n, ..., k],
+            s [n, ..., o]) -> s at each linear map, whose layer is phi[name].
+        likelihood: The likelihood.
+        phi: The point of the curvature: a dict of layers {"w": [..., o], "b": [o]}.
+        batch: The n examples.
+        scale: The prior's scale, a scalar or shaped as phi. A layer uses one scale, the root mean square over its
+            weights.
+        key: Random key for a sign of each example; None uses a fixed key. The signs keep G unbiased if a batch norm
+            couples the examples, and have no effect otherwise.
+
+    Raises:
+        ValueError: No layer of phi was tapped.
     """
 
     def record(phi: PyTree) -> tuple[Array, dict[str, tuple[Array, Array]]]:
@@ -121,8 +161,8 @@ def kfac(
     names = [n for n in seen if isinstance(phi, Mapping) and n in phi and phi[n].get("w") is not None]
     if not names:
         raise ValueError(
-            "curvature: K-FAC sees layers through outputs(phi, x, Call(tap)), and no layer of phi was tapped; call "
-            "tap(name, inputs, s) at each linear map of the network, or use curvature='dual'"
+            "curvature 'kfac' must see the network's layers through outputs(phi, x, Call(tap)), but no layer of phi "
+            "was tapped. Call tap(name, inputs, s) at each linear map of the network, or use curvature='dual'."
         )
 
     def probed(probes: dict[str, Array]) -> Array:

@@ -1,6 +1,7 @@
-"""Exact Gauss-Newton curvature in the primal, for many rows and few parameters; and the choice between it and the dual.
+"""Exact Gauss-Newton curvature in the primal, for many rows and few parameters, and the choice between primal and dual.
 
-S H S [P, P] is summed over examples and taken apart once: time n r P^2 + P^3, memory P^2, whatever the rows.
+S H S [P, P] is summed over examples and decomposed once. Time is n r P^2 + P^3, and memory is P^2 for any number of
+rows.
 """
 
 from typing import NamedTuple
@@ -16,33 +17,53 @@ from metaprior.inference.curvature.dual import Dual, dual
 from metaprior.inference.curvature.rows import Outputs, as_scale, map_rows, one_by_one
 from metaprior.inference.curvature.spectral import SpectralGaussian, Spectrum, around, laplace_spectrum
 
-FEW_ROWS = 512  # n r up to which the dual is taken
-MOST_ROWS = 4096  # beyond them the dual takes minutes
-MOST_PARAMETERS = 2048  # up to which S H S is formed
-EXAMPLES = 128  # whose rows stand in memory at once
+FEW_ROWS = 512  # up to this many rows n r the dual is used
+MOST_ROWS = 4096  # with more rows the dual takes minutes
+MOST_PARAMETERS = 2048  # up to this many parameters S H S is formed
+EXAMPLES = 128  # number of examples whose rows are in memory at the same time
 
 
 class Primal(NamedTuple):
-    """The eigenvectors of S H S, each as long as the square root of its eigenvalue (leaves [P, ...]), and these."""
+    """The eigendecomposition of S H S.
+
+    Attributes:
+        scale: The prior's scale S, shaped as phi.
+        rows: Eigenvectors (leaves [P, ...]), each with the square root of its eigenvalue as length.
+        values: Eigenvalues [P].
+    """
 
     scale: PyTree
     rows: PyTree
     values: Float[Array, " P"]
 
     def log_det(self) -> Scalar:
-        """log det(I + S H S)."""
+        """Computes log det(I + S H S)."""
         return jnp.log1p(self.values).sum()
 
     def gaussian(self, mean: PyTree, spectrum: Spectrum, temperature: float | Array = 1.0) -> SpectralGaussian:
-        """N(mean, temperature S s(S H S) S)."""
+        """Returns N(mean, temperature S s(S H S) S).
+
+        Args:
+            mean: The mean of phi.
+            spectrum: The function s.
+            temperature: Factor of the covariance.
+        """
         return around(mean, self.scale, self.rows, self.values, spectrum, temperature)
 
     def sample(self, key: PRNGKeyArray) -> PyTree:
-        """A draw from N(0, S (I + S H S)^-1 S)."""
+        """Draws from N(0, S (I + S H S)^-1 S).
+
+        Args:
+            key: Random key.
+        """
         return self.gaussian(jax.tree.map(jnp.zeros_like, self.scale), laplace_spectrum).sample(key)
 
     def quadratic(self, row: PyTree) -> Scalar:
-        """row S (I + S H S)^-1 S row'."""
+        """Computes row S (I + S H S)^-1 S row'.
+
+        Args:
+            row: A row, shaped as phi.
+        """
         return self.gaussian(jax.tree.map(jnp.zeros_like, self.scale), laplace_spectrum).quadratic(row)
 
 
@@ -54,9 +75,17 @@ def primal(
     scale: PyTree,
     key: PRNGKeyArray | None = None,
 ) -> Primal:
-    """The exact Gauss-Newton curvature of the batch's summed nll, for a network that treats examples one by one.
+    """Computes the exact Gauss-Newton curvature of the batch's summed nll.
 
-    `key` is not used.
+    The network must treat examples one by one (no batch norm).
+
+    Args:
+        outputs: Function (phi, x) -> outputs [n, c].
+        likelihood: The likelihood.
+        phi: The point of the curvature.
+        batch: The n examples.
+        scale: The prior's scale S, a scalar or shaped as phi.
+        key: Not used.
     """
     whole = as_scale(scale, phi)
     flat, build = ravel_pytree(whole)
@@ -66,7 +95,7 @@ def primal(
     fill = -n % EXAMPLES
 
     def cut(leaf: Array, repeat: bool = True) -> Array:
-        """Chunks of examples; the last is filled with copies of the first one, at weight 0."""
+        """Divides examples into chunks. The last chunk is filled with copies of the first example, at weight 0."""
         more = jnp.broadcast_to(leaf[:1], (fill, *leaf.shape[1:])) if repeat else jnp.zeros(fill, leaf.dtype)
         return jnp.concatenate([leaf, more]).reshape(-1, EXAMPLES, *leaf.shape[1:])
 
@@ -93,12 +122,22 @@ def by_size(
     scale: PyTree,
     key: PRNGKeyArray | None = None,
 ) -> Dual | Primal:
-    """The exact curvature by its cheaper form: `dual` up to 512 rows n r, `primal` for more and up to 2,048 parameters.
+    """Computes the exact curvature in its cheaper form.
 
-    The rows are those of the likelihood's root: an example of regression has one a target, one of classes one a class.
+    That is `dual` up to 512 rows n r, and `primal` for more rows and up to 2,048 parameters. An example has one row per
+    target in regression, and one per class in classification.
+
+    Args:
+        outputs: Function (phi, x) -> outputs [n, c].
+        likelihood: The likelihood.
+        phi: The point of the curvature.
+        batch: The n examples.
+        scale: The prior's scale S, a scalar or shaped as phi.
+        key: Not used.
 
     Raises:
-        ValueError: more than 4,096 rows under a batch norm or with more parameters: nothing exact is feasible.
+        ValueError: There are more than 4,096 rows, and a batch norm or more than 2,048 parameters, so that no exact
+            form is feasible.
     """
     f = jax.eval_shape(outputs, phi, batch.x)
     rows = f.shape[0] * jax.eval_shape(likelihood.hessian_root, f).shape[-1]
@@ -109,8 +148,8 @@ def by_size(
         return primal(outputs, likelihood, phi, batch, scale, key)
     if rows > MOST_ROWS:
         raise ValueError(
-            f"posterior: {rows} rows of a support and {parameters} parameters (or a batch norm) have no feasible exact "
-            f"curvature (at most {MOST_ROWS} rows, or {MOST_PARAMETERS} parameters); show fewer rows, or give laplace "
-            "a curvature of 'kfac', 'diagonal' or 'lanczos', which approximate it."
+            f"posterior must have at most {MOST_ROWS} rows, or {MOST_PARAMETERS} parameters without a batch norm, for "
+            f"an exact curvature, got {rows} rows of a support and {parameters} parameters. Use fewer rows, or "
+            "laplace with curvature='kfac', 'diagonal' or 'lanczos', which approximate it."
         )
     return dual(outputs, likelihood, phi, batch, scale, key)

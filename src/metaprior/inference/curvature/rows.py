@@ -1,7 +1,7 @@
-"""The Gauss-Newton matrix by its rows: H = J' L L' J of the summed nll, whitened by a diagonal prior scale S.
+"""Rows of the Gauss-Newton matrix H = J' L L' J of the summed nll, whitened by a diagonal prior scale S.
 
-J [n c, P] are the outputs' derivatives in phi and L [n, c, r] the likelihood's curvature root, so the rows R = L' J S
-[n r, P] hold all of S H S = R' R. Every curvature starts from these rows, or from products with them.
+J [n c, P] are the outputs' derivatives in phi, and L [n, c, r] is the likelihood's curvature root. The rows
+R = L' J S [n r, P] determine S H S = R' R. Every curvature starts from these rows, or from products with them.
 """
 
 from collections.abc import Callable
@@ -16,63 +16,104 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from metaprior.core.likelihoods import Likelihood
 from metaprior.core.types import Batch
 
-CHUNK = 32  # rows (vector-Jacobian products) that are computed at once, at most: what bounds the memory they need
-CACHE = 2**20  # bytes of the network's intermediates that a processor's core keeps near
-TOGETHER = 256  # outputs whose variances are taken through all queries together, also where examples are independent
+CHUNK = 32  # at most this many rows (vector-Jacobian products) are computed at once, which bounds their memory
+CACHE = 2**20  # bytes of a network's intermediates that stay in the cache of a processor's core
+TOGETHER = 256  # up to this many outputs, variances are computed through all queries together in any case
 Outputs = Callable[..., Array]
 
 
 class Curvature(Protocol):
-    """A Gauss-Newton matrix H of the summed support nll beside a prior N(., S^2): a pytree with three methods."""
+    """A Gauss-Newton matrix H of the summed support nll with a prior N(., S^2): a pytree with three methods."""
 
     def log_det(self) -> Scalar:
-        """log det(I + S H S); with S^2 = 1/tau this is log det(H + tau I) - P log tau. Differentiable."""
+        """Computes log det(I + S H S). With S^2 = 1/tau this is log det(H + tau I) - P log tau. Differentiable."""
         ...
 
     def sample(self, key: PRNGKeyArray) -> PyTree:
-        """A draw, shaped as phi, from N(0, C) with C = S (I + S H S)^-1 S."""
+        """Draws from N(0, C) with C = S (I + S H S)^-1 S, shaped as phi.
+
+        Args:
+            key: Random key.
+        """
         ...
 
     def quadratic(self, row: PyTree) -> Scalar:
-        """row C row' for a `row` shaped as phi, without its leading axes if it has any."""
+        """Computes row C row'.
+
+        Args:
+            row: A row, shaped as phi.
+        """
         ...
 
 
 def as_scale(scale: PyTree, phi: PyTree) -> PyTree:
-    """A prior scale shaped as phi, from a scalar or from a pytree of arrays that broadcast to phi's leaves."""
+    """Returns a prior scale shaped as phi.
+
+    Args:
+        scale: A scalar, or a pytree of arrays that broadcast to phi's leaves.
+        phi: The parameters.
+
+    Raises:
+        ValueError: The pytree has another structure than phi.
+    """
     if jax.tree.structure(scale) == jax.tree.structure(phi):
         return jax.tree.map(lambda s, p: jnp.broadcast_to(jnp.asarray(s, p.dtype), p.shape), scale, phi)
     if jnp.ndim(scale) == 0 and not isinstance(scale, (dict, list, tuple)):
         return jax.tree.map(lambda p: jnp.full(p.shape, scale, p.dtype), phi)
     raise ValueError(
-        f"scale: came a pytree of structure {jax.tree.structure(scale)}, needs a scalar or phi's own structure "
-        f"{jax.tree.structure(phi)}"
+        f"scale must be a scalar or have phi's structure {jax.tree.structure(phi)}, got a pytree of structure "
+        f"{jax.tree.structure(scale)}."
     )
 
 
 def inner(a: PyTree, b: PyTree) -> Scalar:
-    """The inner product of two pytrees of the same structure."""
+    """Computes the inner product of two pytrees.
+
+    Args:
+        a: A pytree.
+        b: A pytree of the same structure.
+    """
     return jnp.asarray(sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))
 
 
 def scaled(scale: PyTree, tree: PyTree) -> PyTree:
-    """Leaf by leaf product."""
+    """Multiplies two pytrees leaf by leaf.
+
+    Args:
+        scale: A pytree.
+        tree: A pytree of the same structure.
+    """
     return jax.tree.map(jnp.multiply, scale, tree)
 
 
 def against(rows: PyTree, vector: PyTree) -> Float[Array, " r"]:
-    """Inner products of r rows (leaves [r, ...]) with one vector shaped as phi."""
+    """Computes the inner products of r rows with one vector.
+
+    Args:
+        rows: The rows (leaves [r, ...]).
+        vector: The vector, shaped as phi.
+    """
     leaves = zip(jax.tree.leaves(rows), jax.tree.leaves(vector), strict=True)
     return jnp.asarray(sum(jnp.tensordot(r, v, axes=v.ndim) for r, v in leaves))
 
 
 def combine(weights: Float[Array, " r"], rows: PyTree) -> PyTree:
-    """sum_i weights_i rows_i, shaped as phi."""
+    """Computes sum_i weights_i rows_i, shaped as phi.
+
+    Args:
+        weights: The weights [r].
+        rows: The rows (leaves [r, ...]).
+    """
     return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, axes=1), rows)
 
 
 def normal_like(key: PRNGKeyArray, tree: PyTree) -> PyTree:
-    """Standard normal draws shaped as the tree."""
+    """Draws standard normal numbers.
+
+    Args:
+        key: Random key.
+        tree: A pytree with the shapes of the draws.
+    """
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
     draws = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
@@ -80,10 +121,15 @@ def normal_like(key: PRNGKeyArray, tree: PyTree) -> PyTree:
 
 
 def chunked(f: Callable, xs: PyTree, pull: Callable) -> PyTree:
-    """f over the leading axis of xs; f goes through `pull`, a vector-Jacobian product (a pytree of what it keeps).
+    """Maps f over the leading axis of xs in chunks.
 
-    On a processor only as many entries are taken at once as their intermediates stay in its cache: rows of Conv4 at
-    84x84 come five times faster one by one. Each is computed again in a backward pass, for the same reason.
+    On a CPU, a chunk has only as many entries as have room for their intermediates in the cache: rows of Conv4 at 84x84
+    are five times faster one by one. Each entry is recomputed in a backward pass, for the same reason.
+
+    Args:
+        f: Function of one entry, which calls `pull`.
+        xs: A pytree whose leaves have one leading entry per call.
+        pull: The vector-Jacobian product in f. As a pytree it contains the intermediates.
     """
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
     at_once = min(max(CACHE // max(kept, 1), 1), CHUNK) if jax.default_backend() == "cpu" else CHUNK
@@ -93,10 +139,22 @@ def chunked(f: Callable, xs: PyTree, pull: Callable) -> PyTree:
 
 
 def pulled(outputs: Outputs, phi: PyTree, x: PyTree) -> tuple[Float[Array, "n c"], jax.tree_util.Partial]:
-    """The outputs at phi and the function (a pytree) that pulls a cotangent [n, c] back to phi."""
+    """Computes the outputs at phi and their vector-Jacobian product.
+
+    Args:
+        outputs: Function (phi, x) -> outputs [n, c].
+        phi: The parameters.
+        x: Inputs.
+
+    Returns:
+        The outputs [n, c], and a function (a pytree) from a cotangent [n, c] to a cotangent of phi.
+
+    Raises:
+        ValueError: The outputs do not have two axes.
+    """
     f, pull = jax.vjp(lambda p: outputs(p, x), phi)
     if f.ndim != 2:
-        raise ValueError(f"outputs: came shape {f.shape}, needs [examples, outputs]; give a single output its own axis")
+        raise ValueError(f"outputs must be [examples, outputs], got shape {f.shape}. Give a single output an axis.")
     return f, jax.tree_util.Partial(_first, pull)
 
 
@@ -105,13 +163,23 @@ def _first(pull: Callable, cotangent: Array) -> PyTree:
 
 
 def curvature_root(likelihood: Likelihood, f: Float[Array, "n c"], batch: Batch) -> Float[Array, "n c r"]:
-    """The likelihood's root L with each example's weight w taken in as sqrt(w)."""
+    """Computes the likelihood's root L, multiplied by sqrt(w) for each example's weight w.
+
+    Args:
+        likelihood: The likelihood.
+        f: The outputs [n, c].
+        batch: The n examples.
+    """
     root = likelihood.hessian_root(f)
     return root if batch.weight is None else root * safe_sqrt(batch.weight)[:, None, None]
 
 
 def safe_sqrt(x: Array) -> Array:
-    """sqrt(max(x, 0)), with derivative 0 where x <= 0."""
+    """Computes sqrt(max(x, 0)), with derivative 0 where x <= 0.
+
+    Args:
+        x: An array of any shape.
+    """
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
@@ -119,9 +187,20 @@ def safe_sqrt(x: Array) -> Array:
 def map_rows(
     f: Callable[[PyTree], PyTree], outputs: Outputs, likelihood: Likelihood, phi: PyTree, batch: Batch, scale: PyTree
 ) -> PyTree:
-    """f of each whitened row, stacked along a leading axis of n r; all rows never stand in memory at once.
+    """Computes f of each whitened row, without holding all rows in memory.
 
-    A batch norm ties the outputs of a batch together, so a row is one vector-Jacobian product through the whole batch.
+    A batch norm couples the outputs of a batch, so a row is one vector-Jacobian product through the whole batch.
+
+    Args:
+        f: Function of a row, which is shaped as phi.
+        outputs: Function (phi, x) -> outputs [n, c].
+        likelihood: The likelihood.
+        phi: The parameters.
+        batch: The n examples.
+        scale: The prior's scale S, shaped as phi.
+
+    Returns:
+        The results, stacked along a leading axis of n r.
     """
     out, pull = pulled(outputs, phi, batch.x)
     root = curvature_root(likelihood, out, batch)
@@ -129,17 +208,23 @@ def map_rows(
 
     def one(entry: tuple[Array, Array]) -> PyTree:
         i, column = entry
-        # By a product, not by an index: also right where there is no example.
+        # A product instead of an index, so that it also works without examples.
         return f(scaled(scale, pull(jax.nn.one_hot(i, n, dtype=out.dtype)[:, None] * column)))
 
     return chunked(one, (jnp.repeat(jnp.arange(n), r), jnp.moveaxis(root, 2, 1).reshape(n * r, c)), pull)
 
 
 def output_variance(outputs: Outputs, gaussian, x: PyTree) -> Float[Array, "n c"]:
-    """diag(J* C J*'): variances of the linearised outputs at x under a Gaussian with `mean` and `quadratic(row)`.
+    """Computes the variances diag(J* C J*') of the linearised outputs at x under a Gaussian.
 
-    n c vector-Jacobian products, in chunks: through all of x, exact also where a batch norm ties the queries together;
-    for more than 256 of them through one query each, where the network treats examples one by one.
+    It takes n c vector-Jacobian products, in chunks. They go through all of x, which is exact also if a batch norm
+    couples the queries. If there are more than 256, and the network treats examples one by one, each goes through one
+    query.
+
+    Args:
+        outputs: Function (phi, x) -> outputs [n, c].
+        gaussian: A Gaussian with `mean` and `quadratic(row)`.
+        x: Inputs.
     """
     shape = jax.eval_shape(outputs, gaussian.mean, x).shape
     if len(shape) == 2 and shape[0] * shape[1] > TOGETHER and one_by_one(outputs, gaussian.mean, x):
@@ -149,7 +234,7 @@ def output_variance(outputs: Outputs, gaussian, x: PyTree) -> Float[Array, "n c"
     def one(index: Array) -> Scalar:
         return gaussian.quadratic(pull(jnp.zeros(f.size, f.dtype).at[index].set(1).reshape(f.shape)))
 
-    # Cancellation between the prior's variance and what the data took away can end below zero in float32.
+    # The difference between the prior's variance and its reduction by the data can be below 0 in float32.
     return jnp.maximum(chunked(one, jnp.arange(f.size), pull), 0).reshape(f.shape)
 
 
@@ -162,11 +247,16 @@ def _each_alone(outputs: Outputs, gaussian, x: PyTree) -> Float[Array, "n c"]:
 
 
 def one_by_one(outputs: Outputs, phi: PyTree, x: PyTree) -> bool:
-    """Whether the network treats examples one by one, as all do but those with a batch norm or the like.
+    """Returns whether the network treats examples one by one. Networks with a batch norm do not.
 
-    Asked of the network itself, at random parameters, while it is traced. Of three examples the middle one is replaced,
-    once by NaN, which passes through whatever saturates: the outputs of the others must stay as they are, to the bit.
-    And they must be the same to rounding when an example comes alone.
+    This is tested with random parameters, while the network is traced. Of three examples, the middle one is replaced by
+    another value and by NaN, which no saturating function hides. The other examples' outputs must be bitwise equal.
+    They must also be equal up to rounding if an example is alone in its batch.
+
+    Args:
+        outputs: Function (phi, x) -> outputs [n, c].
+        phi: The parameters; only their shapes matter.
+        x: Inputs; only their shapes matter.
     """
     rng = np.random.default_rng(0)
 
