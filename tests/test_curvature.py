@@ -457,7 +457,7 @@ def test_the_curvature_is_chosen_by_shapes():
     many, tied = (partial(by_size, net, Gaussian(0.3), small) for net in (tanh_net, normed_net))
     assert jax.eval_shape(many, batch_of(600), 1.0).values.shape == (26,)
     assert jax.eval_shape(tied, batch_of(600), 1.0).gram.shape == (1200, 1200)  # two outputs
-    with pytest.raises(ValueError, match=r"10000 rows of a support and 26 parameters .* no feasible exact curvature"):
+    with pytest.raises(ValueError, match="exact curvature, got 10000 rows of a support and 26 parameters"):
         jax.eval_shape(tied, batch_of(5000), 1.0)
 
 
