@@ -1,4 +1,4 @@
-"""The command `metaprior`. It imports nothing at first, so that Ctrl-C ends it with one line even during imports."""
+"""The command `metaprior`. It imports little at first, so that Ctrl-C ends it with one line even during imports."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Runs the command line."""
     before = signal.signal(signal.SIGINT, _stop)
     from metaprior.core.extras import MissingExtra
 
@@ -21,7 +21,7 @@ def main() -> None:
         from metaprior.cli import commands
         from metaprior.cli import main as command
 
-        commands(sys.argv[1:])  # imports what they need
+        commands(sys.argv[1:])  # imports the modules of the command
     except MissingExtra as error:
         sys.exit(f"error: {error}")
     signal.signal(signal.SIGINT, before)
@@ -29,8 +29,8 @@ def main() -> None:
         command()
     except SystemExit as end:
         if isinstance(end.code, int) and end.code > 128:
-            # Whatever was half done is cleaned up by now, but XLA's threads may still work, and they crash in an
-            # interpreter that is being taken down.
+            # Unfinished work has been cleaned up, but XLA's threads may still run, and they crash while the interpreter
+            # shuts down.
             for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError, ValueError):
                     stream.flush()

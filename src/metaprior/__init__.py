@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _install()
 
-# Where each name above is imported from when it is first asked for: `import metaprior` itself imports nothing.
+# The module of each name above, which is imported at the first access: `import metaprior` itself imports nothing.
 _FROM = {
     "core.likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"),
     "core.types": ("Attributes", "Batch", "Learner", "Model", "Predictive", "Splits", "Task", "TaskSource", "settled"),
@@ -90,7 +90,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A public name or a module of the package, imported when it is first asked for."""
+    """Imports a public name or a module of the package at its first access."""
     if name == "__version__":
         from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""Modules by their former names: `import metaprior.types` still works, and warns that it is `metaprior.core.types`."""
+"""Former names of modules: `import metaprior.types` still works, and warns that it is now `metaprior.core.types`."""
 
 import sys
 import warnings
@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType
 
-# What was public, and the modules that hold its names today.
+# Former public modules, and the modules that have their names today.
 MOVED: dict[str, tuple[str, ...]] = {
     "calibration": ("evaluation.calibration",),
     "checkpoint": ("training.checkpoint",),
@@ -62,7 +62,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 
 
 class _Former(MetaPathFinder, Loader):
-    """Finds a module by its former name, and fills it with the names of those that hold them today."""
+    """Finds a module by its former name, and fills it with the names of its successors."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -78,6 +78,6 @@ class _Former(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let Python find the former names, after everything else."""
+    """Lets Python find modules by their former names, after all other ways to find them."""
     if not any(isinstance(finder, _Former) for finder in sys.meta_path):
         sys.meta_path.append(_Former())

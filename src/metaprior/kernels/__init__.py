@@ -1,1 +1,1 @@
-"""Convolutions and small products on a processor, compiled on first use."""
+"""Fast convolutions and small matrix products, with C++ kernels for CPUs that are compiled on first use."""

@@ -1,9 +1,9 @@
-"""Kernels in C++ (`kernels.cc`) for processors, compiled on first use by the machine's own compiler and kept.
+"""C++ kernels (`kernels.cc`) for CPUs, compiled on first use by the machine's compiler and cached.
 
-Where there is no C++ compiler, or METAPRIOR_NATIVE=0 says so, `build` gives None and the same maps go through XLA.
+Without a C++ compiler, or with METAPRIOR_NATIVE=0 in the environment, XLA computes the same functions.
 
-A library is executed, so it is loaded only from a folder that nobody else can write to, and only if its content has the
-hash that was written beside it; otherwise it is compiled again.
+A library is executed, so it is loaded only from a folder that no other user can write to, and only if its content has
+the hash in the file beside it. Otherwise it is compiled again.
 """
 
 import ctypes
@@ -35,12 +35,12 @@ TARGETS = tuple(f"metaprior_{kernel}_{out}" for kernel in ("conv", "product") fo
 
 
 def compiler() -> str | None:
-    """The C++ compiler: that of CXX, or the usual names."""
+    """Returns the path of the C++ compiler: that of CXX, else c++, g++ or clang++. None if there is none."""
     return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))), None)
 
 
 def processor() -> str:
-    """What `-march=native` goes by: a folder that machines share holds a library for each kind."""
+    """Returns a text that identifies the CPU for `-march=native`. A shared folder has one library per kind of CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith("flags"))
@@ -49,7 +49,15 @@ def processor() -> str:
 
 
 def build(source: Path, folder: Path) -> Path | None:
-    """The compiled library of `source` in `folder`; None without a compiler or where it fails, with a warning."""
+    """Compiles a source file, unless its library is in the folder already.
+
+    Args:
+        source: The C++ file.
+        folder: The folder for the library.
+
+    Returns:
+        The library. None without a compiler, or, with a warning, if the compilation fails.
+    """
     chosen = compiler()
     if chosen is None:
         return None
@@ -66,7 +74,7 @@ def build(source: Path, folder: Path) -> Path | None:
                 said = done.stderr.strip().splitlines()
     except OSError as error:
         said = [str(error)]
-    warnings.warn(f"{source.name} did not compile ({said[0] if said else chosen}); going on without it", stacklevel=2)
+    warnings.warn(f"{source.name} did not compile ({said[0] if said else chosen}); continuing without it", stacklevel=2)
     return None
 
 
@@ -80,7 +88,13 @@ def _name(chosen: str, source: Path) -> str:
 
 
 def trusted(library: Path) -> bool:
-    """Whether a library is a regular file of this user's, closed to others' writing, with the hash beside it."""
+    """Returns whether a library may be loaded.
+
+    It must be a regular file of this user that others cannot write to, with the hash in the file beside it.
+
+    Args:
+        library: The library.
+    """
     try:
         found, beside = library.lstat(), _digest_file(library)
         safe = stat.S_ISREG(found.st_mode) and owned(found) and not found.st_mode & 0o022
@@ -94,7 +108,7 @@ def _digest_file(library: Path) -> Path:
 
 
 def _keep(made: Path, library: Path) -> Path:
-    """Put a new library and its hash in place; both reach the disk before they get their names."""
+    """Moves a new library and its hash to their names, after both have reached the disk."""
     made.chmod(0o700)
     digest = _digest_file(made)
     digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
@@ -108,7 +122,7 @@ def _keep(made: Path, library: Path) -> Path:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time compiles in a folder; the others wait and use what it made."""
+    """Lets one process at a time compile in a folder. The others wait and use its result."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
         if fcntl is not None:
@@ -118,7 +132,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @functools.cache
 def registered() -> bool:
-    """Whether XLA knows the kernels; compiles and registers them on the first call."""
+    """Returns whether the kernels are available. The first call compiles them and registers them with XLA."""
     if os.environ.get("METAPRIOR_NATIVE", "1") == "0":
         return False
     kept = private_folder("native")
@@ -128,18 +142,18 @@ def registered() -> bool:
         if made is None:
             return False
         library = ctypes.cdll.LoadLibrary(str(made))
-    except OSError as error:  # a folder from which nothing may be run
-        warnings.warn(f"the kernels do not load ({error}); going on without them", stacklevel=2)
+    except OSError as error:  # e.g. a folder from which no code may be executed
+        warnings.warn(f"the kernels do not load ({error}); continuing without them", stacklevel=2)
         return False
     finally:
         if kept is None:
-            shutil.rmtree(folder, ignore_errors=True)  # what is loaded stays in memory
+            shutil.rmtree(folder, ignore_errors=True)  # the loaded library stays in memory
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return True
 
 
 def kernels() -> str | None:
-    """The name of the kernels in use, which tells their source, flags and processor apart; None without them."""
+    """Returns the name of the kernels in use, which depends on source, flags and CPU. None without kernels."""
     chosen = compiler() if registered() else None
     return None if chosen is None else _name(chosen, SOURCE).removesuffix(".so")

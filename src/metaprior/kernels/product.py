@@ -1,9 +1,10 @@
-"""Products of small matrices, one a task, that are fast at every order of derivative.
+"""Products of small matrices, one per task, that are fast at every order of derivative.
 
-y = x w is one trilinear form, sum y x w, seen from its output, as a convolution is (`conv.py`): one primitive takes two
-of the three tensors and gives the third, and its derivatives of every order are itself again. On a CPU an inner loop
-asks for hundreds of products of ten rows by forty, which XLA's calls take several times too long for: those are kernels
-of our own (`native.py`), as are the sums over rows that a bias's derivative is.
+As for a convolution (`conv.py`), y = x w and its derivatives come from one trilinear form, the sum of y x w. One
+primitive computes one of the three tensors from the two others, and its derivatives of every order are the same
+primitive. On a CPU, an inner loop has hundreds of products of ten rows by forty, for which XLA's calls are several
+times slower than necessary. These use C++ kernels (`native.py`), and so do the sums over rows in the derivative of a
+bias.
 """
 
 from functools import partial
@@ -18,30 +19,51 @@ from jaxtyping import Array, Float
 
 from metaprior.kernels.native import registered
 
-# The last axes in the primitive. Before them any axes of tasks, which broadcast: a factor that tasks share has none.
+# The last axes in the primitive. Before them are axes of tasks, which broadcast: a factor that tasks share has none.
 AXES = {"x": "ni", "w": "io", "y": "no"}
-# Multiplications, and numbers of the weights, of one product up to which our kernels, which keep no blocks, are used.
+# The largest numbers of multiplications and of weights for which the C++ kernels are used, as they have no blocking.
 MULTIPLICATIONS, WEIGHTS = 2**21, 2**14
 
 
 def product(x: Float[Array, "n i"], w: Float[Array, "i o"]) -> Float[Array, "n o"]:
-    """x w; under vmap each task may have its own w. Raises ValueError unless both have two axes and agree on i."""
+    """Computes x w. Under vmap each task may have its own w.
+
+    Args:
+        x: Matrix [n, i].
+        w: Matrix [i, o].
+
+    Raises:
+        ValueError: x or w does not have two axes, or they differ in i.
+    """
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
-        raise ValueError(f"x, w: came shapes {x.shape}, {w.shape}; needs [n, i], [i, o] with the same i")
+        raise ValueError(f"x and w must have shapes [n, i] and [i, o] with the same i, got {x.shape} and {w.shape}.")
     dtype = jnp.result_type(x, w)
     return _bind("y", x=x.astype(dtype), w=w.astype(dtype))
 
 
 def dots(a: Float[Array, "n o"], b: Float[Array, "i o"]) -> Float[Array, "n i"]:
-    """Inner products of the rows of a with those of b, a b'. Raises ValueError unless both have rows of one length."""
+    """Computes the inner products a b' of the rows of a with those of b.
+
+    Args:
+        a: Matrix [n, o].
+        b: Matrix [i, o].
+
+    Raises:
+        ValueError: a or b does not have two axes, or they differ in o.
+    """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"a, b: came shapes {a.shape}, {b.shape}; needs [n, o], [i, o] with the same o")
+        raise ValueError(f"a and b must have shapes [n, o] and [i, o] with the same o, got {a.shape} and {b.shape}.")
     dtype = jnp.result_type(a, b)
     return _bind("x", w=b.astype(dtype), y=a.astype(dtype))
 
 
 def rows(b: Float[Array, " o"], n: int) -> Float[Array, "n o"]:
-    """b, n times: as a product with ones, so that the sum over rows that is its derivative has a kernel too."""
+    """Repeats a row n times, by a product with ones, so that a kernel computes its derivative, a sum over rows.
+
+    Args:
+        b: The row [o].
+        n: Number of rows.
+    """
     return product(jnp.ones((n, 1), b.dtype), b[None])
 
 
@@ -55,7 +77,7 @@ def _operands(out: str) -> str:
 
 
 def _bind(out: str, **tensors: Array) -> Array:
-    """The tensor named `out`, from the two others."""
+    """Computes the tensor named `out` from the two others."""
     return product_p.bind(*(tensors[name] for name in _operands(out)), out=out)
 
 
@@ -68,19 +90,19 @@ def _abstract(*avals: ShapedArray | Array, out: str) -> ShapedArray:
 
 
 def _transpose(side: int, cotangent: Array, *operands: Array, out: str) -> Array:
-    """The map is linear in each operand, and its transpose in one is the same trilinear form seen from that one."""
+    """Transposes the map in one operand: its derivative of the same trilinear form in that operand."""
     wanted, other = _operands(out)[side], _operands(out)[1 - side]
     found = _bind(wanted, **{out: cotangent, other: operands[1 - side]})
     shape = operands[side].aval.shape
-    found = found.sum(range(found.ndim - len(shape)))  # over the tasks that shared it
+    found = found.sum(range(found.ndim - len(shape)))  # over the tasks that share the operand
     once = [axis for axis, size in enumerate(shape[:-2]) if size == 1 < found.shape[axis]]
     return found.sum(once, keepdims=True)
 
 
 def _batch(args: tuple[Array, ...], dims: tuple[int | None, ...], *, out: str) -> tuple[Array, int]:
-    """One product for all where they share w, its rows those of each; else one more axis of tasks.
+    """Makes one product with more rows if all tasks share w, else adds an axis of tasks.
 
-    Tasks' own tensors are taken as they are: each reshaped copy would be kept for the backward pass beside them.
+    The tensors of tasks are not reshaped, because each copy would be kept for the backward pass.
     """
     moved = [a if dim is None else jnp.moveaxis(a, dim, 0) for a, dim in zip(args, dims, strict=True)]
     given = dict(zip(_operands(out), zip(moved, (dim is not None for dim in dims), strict=True), strict=True))
@@ -112,7 +134,7 @@ batching.primitive_batchers[product_p] = _batch
 
 
 def _by_xla(a: Array, b: Array, *, out: str) -> Array:
-    """XLA's matrix product; where nothing is summed, a product of numbers, which XLA fuses with what comes next."""
+    """Uses XLA's matrix product. Without a sum it is an elementwise product, which XLA fuses with later operations."""
     a, b = {"y": (a, b), "x": (b, a.mT), "w": (a.mT, b)}[out]
     return a * b if a.shape[-1] == 1 else a @ b
 
@@ -129,7 +151,7 @@ def _on_cpu(a: Array, b: Array, *, out: str) -> Array:
     tasks = wanted.shape[:-2]
 
     def in_a_row(a: Array) -> Array:
-        """[t, ...], where all tasks share it [1, ...]: what the kernels read."""
+        """Returns the factor as the kernels read it: [t, ...], or [1, ...] if all tasks share it."""
         own = a.shape[:-2] if prod(a.shape[:-2]) == 1 else tasks
         return jnp.broadcast_to(a, (*own, *a.shape[-2:])).reshape(prod(own), *a.shape[-2:])
 
