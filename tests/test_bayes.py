@@ -335,16 +335,16 @@ def test_without_support_the_posterior_is_the_prior(name):
     ("name", "options", "message"),
     [
         ("bmaml", {"particles": 0}, "particles must be"),
-        ("bmaml", {"loss": "chase"}, "loss: came 'chase'"),
+        ("bmaml", {"loss": "chase"}, "loss must be .* got 'chase'"),
         ("platipus", {"kl_weight": -1.0}, "kl_weight must be"),
-        ("platipus", {"draws": 0}, "draws: came 0"),
+        ("platipus", {"draws": 0}, "draws must be at least 1, got 0"),
         ("gem_bml", {"kl_weight": -0.1}, "kl_weight must be"),
-        ("gem_bml", {"log_sd": -200.0}, "log_sd: came -200.0"),
+        ("gem_bml", {"log_sd": -200.0}, "log_sd must be .* got -200.0"),
         ("amortized_bml", {"samples": 0}, "samples must be"),
         ("amortized_bml", {"samples": 3}, "samples must be 1 or even.* got 3"),
         ("gem_bml", {"optimizer": "natural", "rate": 2.0}, r"rate must be in \(0, 1\].* got rate 2.0"),
         ("gem_bml", {"optimizer": "natural", "kl_weight": 0.0}, "kl_weight above 0.* and kl_weight 0.0"),
-        ("maml_noise", {"noise": 0.0}, "noise: came 0.0"),
+        ("maml_noise", {"noise": 0.0}, "noise must be above 0, got 0.0"),
     ],
 )
 def test_bad_options_are_named(name, options, message):

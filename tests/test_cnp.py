@@ -129,7 +129,7 @@ def test_trained_on_a_conjugate_hierarchy_it_approaches_the_exact_predictive():
 
 
 def test_bad_options_are_named():
-    with pytest.raises(ValueError, match="width, heads: came 10, 4"):
+    with pytest.raises(ValueError, match="width must be a multiple of heads, got 10 and 4"):
         anp(BARE, Categorical(), width=10, heads=4)
     with pytest.raises(ValueError, match="by_class"):
         cnp(BARE, Gaussian(), by_class=True)

@@ -105,7 +105,7 @@ def test_without_a_support_the_query_is_a_graph_of_one():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="likelihood: came Gaussian"):
+    with pytest.raises(ValueError, match=r"likelihood must be Categorical.* got Gaussian"):
         gnn(BARE, Gaussian())
     with pytest.raises(ValueError, match="layers must be an integer of at least 1, got 0"):
         gnn(BARE, Categorical(), layers=0)

@@ -135,7 +135,7 @@ def test_nil_scores_do_not_depend_on_the_scale_of_weights(softmax):
 
     np.testing.assert_allclose(answer(0.1), answer(1.0), rtol=1e-5)
     np.testing.assert_allclose(answer(0.0), jnp.full((6, 3), 1 / 3), rtol=1e-5)
-    with pytest.raises(ValueError, match="likelihood: came Gaussian, but nil tells classes apart"):
+    with pytest.raises(ValueError, match=r"likelihood must be Categorical\(\) for nil, .* got Gaussian"):
         nil(mlp(1, (4,)), Gaussian())
 
 

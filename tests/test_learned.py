@@ -252,8 +252,8 @@ def test_digits_are_real_and_their_splits_share_no_image():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": "anywhere"}, "start: came 'anywhere'"),
-        ({"steps": 10, "unroll": 4}, "steps, unroll: came 10 and 4"),
+        ({"start": "anywhere"}, "start must be .* got 'anywhere'"),
+        ({"steps": 10, "unroll": 4}, "steps must be a multiple of unroll.* got 10 and 4"),
         ({"units": 0}, "units must be"),
     ],
 )

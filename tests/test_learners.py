@@ -104,7 +104,7 @@ def test_anil_moves_the_head_alone():
     assert not np.allclose(phi["head"]["w"], params["head"]["w"])
     body = gradient(learner, params)["layer1"]["w"]
     assert jnp.abs(body).sum() > 0  # the outer gradient reaches the body
-    with pytest.raises(ValueError, match=r"head: came 'tail'.*layer1"):
+    with pytest.raises(ValueError, match=r"head must be a layer of the model.*layer1.*got 'tail'"):
         anil(NET, Gaussian(), head="tail").init(KEY, TASK)
 
 

@@ -328,16 +328,16 @@ def test_distances_do_not_cancel_and_have_gradients_at_zero():
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
-        (protonet, {"likelihood": Gaussian()}, "likelihood: came Gaussian"),
-        (matching, {"likelihood": Gaussian()}, "likelihood: came Gaussian"),
-        (nearest_neighbour, {"likelihood": Gaussian()}, "likelihood: came Gaussian"),
+        (protonet, {"likelihood": Gaussian()}, "likelihood must be Categorical.* got Gaussian"),
+        (matching, {"likelihood": Gaussian()}, "likelihood must be Categorical.* got Gaussian"),
+        (nearest_neighbour, {"likelihood": Gaussian()}, "likelihood must be Categorical.* got Gaussian"),
         (protonet, {"distance": "euclid"}, "did you mean 'euclidean'"),
         (protonet, {"temperature": 0.0}, "temperature must be"),
-        (protonet, {"bayes": True, "distance": "cosine"}, "bayes: its learned variances"),
+        (protonet, {"bayes": True, "distance": "cosine"}, "bayes must be False"),
         (protonet, {"way": 1}, "way must be"),
         (matching, {"temperature": -1.0}, "temperature must be"),
         (matching, {"reads": 0}, "reads must be"),
-        (nearest_neighbour, {"on": "pixel"}, "on: came 'pixel'"),
+        (nearest_neighbour, {"on": "pixel"}, "on must be .* got 'pixel'"),
         (nearest_neighbour, {"temperature": 0.0}, "temperature must be"),
         (fine_tune, {"l2": -1.0}, "l2 must be"),
         (fine_tune, {"optimizer": "sgdd"}, "optimizer must be"),
@@ -367,7 +367,7 @@ def test_a_label_beyond_the_ways_is_no_small_loss():
 
 def test_an_embedding_without_a_head_needs_the_number_of_classes():
     learner = protonet(PLAIN, Categorical())
-    with pytest.raises(ValueError, match="way: came None"):
+    with pytest.raises(ValueError, match=r"way must be .* got None"):
         learner.adapt(learner.init(KEY, TASK), TASK.support, KEY)
 
 

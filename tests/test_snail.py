@@ -97,5 +97,5 @@ def test_training_shuffles_the_support_by_its_key():
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="filters must be"):
         snail(BARE, Categorical(), filters=0)
-    with pytest.raises(ValueError, match=r"attention: came .* \(K, V\) pairs"):
+    with pytest.raises(ValueError, match=r"attention a list of pairs \(K, V\), got"):
         snail(BARE, Categorical(), attention=((3,),))

@@ -19,16 +19,16 @@ class InnerLoop:
     those that have no meaning for it.
 
     Attributes:
-        steps: Number of inner steps in training.
-        test_steps: Number of inner steps on a new task. None uses `steps`.
-        rate: Learning rate of the inner optimiser, on the *mean* negative log likelihood of the support.
-        optimizer: The inner optimiser: the name of an optax optimiser, or an optax transformation, whose own rate then
+        steps: number of inner steps in training.
+        test_steps: number of inner steps on a new task. None uses `steps`.
+        rate: learning rate of the inner optimiser, on the *mean* negative log likelihood of the support.
+        optimizer: the inner optimiser: the name of an optax optimiser, or an optax transformation, whose own rate then
             replaces `rate`.
-        first_order: Stop the meta-gradient at each inner gradient (Finn et al. 2017, section 5.2). This saves memory
+        first_order: stop the meta-gradient at each inner gradient (Finn et al. 2017, section 5.2). This saves memory
             and time, and ignores second derivatives.
-        remat: Recompute inner steps in the backward pass. Memory grows with the logarithm of the number of steps; time
+        remat: recompute inner steps in the backward pass. Memory grows with the logarithm of the number of steps; time
             grows by a factor of that logarithm.
-        transductive: Predict all queries together. Batch norm then sees them in one batch, so the prediction of one
+        transductive: predict all queries together. Batch norm then sees them in one batch, so the prediction of one
             query depends on the others. False predicts each query in a batch of its own beside the support (Nichol et
             al. 2018, section 6.1). The two are the same for networks without batch norm.
     """

@@ -23,7 +23,7 @@ from metaprior.learners.traits import traits
 
 
 def hyper_nll(theta: DiagonalGaussian, a0: float, b0: float) -> Scalar:
-    """-log p(theta) up to a constant: 1/2 |mu|^2 - sum [(a0 - 1) log tau - b0 tau], tau = 1 / sigma^2."""
+    """Returns -log p(theta) up to a constant: 1/2 |mu|^2 - sum [(a0 - 1) log tau - b0 tau] with tau = 1 / sigma^2."""
 
     def leaf(mean: Any, log_sd: Any) -> Any:
         return (0.5 * mean**2 + 2 * (a0 - 1) * log_sd + b0 * jnp.exp(-2 * log_sd)).sum()
@@ -49,11 +49,22 @@ def amortized_bml(
     draws: Whole = 16,
     **inference: Any,
 ) -> Learner:
-    """Meta-learn mu and sigma by the ELBO of all data, back-propagated through the inner steps.
+    """Meta-learns a Gaussian prior over weights by the ELBO of all data of a task, through the steps of its inference.
 
-    hyperprior: the weight of -log p(theta), 1 / (number of tasks x examples a task) in the paper; 0 leaves it out. a0,
-    b0: of its Gamma. log_sd: of the prior before training. draws: networks a prediction averages (0: linearised, in
-    closed form). Other options: see `Variational`. Metrics are those of the query at the posterior's mean.
+    Metrics are those of the query at the mean of the posterior.
+
+    Args:
+        model: the network.
+        likelihood: of the support and the query.
+        log_sd: logarithm of the prior's sd before training.
+        hyperprior: weight of -log p(theta). The paper's is 1 / (number of tasks x examples per task); 0 leaves it out.
+        a0: shape of the hyper-prior's Gamma.
+        b0: rate of the hyper-prior's Gamma.
+        draws: number of networks that a prediction averages. 0 linearises, in closed form.
+        inference: how the Gaussian of a task is fitted, see `Variational`.
+
+    References:
+        Ravi & Beatson 2019, section 3.
     """
     how = Variational(**inference)
 

@@ -31,7 +31,7 @@ def _is_head(params: PyTree, head: str) -> PyTree:
     mask = jax.tree_util.tree_map_with_path(lambda path, _: head in names(path), params)
     if not any(jax.tree.leaves(mask)):
         seen = sorted({name for path, _ in jax.tree_util.tree_leaves_with_path(params) for name in names(path)})
-        raise ValueError(f"head: came {head!r}, needs a layer of the model; its parameters are named {', '.join(seen)}")
+        raise ValueError(f"head must be a layer of the model, one of {', '.join(seen)}, got {head!r}.")
     return mask
 
 
@@ -42,13 +42,12 @@ def anil(
     """Meta-learns an initialisation of which one layer alone is adapted.
 
     Args:
-        model: The network.
-        likelihood: Of the support and the query.
-        head: Name of the layer that is adapted: a component of its parameters' path.
-        posterior: What is put around the last phi.
-        inner: Options of the inner loop, see `InnerLoop`.
+        model: the network.
+        likelihood: of the support and the query.
+        head: name of the layer that is adapted: a component of its parameters' path.
+        posterior: what is put around the last phi.
+        inner: options of the inner loop, see `InnerLoop`.
     """
-
     import equinox as eqx  # not above: it takes a sixth of a second
 
     def start(params: PyTree) -> PyTree:
@@ -82,16 +81,24 @@ class Memory(NamedTuple):
 def nil(
     model: Model, likelihood: Likelihood, *, temperature: Positive = 10.0, softmax: bool = False, **options: Any
 ) -> Learner:
-    """ANIL in training; at test, a class's score is the mean cosine similarity to its support examples.
+    """Trains as ANIL; at test the score of a class is the mean cosine similarity to its support examples.
 
-    The paper sums the similarities; the mean ranks classes alike where each has as many shots. softmax=True turns
-    similarities into attention weights first. `temperature` multiplies the cosines (accuracy does not depend on it
-    without softmax, calibration does). Classification only; the model needs `features`.
+    The paper sums the similarities. The mean ranks classes alike where each has as many shots. Classification only.
+
+    Args:
+        model: the network; it needs `features`.
+        likelihood: `Categorical()`.
+        temperature: factor of the cosines. Accuracy does not depend on it without `softmax`; calibration does.
+        softmax: whether similarities are turned into attention weights first.
+        options: as in `anil`.
+
+    References:
+        Raghu, Raghu, Bengio & Vinyals 2020.
     """
     check_classification("nil", likelihood, None)
     trained = anil(model, likelihood, **options)
     if model.features is None:
-        raise ValueError("model: NIL compares features, but this model has none; give Model(init, apply, features)")
+        raise ValueError("model must have features, which NIL compares. Give Model(init, apply, features).")
     embed = embedding(model)
 
     def unit(params: PyTree, x: PyTree) -> Float[Array, "n d"]:

@@ -54,17 +54,17 @@ def bmaml(
     """Meta-learns M particles; params and posterior hold them along a leading axis.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
         particles: M, each from a random start of its own.
-        leader_steps: Number s of further Stein steps of the leader.
+        leader_steps: number s of further Stein steps of the leader.
         loss: "chaser" or "mixture".
-        weight_precision: Precision of a prior N(0, 1 / precision) on each particle's weights. 0: flat.
-        inner: Options of the Stein steps, see `InnerLoop`. They descend the mean nll; the kernel's repulsion is divided
+        weight_precision: precision of a prior N(0, 1 / precision) on each particle's weights. 0: flat.
+        inner: options of the Stein steps, see `InnerLoop`. They descend the mean nll; the kernel's repulsion is divided
             by the number of examples as well.
     """
     if loss not in ("chaser", "mixture"):
-        raise ValueError(f"loss: came {loss!r}, needs 'chaser' or 'mixture'")
+        raise ValueError(f"loss must be 'chaser' or 'mixture', got {loss!r}.")
 
     loop = InnerLoop(**inner)
 

@@ -44,13 +44,13 @@ def cavia(
     """Meta-learns a network that reads a few context parameters phi, which alone are adapted.
 
     Args:
-        model: The network. Where phi joins its inputs, these are flattened to [n, d].
-        likelihood: Of the support and the query.
-        context: Number of context parameters.
-        layer: Name of the layer that phi modulates, after its norm (e.g. "block3" of `conv4`). None appends phi to the
+        model: the network. Where phi joins its inputs, these are flattened to [n, d].
+        likelihood: of the support and the query.
+        context: number of context parameters.
+        layer: name of the layer that phi modulates, after its norm (e.g. "block3" of `conv4`). None appends phi to the
             inputs.
-        posterior: What is put around the last phi.
-        inner: Options of the inner loop, see `InnerLoop`.
+        posterior: what is put around the last phi.
+        inner: options of the inner loop, see `InnerLoop`.
     """
     loop = InnerLoop(**inner)
     optimizer = loop.transformation()

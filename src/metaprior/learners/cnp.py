@@ -24,7 +24,14 @@ from metaprior.networks.mlp import mlp
 
 
 class Process(NamedTuple):
-    """theta: the embedding of x (the given model), h and g; `address` makes queries and keys of inputs."""
+    """theta.
+
+    Attributes:
+        embedding: parameters of the embedding of x (the given model).
+        encoder: parameters of h.
+        decoder: parameters of g.
+        address: parameters of the map from inputs to queries and keys; None without attention.
+    """
 
     embedding: PyTree
     encoder: PyTree
@@ -53,16 +60,31 @@ def cnp(
     attention: bool = False,
     heads: Count = 8,
 ) -> Learner:
-    """Meta-learn to read a support set into `width` numbers, and outputs off them; an empty one is read as zeros.
+    """Meta-learns to summarise a support in `width` numbers and to predict from them.
 
-    encoder, decoder: hidden layers of h and g on the model's features. Classes are read one-hot; by_class=True keeps
-    one mean a class, side by side (the paper's sec. 4.3, Omniglot). attention: an r of each query's own, by `heads`
-    heads. The order of the support does not matter; class names do as far as training has not taught otherwise.
+    An empty support is read as zeros. The order of the support does not matter. The answer depends on how classes are
+    named, as far as training has not taught otherwise.
+
+    Args:
+        model: the network, whose features are the embedding.
+        likelihood: of the support and the query.
+        width: length of the summary r.
+        encoder: widths of the hidden layers of h.
+        decoder: widths of the hidden layers of g.
+        by_class: whether each class has a mean of its own, side by side (section 4.3 of the paper, Omniglot). Otherwise
+            classes are read one-hot into one mean.
+        attention: whether each query has a summary of its own, by attention to the support.
+        heads: number of heads of the attention; it must divide `width`.
+
+    References:
+        Garnelo et al. 2018, equations 1 to 3; Kim et al. 2019, section 3.
     """
     if width < 1 or (attention and (heads < 1 or width % heads)):
-        raise ValueError(f"width, heads: came {width}, {heads}; needs a width that the number of heads divides")
+        raise ValueError(f"width must be a multiple of heads, got {width} and {heads}.")
     if by_class and (attention or not isinstance(likelihood, Categorical)):
-        raise ValueError("by_class: came True, needs a categorical likelihood and attention=False")
+        raise ValueError(
+            "by_class must be False with attention, or with a likelihood that is not Categorical, got True."
+        )
     embed = embedding(model)
     h, g, address = mlp(width, encoder), mlp(hidden=decoder), mlp(width, encoder[:1])
 
@@ -104,8 +126,13 @@ def cnp(
 
 
 @traits(reads_names=True, small={"width": 32, "encoder": (32,), "decoder": (32,), "heads": 4})
-@passes_options_to(cnp)
+@passes_options_to(cnp, without=("attention",))
 def anp(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
-    """The attentive form: `cnp` with attention=True; same options."""
-    options["attention"] = True
-    return cnp(model, likelihood, **options)
+    """Meta-learns to summarise a support for each query by attention: `cnp` with attention=True.
+
+    Args:
+        model: as in `cnp`.
+        likelihood: as in `cnp`.
+        options: as in `cnp`, without `attention`.
+    """
+    return cnp(model, likelihood, attention=True, **options)

@@ -53,13 +53,13 @@ def fine_tune(
     regression.
 
     Args:
-        model: The network.
-        likelihood: Of the support and the query.
-        way: Number of outputs of the new head. None: the model's own number.
-        frozen: Whether the features stay as they are. False tunes all parameters.
-        l2: Weight of l2 / 2 |head|^2, which is added to the mean nll.
-        posterior: What is put around the last phi.
-        inner: Options of the fit of the head, see `InnerLoop`.
+        model: the network.
+        likelihood: of the support and the query.
+        way: number of outputs of the new head. None: the model's own number.
+        frozen: whether the features stay as they are. False tunes all parameters.
+        l2: weight of l2 / 2 |head|^2, which is added to the mean nll.
+        posterior: what is put around the last phi.
+        inner: options of the fit of the head, see `InnerLoop`.
     """
     loop = InnerLoop(**inner)
     # Frozen features are computed beside the support once, before the head sees them.

@@ -30,10 +30,17 @@ from metaprior.learners.traits import traits
 def gem_gradient(
     prior: DiagonalGaussian, posterior: DiagonalGaussian, before: DiagonalGaussian | None = None
 ) -> DiagonalGaussian:
-    """The gradient of log p(D | Theta) in (mean, log_sd), from posteriors alone: the data may live elsewhere.
+    """Returns the gradient of log p(D | Theta) in (mean, log_sd), from posteriors alone: the data may be elsewhere.
 
-    posterior: given all of D; before: given the support, to get the gradient of log p(query | support) (GEM-BML+).
-    Exact where the posteriors are (Zou & Lu 2020, Theorem 1). Each leaf needs only its own leaves.
+    It is exact where the posteriors are. Each leaf needs only its own leaves.
+
+    Args:
+        prior: N(mean, sd^2).
+        posterior: given all of D.
+        before: given the support alone, for the gradient of log p(query | support) (GEM-BML+).
+
+    References:
+        Zou & Lu 2020, Theorem 1.
     """
 
     def g(q: DiagonalGaussian) -> DiagonalGaussian:
@@ -47,13 +54,17 @@ def gem_gradient(
 
 
 def natural(gradient: DiagonalGaussian, prior: DiagonalGaussian) -> DiagonalGaussian:
-    """The gradient over the Fisher information of the prior: sigma^2 for the mean, 1/2 for log sigma (Amari 1998)."""
+    """Returns the gradient over the prior's Fisher information: times sigma^2 for the mean, 1/2 for log sigma.
+
+    References:
+        Amari 1998.
+    """
     mean = jax.tree.map(lambda g, s: g * jnp.exp(2 * s), gradient.mean, prior.log_sd)
     return DiagonalGaussian(mean, jax.tree.map(lambda g: g / 2, gradient.log_sd))
 
 
 def ascends(theta: DiagonalGaussian, gradient: DiagonalGaussian) -> Scalar:
-    """A scalar that is 0 and whose gradient in theta is minus the given one, which is held still."""
+    """Returns a scalar of value 0 whose gradient in theta is minus the given one, which is held constant."""
     here, gradient = jax.lax.stop_gradient((theta, gradient))
     along = jax.tree.map(lambda t, h, g: (g * (h - t)).sum(), theta, here, gradient)
     return jnp.asarray(sum(jax.tree.leaves(along)))
@@ -62,7 +73,10 @@ def ascends(theta: DiagonalGaussian, gradient: DiagonalGaussian) -> Scalar:
 def two_posteriors(
     model: Model, likelihood: Likelihood, theta: DiagonalGaussian, task: Task, key: PRNGKeyArray, how: Variational
 ) -> tuple[DiagonalGaussian, DiagonalGaussian]:
-    """(q_S, q_SQ), lines 2 and 3 of the subroutine: q_S is the prior of q_SQ; no gradient flows through either."""
+    """Returns (q_S, q_SQ), lines 2 and 3 of the subroutine.
+
+    q_S is the prior of q_SQ; no gradient flows through either.
+    """
     key_support, key_query = jax.random.split(key)
     prior = jax.lax.stop_gradient(theta)
     q_s = infer(model, likelihood, prior, task.support, key_support, how, first_order=True)
@@ -88,11 +102,22 @@ def gem_bml(
     precondition: bool = True,
     **inference: Any,
 ) -> Learner:
-    """Meta-learn a Gaussian prior by gradient-EM: memory does not grow with the number of inner steps.
+    """Meta-learns a Gaussian prior over weights by gradient-EM, whose memory does not grow with the inner steps.
 
-    predictive: True is GEM-BML+. precondition: the natural gradient (times sigma^2), without which a small sigma makes
-    huge steps; False is the paper's formula. log_sd, draws: as in `amortized_bml`. Other options: see `Variational`.
-    The reported loss is the query's mean nll at the mean of q_S, its gradient the gradient-EM estimate.
+    The reported loss is the mean nll of the query at the mean of q_S; its gradient is the gradient-EM estimate.
+
+    Args:
+        model: the network.
+        likelihood: of the support and the query.
+        predictive: True is GEM-BML+.
+        precondition: whether to follow the natural gradient (times sigma^2). Without it a small sigma makes huge steps;
+            False is the paper's formula.
+        log_sd: logarithm of the prior's sd before training.
+        draws: number of networks that a prediction averages. 0 linearises, in closed form.
+        inference: how the Gaussian of a task is fitted, see `Variational`.
+
+    References:
+        Zou & Lu 2020, Algorithm 1 and Theorem 1.
     """
     how = Variational(**inference)
 
@@ -115,7 +140,13 @@ def gem_bml(
 )
 @passes_options_to(gem_bml, without=("predictive",))
 def gem_bml_plus(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
-    """GEM-BML+: gradient-EM of log p(query | support); options as `gem_bml`."""
+    """Meta-learns a Gaussian prior by gradient-EM of log p(query | support) (GEM-BML+).
+
+    Args:
+        model: as in `gem_bml`.
+        likelihood: as in `gem_bml`.
+        options: as in `gem_bml`, without `predictive`.
+    """
     return gem_bml(model, likelihood, predictive=True, **options)
 
 
@@ -129,7 +160,18 @@ def gem_bml_plus(model: Model, likelihood: Likelihood, **options: Any) -> Learne
 def kl_chaser(
     model: Model, likelihood: Likelihood, *, log_sd: float = -3.0, draws: Whole = 16, **inference: Any
 ) -> Learner:
-    """Descend KL(stop(q_SQ) || q_S) through the inference of q_S (Zou & Lu 2020, table 1); options as `gem_bml`."""
+    """Meta-learns a Gaussian prior by descending KL(stop(q_SQ) || q_S) through the inference of q_S.
+
+    Args:
+        model: the network.
+        likelihood: of the support and the query.
+        log_sd: logarithm of the prior's sd before training.
+        draws: number of networks that a prediction averages. 0 linearises, in closed form.
+        inference: how the Gaussian of a task is fitted, see `Variational`.
+
+    References:
+        Zou & Lu 2020, table 1.
+    """
     how = Variational(**inference)
 
     def loss(theta: DiagonalGaussian, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:

@@ -31,7 +31,14 @@ EDGES = 2**16  # in memory at once; queries beyond that go one chunk after anoth
 
 
 class Graph(NamedTuple):
-    """theta: the embedding of x (the given model), each layer's MLP of edges and map of nodes, the MLP that asks."""
+    """theta.
+
+    Attributes:
+        embedding: parameters of the embedding of x (the given model).
+        edges: the MLP of the edges of each layer.
+        nodes: the map of the nodes of each layer.
+        asks: the MLP that chooses a label to ask for; None without it.
+    """
 
     embedding: PyTree
     edges: list[PyTree]
@@ -40,7 +47,13 @@ class Graph(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """The posterior: the support's nodes, and the labels that may be asked for (rows of zeros elsewhere)."""
+    """The posterior.
+
+    Attributes:
+        nodes: of the support.
+        weight: of the support.
+        hidden: labels that may be asked for; rows of zeros elsewhere.
+    """
 
     nodes: Float[Array, "n c"]
     weight: Float[Array, " n"]
@@ -58,24 +71,40 @@ def gnn(
     unlabelled: Fraction = 0.8,
     ask: str | None = None,
 ) -> Learner:
-    """Meta-learn how labels pass between examples, on the model's features. Classification only.
+    """Meta-learns how labels pass between examples along the edges of a graph.
 
-    layers: of the graph. filters: the edges' MLP has hidden layers of 2, 2, 1 and 1 times so many units, a layer adds
-    half as many to each node. A support label below 0 says that it is not known (the semi-supervised mode).
-    unlabelled: the largest share of the support without a label; more is a ValueError from `adapt`, and in compiled
-    code, which cannot raise, answers of NaN. ask: "attention" or "random" (a comparison: the whole label of any node)
-    lets each query's graph learn one label that is hidden as -2 - label. The order of the support does not matter
-    (but to random asking); class names do as far as training has not taught otherwise. Weights of the support say only
-    how much an edge to an example counts: a weight of 2 is not the example twice.
+    Classification only. A support label below 0 says that the label is not known (the semi-supervised mode). The order
+    of the support does not matter, except to random asking. The answer depends on how classes are named, as far as
+    training has not taught otherwise. Weights of the support say only how much an edge to an example counts: a weight
+    of 2 is not the example twice.
+
+    Args:
+        model: the network, whose features are the embedding.
+        likelihood: `Categorical()`.
+        layers: number of layers of the graph.
+        filters: the MLP of the edges has hidden layers of 2, 2, 1 and 1 times so many units; each layer adds half as
+            many to each node.
+        unlabelled: the largest share of the support without a label. With more, `adapt` raises a ValueError; compiled
+            code, which cannot raise, answers NaN.
+        ask: "attention" lets the graph of each query learn one label that is hidden as -2 - label. "random" is for
+            comparison: it learns the whole label of any node. None asks for no label.
+
+    Raises:
+        ValueError: another likelihood, or options out of range.
+
+    References:
+        Garcia & Bruna 2018, sections 4 and 5.
     """
     if not isinstance(likelihood, Categorical):
-        raise ValueError(f"likelihood: came {likelihood}, needs a categorical one: the graph passes class labels")
+        raise ValueError(f"likelihood must be Categorical() for gnn, which passes class labels on, got {likelihood}.")
     if layers < 1 or filters < 2:
-        raise ValueError(f"layers, filters: came {layers}, {filters}; needs at least 1 layer and 2 filters")
+        raise ValueError(f"layers must be at least 1 and filters at least 2, got {layers} and {filters}.")
     if not 0 <= unlabelled < 1:
-        raise ValueError(f"unlabelled: came {unlabelled}, needs a share of the support from 0 to less than 1")
+        raise ValueError(f"unlabelled must be a share of the support, at least 0 and below 1, got {unlabelled}.")
     if ask not in (None, "attention", "random") or (ask and layers < 2):
-        raise ValueError(f"ask: came {ask!r} with {layers} layers; needs 'attention' or 'random' and 2 layers or more")
+        raise ValueError(
+            f"ask must be None, or 'attention' or 'random' with at least 2 layers, got {ask!r} with {layers} layers."
+        )
     embed = embedding(model)
     closeness = mlp(1, (2 * filters, 2 * filters, filters, filters), "leaky_relu")
     choice = mlp(1, (filters,), "leaky_relu")
@@ -103,8 +132,8 @@ def gnn(
         allowed = missing <= unlabelled + 1e-6
         if not isinstance(allowed, Tracer) and not allowed:
             raise ValueError(
-                f"support.y: {100 * missing:.0f} % came without a label (below 0), needs at most "
-                f"{100 * unlabelled:.0f} %; label more examples, or set `unlabelled` of gnn and train it so"
+                f"support.y must have at most {100 * unlabelled:.0f} % of examples without a label (below 0), got "
+                f"{100 * missing:.0f} %. Label more examples, or train gnn with a larger `unlabelled`."
             )
         label = jnp.where(y[:, None] < 0, 1 / way, known)
         nodes = jnp.concatenate([embed(params.embedding, support.x), label], -1)

@@ -40,13 +40,13 @@ def imaml(
     """Meta-learns the centre theta of a proximal prior. Its params are the model's own.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
-        strength: The prior's precision s, in units of the mean support nll. It must exceed the most negative curvature.
-        cg_steps: Conjugate-gradient steps of the implicit solve.
-        damping: Added to the diagonal of the implicit solve.
-        posterior: What is put around the last phi.
-        inner: Options of the descent on the proximal objective, see `InnerLoop`. Meta-training raises the objective's
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
+        strength: the prior's precision s, in units of the mean support nll. It must exceed the most negative curvature.
+        cg_steps: conjugate-gradient steps of the implicit solve.
+        damping: added to the diagonal of the implicit solve.
+        posterior: what is put around the last phi.
+        inner: options of the descent on the proximal objective, see `InnerLoop`. Meta-training raises the objective's
             curvature, so that descent at a fixed rate ("sgd") diverges in the end; "line_search" does not.
     """
     loop = InnerLoop(**inner)

@@ -87,23 +87,23 @@ def l2l(
     """Meta-learns the optimiser that fits phi to the support; `learned_optimizer(params.rule)` uses it on other losses.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
-        unroll: Number of steps that are back-propagated through at once; it must divide `steps`.
-        minibatch: Number of support examples per step in training. None: all, as on a new task.
-        units: Width of the LSTM.
-        depth: Number of LSTM layers.
-        p: Of the log-sign preprocessing.
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
+        unroll: number of steps that are back-propagated through at once; it must divide `steps`.
+        minibatch: number of support examples per step in training. None: all, as on a new task.
+        units: width of the LSTM.
+        depth: number of LSTM layers.
+        p: of the log-sign preprocessing.
         start: "random" draws phi_0 anew for each task, as in the paper; "learned" meta-learns it.
-        posterior: What is put around the last phi.
-        inner: Options of the inner loop, see `InnerLoop`; `rate` is a factor of the LSTM's output.
+        posterior: what is put around the last phi.
+        inner: options of the inner loop, see `InnerLoop`; `rate` is a factor of the LSTM's output.
     """
     loop = InnerLoop(**inner)
     steps = loop.steps
     if start not in ("random", "learned"):
-        raise ValueError(f"start: came {start!r}, needs 'random' or 'learned'")
+        raise ValueError(f"start must be 'random' or 'learned', got {start!r}.")
     if steps < 1 or unroll < 1 or steps % unroll:
-        raise ValueError(f"steps, unroll: came {steps} and {unroll}, needs a whole number of unrolls, e.g. 100 and 20")
+        raise ValueError(f"steps must be a multiple of unroll, e.g. 100 and 20, got {steps} and {unroll}.")
     free = adapt_all(model, optax.identity())
 
     def init(key: PRNGKeyArray, task: Task) -> Learned:

@@ -62,30 +62,32 @@ def llama(
     """Meta-learns a prior N(theta, I / precision) by Laplace's approximation of each task's marginal likelihood.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
-        eta: Weight of log det (the paper's 1e-6 with mean losses). "evidence" ignores it: there it is 1/2.
-        precision: Of the prior, before training.
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
+        eta: weight of log det (the paper's 1e-6 with mean losses). "evidence" ignores it: there it is 1/2.
+        precision: of the prior, before training.
         curvature: "dual" (exact Gauss-Newton), "kfac" (the paper's), "diagonal" or "lanczos".
-        curvature_on: The data of the curvature: "support", or "query" (the paper's text).
+        curvature_on: the data of the curvature: "support", or "query" (the paper's text).
         prior: "isotropic", or "implicit", the prior that k steps of gradient descent imply (section 3.2; "dual" only).
         objective: "query" as published, or "evidence": phi is fitted to support and query under the prior, and the loss
             is -log marginal per example, from which `learn_precision` learns the precision too.
-        learn_precision: Whether the precision is meta-learned ("evidence" only).
-        draws: Number of networks drawn from N(phi, H^-1) in a prediction, as in the paper's Figure 5. 0 linearises.
-        posterior: What is put around the last phi. None: Laplace's approximation at the precision.
-        inner: Options of the inner loop, see `InnerLoop`.
+        learn_precision: whether the precision is meta-learned ("evidence" only).
+        draws: number of networks drawn from N(phi, H^-1) in a prediction, as in the paper's Figure 5. 0 linearises.
+        posterior: what is put around the last phi. None: Laplace's approximation at the precision.
+        inner: options of the inner loop, see `InnerLoop`.
     """
     if objective not in ("query", "evidence"):
-        raise ValueError(f"objective: came {objective!r}, needs 'query' or 'evidence'")
+        raise ValueError(f"objective must be 'query' or 'evidence', got {objective!r}.")
     if curvature_on not in ("support", "query"):
-        raise ValueError(f"curvature_on: came {curvature_on!r}, needs 'support' or 'query'")
+        raise ValueError(f"curvature_on must be 'support' or 'query', got {curvature_on!r}.")
     if prior not in ("isotropic", "implicit"):
-        raise ValueError(f"prior: came {prior!r}, needs 'isotropic' or 'implicit'")
+        raise ValueError(f"prior must be 'isotropic' or 'implicit', got {prior!r}.")
     if learn_precision and objective != "evidence":
-        raise ValueError("learn_precision: needs objective='evidence'; the query's loss knows no precision to learn")
+        raise ValueError(
+            "learn_precision must be False unless objective='evidence', got True: the query's loss has no precision."
+        )
     if prior == "implicit" and (curvature != "dual" or objective != "query"):
-        raise ValueError("prior: 'implicit' needs curvature='dual' and objective='query'")
+        raise ValueError("prior must be 'isotropic' unless curvature='dual' and objective='query', got 'implicit'.")
     curve = lookup("curvature", curvature, CURVATURES)
     loop = InnerLoop(**inner)
     free = adapt_all(model, loop.transformation())

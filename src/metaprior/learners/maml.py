@@ -24,10 +24,10 @@ def maml(model: Model, likelihood: Likelihood, *, posterior: PosteriorRule = poi
     Its params are the model's own.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
-        posterior: What is put around the last phi.
-        inner: Options of the inner loop, see `InnerLoop`.
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
+        posterior: what is put around the last phi.
+        inner: options of the inner loop, see `InnerLoop`.
     """
     loop = InnerLoop(**inner)
     return query_learner(adapt_all(model, loop.transformation()), likelihood, loop, posterior)
@@ -39,8 +39,8 @@ def fomaml(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
     """First-order MAML: `maml` with the gradient stopped at each inner gradient.
 
     Args:
-        model: As in `maml`.
-        likelihood: As in `maml`.
-        options: As in `maml`, without `first_order`.
+        model: as in `maml`.
+        likelihood: as in `maml`.
+        options: as in `maml`, without `first_order`.
     """
     return maml(model, likelihood, first_order=True, **options)

@@ -27,7 +27,15 @@ from metaprior.networks.memory import Access, found, least_used, turing
 
 
 class Mann(NamedTuple):
-    """theta: the embedding of x (the given model), the controller, what it asks of the memory, and the linear layer."""
+    """theta.
+
+    Attributes:
+        embedding: parameters of the embedding of x (the given model).
+        inputs: from the embedding to the controller.
+        recurrent: from state, label and what was read to the controller.
+        address: from the controller to what it asks of the memory; None without a memory.
+        head: the linear layer on top.
+    """
 
     embedding: PyTree
     inputs: dict[str, Array]
@@ -37,7 +45,14 @@ class Mann(NamedTuple):
 
 
 class State(NamedTuple):
-    """The posterior: what is remembered, and the label that the next example is shown with."""
+    """The posterior.
+
+    Attributes:
+        hidden: output of the controller.
+        cell: cell of the controller.
+        memory: contents and addresses of the memory.
+        label: the label that is shown with the next example.
+    """
 
     hidden: Float[Array, " h"]
     cell: Float[Array, " h"]
@@ -59,12 +74,25 @@ def mann(
     sharpen: bool = True,
     shuffle: bool = True,
 ) -> Learner:
-    """Meta-learn to remember labelled examples, on the model's features.
+    """Meta-learns to store labelled examples in an external memory and to find them again.
 
-    hidden: units of the controller. slots, width, heads, decay: of the memory. sharpen: the controller
-    sets how sharply each head reads; the paper's softmax of bare cosines (False) is nearly even. shuffle: train on
-    episodes in random order. The order of the support matters; so do class names as far as training has not taught
+    The order of the support matters. The answer depends on how classes are named, as far as training has not taught
     otherwise. A weight above 0 counts as 1. After an empty support nothing is remembered.
+
+    Args:
+        model: the network, whose features are the embedding.
+        likelihood: of the support and the query.
+        hidden: number of units of the controller.
+        slots: number of rows of the memory.
+        width: length of a row of the memory.
+        heads: number of heads that read and write.
+        decay: factor by which the usage of a row decays per step.
+        sharpen: whether the controller sets how sharply each head reads. False is the paper's softmax of bare cosines,
+            which is nearly even.
+        shuffle: whether training shows episodes in random order.
+
+    References:
+        Santoro, Bartunov, Botvinick, Wierstra & Lillicrap 2016, sections 2 and 3.
     """
     memory = least_used(slots, width, heads, decay, sharpen)
     return remembering(model, likelihood, memory, hidden=hidden, shuffle=shuffle)
@@ -76,19 +104,38 @@ def ntm(
     model: Model, likelihood: Likelihood, *, hidden: Count = 200, slots: Count = 128, width: Count = 40,
     heads: Count = 4, shuffle: bool = True,
 ) -> Learner:  # fmt: skip
-    """As `mann`, with a neural Turing machine's memory: heads go by content, by where they were, and by shifts."""
+    """Meta-learns to remember with the memory of a neural Turing machine, otherwise as `mann`.
+
+    Heads address rows by content, by where they were before, and by shifts.
+
+    Args:
+        model: as in `mann`.
+        likelihood: as in `mann`.
+        hidden: as in `mann`.
+        slots: as in `mann`.
+        width: as in `mann`.
+        heads: as in `mann`.
+        shuffle: as in `mann`.
+    """
     return remembering(model, likelihood, turing(slots, width, heads), hidden=hidden, shuffle=shuffle)
 
 
 @traits(reads_names=True, ordered=True, small={"hidden": 16})
 @checked
 def lstm(model: Model, likelihood: Likelihood, *, hidden: Count = 200, shuffle: bool = True) -> Learner:
-    """The controller of `mann` without its memory (the paper's baseline)."""
+    """Meta-learns to remember in the state of an LSTM alone: `mann` without its memory, the paper's baseline.
+
+    Args:
+        model: as in `mann`.
+        likelihood: as in `mann`.
+        hidden: number of units of the LSTM.
+        shuffle: as in `mann`.
+    """
     return remembering(model, likelihood, least_used(0, 0, 0), hidden=hidden, shuffle=shuffle)
 
 
 def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden: int, shuffle: bool) -> Learner:
-    """A controller of `hidden` units that walks through an episode with this kind of memory."""
+    """Builds a learner whose controller of `hidden` units walks through an episode with a memory of this kind."""
     embed, reads = embedding(model), memory.heads * memory.width
 
     def init(key: PRNGKeyArray, task: Task) -> Mann:
@@ -118,12 +165,12 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
         return dense("inputs", params.inputs, embed(params.embedding, x))
 
     def sequence(params: Mann, data: Batch) -> tuple[Array, Array, Array]:
-        """At each time the projected x, the label, and whether it is no padding."""
+        """Returns for each time the projected x, the label, and False for padding."""
         y = as_inputs(likelihood, counted(data).y, output_width(model, params.embedding, data.x))
         return project(params, data.x), y, weights(data) > 0
 
     def run(params: Mann, shown: tuple[Array, Array, Array]) -> tuple[State, Float[Array, "n c"]]:
-        """Through a whole sequence: the state at its end and the outputs at each time. Padding is passed over."""
+        """Runs through a sequence; returns the state at its end and the outputs at each time. Padding is skipped."""
         nothing = State(jnp.zeros(hidden), jnp.zeros(hidden), memory.start(), jnp.zeros(shown[1].shape[1]))
 
         def see(state: State, now: tuple[Array, Array, Array]) -> tuple[State, Array]:

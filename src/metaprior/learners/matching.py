@@ -33,7 +33,13 @@ from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start, run_
 
 
 class Context(NamedTuple):
-    """The LSTMs of the full context embeddings: over the support in both directions, and the query's reader."""
+    """The LSTMs of the full context embeddings.
+
+    Attributes:
+        forward: reads the support from its beginning.
+        backward: reads the support from its end.
+        reader: reads the support for a query.
+    """
 
     forward: dict[str, Array]
     backward: dict[str, Array]
@@ -41,7 +47,13 @@ class Context(NamedTuple):
 
 
 class Matching(NamedTuple):
-    """theta: the embedding f' = g', the context's LSTMs or None, and the log of a learned temperature or None."""
+    """theta.
+
+    Attributes:
+        embedding: parameters of the embedding f' = g'.
+        context: the LSTMs of the full context embeddings; None without them.
+        log_temperature: logarithm of a learned temperature; None for a fixed one.
+    """
 
     embedding: PyTree
     context: Context | None
@@ -49,9 +61,14 @@ class Matching(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """The support as the queries see it: embeddings g, log weights, and weights in the columns of the classes.
+    """The posterior: the support as queries see it.
 
-    beside: the support inputs, where queries are judged one at a time. tuned: the embedding if fitted to them.
+    Attributes:
+        keys: embeddings g.
+        log_weight: logarithms of the examples' weights.
+        shares: each example's weight in the column of its class.
+        beside: inputs of the support, where each query is embedded beside them; else None.
+        tuned: parameters of the embedding after it was fitted to the support; else None.
     """
 
     keys: Float[Array, "n d"]
@@ -62,13 +79,13 @@ class Memory(NamedTuple):
 
 
 def support_in_context(context: Context, g: Float[Array, "n d"], weight: Float[Array, " n"]) -> Float[Array, "n d"]:
-    """g(x_i, S): each embedding and what was read up to it, from either end."""
+    """Returns g(x_i, S): each embedding plus what the LSTMs have read up to it, from either end."""
     there = weight > 0
     return g + run_lstm(context.forward, g, there) + run_lstm(context.backward, g, there, reverse=True)
 
 
 def query_in_context(context: Context, f: Float[Array, "m d"], memory: Memory, reads: int) -> Float[Array, "m d"]:
-    """f(x, S) after `reads` looks at the support."""
+    """Returns f(x, S) after `reads` looks at the support."""
 
     def read(state: LSTMState, _: None) -> tuple[LSTMState, None]:
         attention = jax.nn.softmax(state.h @ memory.keys.T + memory.log_weight)
@@ -93,16 +110,31 @@ def matching(
     way: Way | None = None,
     transductive: bool = True,
 ) -> Learner:
-    """Meta-learn an embedding by whose cosines a query attends to the support's labels; classification only.
+    """Meta-learns an embedding by whose cosines a query attends to the labels of the support.
 
-    context: full context embeddings, with `reads` K of the query; the order of the support then matters. temperature:
-    divides the cosines (the paper's is 1, and keeps probabilities near each other), and is where a learned one starts.
-    tune_steps: of gradient descent on a new task's embedding at `tune_rate`, after training (sec. 4.1), by the mean nll
-    of the support examples under the support, themselves included. way, transductive: as in `protonet`.
+    Classification only.
+
+    Args:
+        model: the network, whose features are the embedding.
+        likelihood: `Categorical()`.
+        context: whether to use full context embeddings. The order of the support then matters.
+        reads: number K of times that a query reads the support, with `context`.
+        temperature: what cosines are divided by; a learned temperature starts there. The paper's is 1, which keeps
+            probabilities close to each other.
+        learn_temperature: whether the temperature is meta-learned.
+        tune_steps: number of steps of gradient descent on the embedding for each new task, after training (section
+            4.1). They descend the mean nll of the support examples under the support, themselves included.
+        tune_rate: learning rate of these steps.
+        way: the largest number of classes in a task, in training or later. None: the number of the model's outputs.
+        transductive: whether all queries are embedded in one batch. False embeds each query beside the support alone,
+            which matters under batch norm.
+
+    References:
+        Vinyals, Blundell, Lillicrap, Kavukcuoglu & Wierstra 2016, equation 1, sections 2.1 and 4.1, appendix A.
     """
     check_classification("matching", likelihood, way)
     if tune_steps < 0 or tune_rate <= 0:
-        raise ValueError(f"tune_steps, tune_rate: came {tune_steps}, {tune_rate}; needs >= 0 steps at a rate above 0")
+        raise ValueError(f"tune_steps must be at least 0 and tune_rate above 0, got {tune_steps} and {tune_rate}.")
     embed = embedding(model)
 
     def init(key: PRNGKeyArray, task: Task) -> Matching:
@@ -122,7 +154,7 @@ def matching(
         return Memory(keys, log_weight, shares, None if transductive else support.x, None)
 
     def tune(params: Matching, support: Batch, key: PRNGKeyArray) -> Memory:
-        """`adapt` after the embedding was fitted to the support."""
+        """`adapt`, after the embedding was fitted to the support."""
 
         def fit(tuned: PyTree) -> Scalar:
             moved = params._replace(embedding=tuned)

@@ -85,7 +85,9 @@ def cell_optimizer(rule: CellRule, *, p: float = P) -> optax.GradientTransformat
         gradient: PyTree, state: CellState, phi: PyTree = None, *, value: Scalar | None = None, **_: PyTree
     ) -> tuple[PyTree, CellState]:
         if phi is None or value is None:
-            raise ValueError("params, value: came None, needs update(gradient, state, params, value=loss) at each step")
+            raise ValueError(
+                "params and value must be given at each step: update(gradient, state, params, value=loss), got None."
+            )
         (g, unravel), theta = ravel_pytree(gradient), ravel_pytree(phi)[0]
         shown = jax.lax.stop_gradient((log_sign(g, p), log_sign(value[None], p)[0]))
 
@@ -130,12 +132,12 @@ def meta_lstm(
     """Meta-learns theta_0 and the gates by which phi moves from it; first order, as published.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
-        units: Width of the LSTM that sees gradient and loss.
-        p: Of the log-sign preprocessing.
-        posterior: What is put around the last phi.
-        inner: Options of the inner loop, see `InnerLoop`. The paper's `steps` are 12 for one shot and 5 for five.
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
+        units: width of the LSTM that sees gradient and loss.
+        p: of the log-sign preprocessing.
+        posterior: what is put around the last phi.
+        inner: options of the inner loop, see `InnerLoop`. The paper's `steps` are 12 for one shot and 5 for five.
             `rate` is where the input gate starts, between 0 and 1. `transductive=False` comes nearest to the paper's
             batch norm at test, which uses the support's statistics.
     """

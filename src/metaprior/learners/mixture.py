@@ -28,7 +28,12 @@ from metaprior.learners.traits import traits
 
 
 class Mixture(NamedTuple):
-    """K Gaussians, stacked along a leading axis, and the logarithms of their weights: the prior, and a posterior."""
+    """K Gaussians: the prior, or a posterior.
+
+    Attributes:
+        components: the Gaussians, stacked along a leading axis.
+        logits: logarithms of their weights.
+    """
 
     components: DiagonalGaussian
     logits: Float[Array, " k"]
@@ -51,9 +56,17 @@ def gem_mixture(
     draws: Count = 32,
     **inference: Any,
 ) -> Learner:
-    """GEM-BML with a mixture of `components` Gaussians as prior; the posterior is a mixture of as many.
+    """Meta-learns a mixture of Gaussians over weights, for families of tasks with several modes.
 
-    log_sd: of each component before training. draws: networks a prediction averages. Other options: see `Variational`.
+    The posterior is a mixture of as many components.
+
+    Args:
+        model: the network.
+        likelihood: of the support and the query.
+        components: number of Gaussians.
+        log_sd: logarithm of each component's sd before training.
+        draws: number of networks that a prediction averages.
+        inference: how the Gaussians of a task are fitted, see `Variational`.
     """
     how = Variational(**inference)
 
@@ -62,7 +75,7 @@ def gem_mixture(
         return Mixture(jax.vmap(lambda k: around(model.init(k, task.support.x), log_sd))(keys), jnp.zeros(components))
 
     def posterior(prior: Mixture, batch: Batch, key: PRNGKeyArray, steps: int) -> Mixture:
-        """Each component's own posterior, and the responsibilities as weights."""
+        """Returns the posterior of each component, weighted by the responsibilities."""
         key_fit, key_judge = jax.random.split(key)
 
         def one(component: DiagonalGaussian) -> tuple[DiagonalGaussian, Scalar]:

@@ -30,14 +30,25 @@ from metaprior.learners.traits import traits
 
 
 class Comparison(NamedTuple):
-    """theta of nearest neighbours: the pretrained network and no temperature, or for pixels a log temperature alone."""
+    """theta.
+
+    Attributes:
+        network: the pretrained parameters; None for pixels.
+        log_temperature: logarithm of the learned temperature for pixels; None for features.
+    """
 
     network: PyTree | None
     log_temperature: Scalar | None
 
 
 class Neighbours(NamedTuple):
-    """The support's embeddings and their weights in the columns of the classes; `beside` as in `protonet`."""
+    """The posterior.
+
+    Attributes:
+        embeddings: of the support.
+        shares: each example's weight in the column of its class.
+        beside: inputs of the support, where each query is embedded beside them; else None.
+    """
 
     embeddings: Float[Array, "n d"]
     shares: Float[Array, "n way"]
@@ -56,15 +67,27 @@ def nearest_neighbour(
     way: Way | None = None,
     transductive: bool = True,
 ) -> Learner:
-    """Give a query the class of its nearest support example, by pretrained features or by the raw inputs.
+    """Gives a query the class of its nearest support example, by pretrained features or by the raw inputs.
 
-    on: "features", or "pixels" (nothing but the temperature is learned). distance: "cosine" or "euclidean" (squared).
-    A class's logit is minus the distance of its nearest example over `temperature`; the choice does not depend on it,
-    calibration does. way, transductive: as in `protonet`.
+    The logit of a class is minus the distance of its nearest example over `temperature`. Accuracy does not depend on
+    the temperature; calibration does.
+
+    Args:
+        model: the network that is pretrained.
+        likelihood: `Categorical()`.
+        on: "features", or "pixels", for which the temperature alone is learned.
+        distance: "cosine" or "euclidean" (squared).
+        temperature: what distances are divided by.
+        way: the largest number of classes in a task, in training or later. None: the number of the model's outputs.
+        transductive: whether all queries are embedded in one batch. False embeds each query beside the support alone,
+            which matters under batch norm.
+
+    References:
+        Vinyals et al. 2016; Ravi & Larochelle 2017, section 5.1.
     """
     check_classification("nearest_neighbour", likelihood, way)
     if on not in ("features", "pixels"):
-        raise ValueError(f"on: came {on!r}, needs 'features' or 'pixels'")
+        raise ValueError(f"on must be 'features' or 'pixels', got {on!r}.")
     measure: Callable = lookup("distance", distance, DISTANCES)
     pretrain, features = pretraining_loss(model, likelihood), embedding(model)
 

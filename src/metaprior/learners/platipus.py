@@ -60,14 +60,14 @@ def platipus(
     """Meta-learns mu, sigma, v_q and both inference rates; a posterior is `draws` adapted networks.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
-        kl_weight: Weight of the KL, which is summed over weights and divided by the number of query examples. 1 is the
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
+        kl_weight: weight of the KL, which is summed over weights and divided by the number of query examples. 1 is the
             bound; the paper uses 0.1.
-        log_sd: Logarithm of the sd of p and q before training.
+        log_sd: logarithm of the sd of p and q before training.
         inference_rate: gamma_p and gamma_q before training.
-        draws: Number of networks in a posterior.
-        inner: Options of the inner loop, see `InnerLoop`.
+        draws: number of networks in a posterior.
+        inner: options of the inner loop, see `InnerLoop`.
     """
     loop = InnerLoop(**inner)
     adaptation = adapt_all(model, loop.transformation())
@@ -105,14 +105,14 @@ def maml_noise(
     """Trains as MAML and adds noise to the initialisation at test: an ablation of PLATIPUS.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
-        noise: Standard deviation of the noise, above 0.
-        draws: Number of networks in a posterior.
-        inner: Options of the inner loop, see `InnerLoop`.
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
+        noise: standard deviation of the noise, above 0.
+        draws: number of networks in a posterior.
+        inner: options of the inner loop, see `InnerLoop`.
     """
     if noise <= 0:
-        raise ValueError(f"noise: came {noise}, needs a number above 0")
+        raise ValueError(f"noise must be above 0, got {noise}.")
     loop = InnerLoop(**inner)
     adaptation = adapt_all(model, loop.transformation())
 
@@ -135,7 +135,7 @@ def _drawing(
 ) -> Learner:
     """A learner whose posterior is `draws` networks, each fitted from a start drawn from initial(params, support)."""
     if draws < 1:
-        raise ValueError(f"draws: came {draws}, needs at least 1")
+        raise ValueError(f"draws must be at least 1, got {draws}.")
 
     def run(walk: Callable[..., Descent], params: PyTree, support: Batch, key: PRNGKeyArray) -> PyTree:
         start, fit = initial(params, support), support_loss(adaptation, likelihood, None, support)

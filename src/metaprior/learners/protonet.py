@@ -32,14 +32,26 @@ from metaprior.learners.traits import traits
 
 
 class Metric(NamedTuple):
-    """theta of the published learner: the embedding and the log of a learned temperature (None: a fixed one)."""
+    """theta of the published learner.
+
+    Attributes:
+        embedding: parameters of the embedding.
+        log_temperature: logarithm of a learned temperature; None for a fixed one.
+    """
 
     embedding: PyTree
     log_temperature: Scalar | None
 
 
 class Gaussians(NamedTuple):
-    """theta of the Bayesian reading: the embedding, log v, m and log u."""
+    """theta of the Bayesian reading.
+
+    Attributes:
+        embedding: parameters of the embedding.
+        log_variance: log v.
+        prior_mean: m.
+        log_prior_variance: log u.
+    """
 
     embedding: PyTree
     log_variance: Float[Array, " d"]
@@ -48,9 +60,13 @@ class Gaussians(NamedTuple):
 
 
 class Prototypes(NamedTuple):
-    """Each class's mean is N(mean, diag variance) given the support; shots 0 marks a class without examples.
+    """The posterior: given the support, the mean of each class is N(mean, diag variance).
 
-    beside: the support inputs, where queries are judged one at a time.
+    Attributes:
+        mean: prototypes.
+        variance: their variances; 0 without `bayes`.
+        shots: number of examples of each class; 0 marks a class without examples.
+        beside: inputs of the support, where each query is embedded beside them; else None.
     """
 
     mean: Float[Array, "way d"]
@@ -60,21 +76,24 @@ class Prototypes(NamedTuple):
 
 
 def class_means(shares: Float[Array, "n way"], f: Float[Array, "n d"]) -> tuple[Array, Array]:
-    """Prototypes as points (eq. 1): the classes' weighted means [way, d] and variances of 0."""
+    """Returns prototypes as points (equation 1): the weighted means of the classes [way, d], and variances of 0."""
     count = shares.sum(0)
     mean = shares.T @ f / jnp.where(count > 0, count, 1)[:, None]
     return mean, jnp.zeros_like(mean)
 
 
 def class_posteriors(params: Gaussians, shares: Float[Array, "n way"], f: Float[Array, "n d"]) -> tuple[Array, Array]:
-    """Means and variances [way, d] of p(mu_k | support), conjugate in each coordinate."""
+    """Returns means and variances [way, d] of p(mu_k | support), which is conjugate in each coordinate."""
     v, u = jnp.exp(params.log_variance), jnp.exp(params.log_prior_variance)
     variance = 1 / (1 / u + shares.sum(0)[:, None] / v)
     return variance * (params.prior_mean / u + shares.T @ f / v), variance
 
 
 def class_densities(params: Gaussians, classes: Prototypes, f: Float[Array, "n d"]) -> Float[Array, "n way"]:
-    """log N(f; c_k, v + s_k) up to a constant, by matrix products about the mean prototype lest digits cancel."""
+    """Returns log N(f; c_k, v + s_k) up to a constant.
+
+    It uses matrix products about the mean prototype, so that digits do not cancel.
+    """
     centre = classes.mean.mean(0)
     f, c = f - centre, classes.mean - centre
     spread = jnp.exp(params.log_variance) + classes.variance
@@ -96,16 +115,34 @@ def protonet(
     way: Way | None = None,
     transductive: bool = True,
 ) -> Learner:
-    """Meta-learn an embedding in which a new task's classes lie around their prototypes; classification only.
+    """Meta-learns an embedding in which the classes of a task lie around their prototypes, the means of their examples.
 
-    distance: "euclidean" (squared) or "cosine", divided by `temperature`, which is where a learned one starts.
-    bayes: prototypes with their uncertainty (v starts at 1/2, where a flat prior is the squared distance; m at 0, u at
-    1). way: the largest number of classes in a task, in training or later (default: the model's outputs).
-    transductive: False embeds each query beside the support alone, which matters under batch norm.
+    Classification only.
+
+    Args:
+        model: the network, whose features are the embedding.
+        likelihood: `Categorical()`.
+        distance: "euclidean" (squared) or "cosine".
+        temperature: what distances are divided by; a learned temperature starts there.
+        learn_temperature: whether the temperature is meta-learned.
+        bayes: whether prototypes carry their uncertainty. v starts at 1/2, where a flat prior gives the squared
+            distance, m at 0 and u at 1.
+        way: the largest number of classes in a task, in training or later. None: the number of the model's outputs.
+        transductive: whether all queries are embedded in one batch. False embeds each query beside the support alone,
+            which matters under batch norm.
+
+    Raises:
+        ValueError: another likelihood; `bayes` with a distance or a temperature.
+
+    References:
+        Snell, Swersky & Zemel 2017, Algorithm 1, equations 1 and 2.
     """
     check_classification("protonet", likelihood, way)
     if bayes and (distance != "euclidean" or learn_temperature or temperature != 1):
-        raise ValueError("bayes: its learned variances take the place of distance and temperature; leave those out")
+        raise ValueError(
+            "bayes must be False with a distance or a temperature, got True: its learned variances replace them. Leave "
+            "them out."
+        )
     measure: Callable = lookup("distance", distance, DISTANCES)
     embed = embedding(model)
 

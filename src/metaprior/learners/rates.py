@@ -73,10 +73,10 @@ def meta_sgd(model: Model, likelihood: Likelihood, *, posterior: PosteriorRule =
     """Meta-learns an initialisation and one learning rate per parameter. The paper takes one inner step.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
-        posterior: What is put around the last phi.
-        inner: Options of the inner loop, see `InnerLoop`; `rate` is the value that all learned rates start from.
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
+        posterior: what is put around the last phi.
+        inner: options of the inner loop, see `InnerLoop`; `rate` is the value that all learned rates start from.
     """
     loop = InnerLoop(**inner)
     return _learner(
@@ -96,10 +96,10 @@ def lslr(model: Model, likelihood: Likelihood, *, posterior: PosteriorRule = poi
     """Meta-learns an initialisation and one learning rate per tensor and inner step.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
-        posterior: What is put around the last phi.
-        inner: Options of the inner loop, see `InnerLoop`; `rate` is the value that all learned rates start from. Steps
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
+        posterior: what is put around the last phi.
+        inner: options of the inner loop, see `InnerLoop`; `rate` is the value that all learned rates start from. Steps
             on a new task beyond the trained ones repeat the last rates.
     """
     loop = InnerLoop(**inner)
@@ -135,12 +135,12 @@ def preconditioned(
     """Meta-learns an initialisation and a positive definite matrix B that multiplies inner gradients.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
         rate: B starts as rate * I.
-        rank: Rank of the part of B that is not diagonal; 0 learns a diagonal B.
-        posterior: What is put around the last phi.
-        inner: Other options of the inner loop, see `InnerLoop`.
+        rank: rank of the part of B that is not diagonal; 0 learns a diagonal B.
+        posterior: what is put around the last phi.
+        inner: other options of the inner loop, see `InnerLoop`.
     """
 
     def init_rule(key: PRNGKeyArray, theta: PyTree) -> Preconditioner:

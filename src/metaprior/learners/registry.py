@@ -1,4 +1,4 @@
-"""Every learner by name. A new algorithm is one file in this folder and one line here."""
+"""All learners by name. A new algorithm is one file in this folder and one line here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -73,27 +73,35 @@ LEARNERS = Registry("learner", {
 
 
 def traits_of(name: str) -> Traits:
-    """What is true of the learner of this name."""
+    """Returns the traits of the learner of this name."""
     return stated(lookup("learner", name, LEARNERS))
 
 
 def learners_having(trait: str) -> list[str]:
-    """The names of the learners of which a trait is true, or that state something for it."""
+    """Returns the names of the learners for which a trait is true or states something."""
     return [name for name in LEARNERS if getattr(traits_of(name), trait)]
 
 
 def learners_before(referee: str) -> dict[str, Mapping[str, Any]]:
-    """The learners that a referee judges, and the options with which each comes to its own answer."""
+    """Returns the learners that a referee judges, with the options by which each reaches its own answer."""
     return {name: traits_of(name).referees[referee] for name in LEARNERS if referee in traits_of(name).referees}
 
 
 def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any) -> Learner:
-    """A learner by its registered name; unknown names and options are ValueErrors that suggest the nearest.
+    """Builds a learner by its registered name.
 
-    A model whose batch norm goes by the support (norm="task") is told the support in every function. One with
-    norm="running" makes a learner to be `settled` after training.
+    A model with norm="task" normalises by the support in every function of the learner. A model with norm="running"
+    gives a learner that has to be `settled` after training.
+
+    Args:
+        name: a name in `LEARNERS`, or one that another package registers.
+        model: the network.
+        likelihood: of the support and the query.
+        options: options of the learner.
+
+    Raises:
+        ValueError: an unknown name or option, with the nearest known one.
     """
-
     accept(Model, model, "model")
 
     def make(network: Model) -> Learner:

@@ -48,13 +48,13 @@ def reptile(
     has `transductive=False`.
 
     Args:
-        model: The network; all of its parameters are adapted.
-        likelihood: Of the support and the query.
-        b1: Of the inner Adam. The paper's is 0, and its state starts afresh in each task; the authors' code carries it
+        model: the network; all of its parameters are adapted.
+        likelihood: of the support and the query.
+        b1: of the inner Adam. The paper's is 0, and its state starts afresh in each task; the authors' code carries it
             over. None takes optax's.
-        minibatch: Number of examples per inner step in training. None: all.
-        posterior: What is put around the last phi.
-        inner: Options of the inner loop, see `InnerLoop`.
+        minibatch: number of examples per inner step in training. None: all.
+        posterior: what is put around the last phi.
+        inner: options of the inner loop, see `InnerLoop`.
     """
     loop = InnerLoop(**inner)
     options = {"b1": b1} if loop.optimizer == "adam" and b1 is not None else {}

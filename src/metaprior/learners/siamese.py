@@ -31,7 +31,13 @@ from metaprior.learners.traits import traits
 
 
 class Twins(NamedTuple):
-    """theta: the twins' network, the weights alpha of the distance, and the bias."""
+    """theta.
+
+    Attributes:
+        embedding: parameters of the twins' network.
+        alpha: weights of the distance.
+        bias: of the log odds.
+    """
 
     embedding: PyTree
     alpha: Float[Array, " d"]
@@ -39,7 +45,13 @@ class Twins(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The posterior: the support's embeddings, their weights by class, and `beside` as in `protonet`."""
+    """The posterior.
+
+    Attributes:
+        embeddings: of the support.
+        shares: each example's weight in the column of its class.
+        beside: inputs of the support, where each query is embedded beside them; else None.
+    """
 
     embeddings: Float[Array, "n d"]
     shares: Float[Array, "n way"]
@@ -47,19 +59,19 @@ class Seen(NamedTuple):
 
 
 def log_odds(params: Twins, a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """log p(same) / p(different) of each pair."""
+    """Returns log p(same) / p(different) of each pair."""
     # A sum of products, not a matrix product: it fuses with the differences, which then are never in memory.
     return (jnp.abs(a[:, None] - b[None]) * params.alpha).sum(-1) + params.bias
 
 
 def by_class(odds: Float[Array, "q n"], shares: Float[Array, "n way"]) -> Float[Array, "q way"]:
-    """Log odds of the classes: the weighted mean over each one's examples."""
+    """Returns the log odds of the classes: the weighted mean over the examples of each."""
     count = shares.sum(0)
     return present(odds @ shares / jnp.where(count > 0, count, 1), count)
 
 
 def verification(odds: Float[Array, "n n"], y: Array, weight: Float[Array, " n"]) -> tuple[Scalar, Scalar]:
-    """Cross-entropy and accuracy of all pairs i < j, `same` and `different` counting one half each.
+    """Returns cross-entropy and accuracy of all pairs i < j; pairs of one class and of two count one half each.
 
     Examples without a label (below 0) are in no pair.
     """
@@ -75,11 +87,21 @@ def verification(odds: Float[Array, "n n"], y: Array, weight: Float[Array, " n"]
 @traits(of_classes=True, reads_unlabelled=True, rules_out_unseen=True)
 @checked
 def siamese(model: Model, likelihood: Likelihood, *, way: Way | None = None, transductive: bool = True) -> Learner:
-    """Meta-learn to verify whether two examples are of one class; a query gets the class it is likeliest the same as.
+    """Meta-learns to verify whether two examples belong to one class; a query gets the class it most probably shares.
 
-    The model's features are a twin's output. The loss's metric `verification` is the accuracy of pairs, `same` and
-    `different` counting one half each. Distortions are the task source's (`augmentation.warp = true`).
-    way, transductive: as in `protonet`; support and query are embedded as one batch in training.
+    The model's features are the output of a twin. The metric `verification` of the loss is the accuracy of pairs, of
+    which those of one class and those of two count one half each. Distortions come from the task source
+    (`augmentation.warp = true`). In training, support and query are embedded as one batch.
+
+    Args:
+        model: the network of a twin.
+        likelihood: `Categorical()`.
+        way: the largest number of classes in a task, in training or later. None: the number of the model's outputs.
+        transductive: whether all queries are embedded in one batch. False embeds each query beside the support alone,
+            which matters under batch norm.
+
+    References:
+        Koch, Zemel & Salakhutdinov 2015, sections 3 and 4.3.
     """
     check_classification("siamese", likelihood, way)
     embed = embedding(model)

@@ -29,7 +29,14 @@ from metaprior.networks.layers import dense, dense_init
 
 
 class Snail(NamedTuple):
-    """theta: the embedding of x (the given model), the blocks in their order, and the linear layer on top."""
+    """theta.
+
+    Attributes:
+        embedding: parameters of the embedding of x (the given model).
+        attention: the attention blocks, in order.
+        convolution: the TC blocks, in order.
+        head: the linear layer on top.
+    """
 
     embedding: PyTree
     attention: list[dict[str, dict[str, Array]]]
@@ -38,14 +45,20 @@ class Snail(NamedTuple):
 
 
 class Past(NamedTuple):
-    """The posterior: the sequence that a query is put at the end of. Padding comes first, where it is like nothing."""
+    """The posterior: the sequence to which a query is appended. Padding comes first, where zeros stand anyway."""
 
     pairs: Float[Array, "n c"]
     there: Bool[Array, " n"]
 
 
 class Steps(NamedTuple):
-    """Where each row stands: its time, whether it is no padding, and which rows it sees."""
+    """The place of each row.
+
+    Attributes:
+        time: its time.
+        there: False for padding.
+        sees: 1 for the rows that it sees.
+    """
 
     time: Int[Array, " m"]
     there: Bool[Array, " m"]
@@ -53,7 +66,7 @@ class Steps(NamedTuple):
 
 
 def dense_block(layer: dict[str, Array], z: Float[Array, "m c"], steps: Steps, dilation: int) -> Float[Array, "m c2"]:
-    """A gated causal convolution of width 2, put beside its input."""
+    """A gated causal convolution of width 2, appended to its input."""
     before = steps.time - dilation
     past = jnp.where((before >= 0)[:, None], z[jnp.maximum(before, 0)], 0)
     f, g = jnp.split(dense("convolution", layer, jnp.concatenate([past, z], -1)), 2, -1)
@@ -61,7 +74,7 @@ def dense_block(layer: dict[str, Array], z: Float[Array, "m c"], steps: Steps, d
 
 
 def attention_block(layer: dict[str, dict[str, Array]], z: Float[Array, "m c"], steps: Steps) -> Float[Array, "m c2"]:
-    """What a single head reads of the present and the past, put beside its input."""
+    """What a single head reads of the past and the present, appended to its input."""
     q, k, v = (dense(name, layer[name], z)[:, None] for name in ("query", "key", "value"))
     return _beside(z, attend(q, k, v, steps.sees)[:, 0], steps)
 
@@ -81,15 +94,27 @@ def snail(
     attention: Sequence[Sequence[Count]] = ((64, 32), (256, 128), (512, 256)),
     shuffle: bool = True,
 ) -> Learner:
-    """Meta-learn to read a support sequence on the model's features.
+    """Meta-learns to read the support as a sequence, by temporal convolutions and causal attention.
 
-    filters: of each dense block. attention: (K, V), the sizes of keys and values of each attention block; a TC block
-    stands between two of them. shuffle: train on the support in random order, as the paper does. The order of the
-    support matters; so do the names of classes as far as training has not taught otherwise. A weight above 0 counts as
-    1. TC blocks span the support that `init` saw; in a longer one the attention alone sees the beginning.
+    The order of the support matters. The answer depends on how classes are named, as far as training has not taught
+    otherwise. A weight above 0 counts as 1. The convolutions span the support that `init` saw; in a longer one the
+    attention alone sees the beginning.
+
+    Args:
+        model: the network, whose features are the embedding.
+        likelihood: of the support and the query.
+        filters: number of filters of each dense block.
+        attention: (K, V) of each attention block, the sizes of its keys and values. A TC block stands between two of
+            them.
+        shuffle: whether training shows the support in random order, as the paper does.
+
+    References:
+        Mishra, Rohaninejad, Chen & Abbeel 2018.
     """
     if filters < 1 or not attention or any(len(sizes) != 2 or min(sizes) < 1 for sizes in attention):
-        raise ValueError(f"filters, attention: came {filters}, {attention}; needs at least 1 filter and (K, V) pairs")
+        raise ValueError(
+            f"filters must be at least 1 and attention a list of pairs (K, V), got {filters} and {attention}."
+        )
     embed = embedding(model)
 
     def init(key: PRNGKeyArray, task: Task) -> Snail:

@@ -29,7 +29,13 @@ from metaprior.networks.mlp import mlp
 
 
 class Described(NamedTuple):
-    """theta: the embedding f of x, the map g of attributes, and the log of the temperature."""
+    """theta.
+
+    Attributes:
+        embedding: parameters of the embedding f of inputs.
+        attributes: parameters of the map g of attributes.
+        log_temperature: logarithm of the temperature.
+    """
 
     embedding: PyTree
     attributes: PyTree
@@ -37,23 +43,28 @@ class Described(NamedTuple):
 
 
 class Prototypes(NamedTuple):
-    """The posterior: a prototype a class, and how many rows of attributes it came with (0: no such class)."""
+    """The posterior.
+
+    Attributes:
+        prototypes: one per class.
+        rows: number of rows of attributes of each class; 0 marks a class that is not in the task.
+    """
 
     prototypes: Float[Array, "way d"]
     rows: Float[Array, " way"]
 
 
 def attributes_of(support: Batch) -> Float[Array, "n a"]:
-    """The rows of attributes of a support set.
+    """Returns the rows of attributes of a support.
 
     Raises:
-        ValueError: examples in their place.
+        ValueError: the support holds examples.
     """
     if not isinstance(support.x, Attributes):
         shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(support.x))
         raise ValueError(
-            f"support.x: came examples {shapes}, but zero_shot knows classes by attributes; give "
-            "Attributes([n, a]), a row a class, e.g. from the task source omniglot_strokes"
+            f"support.x must be Attributes, one row per class, for zero_shot, got examples {shapes}. Give "
+            "Attributes([n, a]), e.g. from the task source omniglot_strokes."
         )
     return support.x.values
 
@@ -69,15 +80,24 @@ def zero_shot(
     temperature: Positive = 1.0,
     way: Way | None = None,
 ) -> Learner:
-    """Meta-learn embeddings of inputs and of class attributes, so that a class is known without any example of it.
+    """Meta-learns embeddings of inputs and of class attributes, so that a class is known without any example of it.
 
-    The support's x is `Attributes`, a row a class (rows of one class are averaged once embedded). hidden: hidden layers
-    of the attributes' map, ReLU; none is the paper's linear one. normalise: prototypes of length one. temperature: what
-    distances are divided by; it is learned from there. way: the largest number of classes in a task (default: the rows
-    of the support at hand). Queries are embedded as one batch.
+    The x of the support is `Attributes`, one row per class. Several rows of one class are averaged after they are
+    embedded. Queries are embedded as one batch. Classification only.
+
+    Args:
+        model: the network, whose features are the embedding.
+        likelihood: `Categorical()`.
+        hidden: widths of the hidden layers (ReLU) of the map of attributes. Empty gives the paper's linear map.
+        normalise: whether prototypes have length one.
+        temperature: what distances are divided by, before training; it is meta-learned.
+        way: the largest number of classes in a task. None: the number of rows of the support at hand.
 
     Raises:
-        ValueError: another likelihood, a temperature not above 0, or a support set without attributes.
+        ValueError: another likelihood, a temperature not above 0, or a support without attributes.
+
+    References:
+        Snell, Swersky & Zemel 2017, sections 2.7 and 3.3.
     """
     check_classification("zero_shot", likelihood, way)
     embed = embedding(model)

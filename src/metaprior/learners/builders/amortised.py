@@ -1,6 +1,6 @@
-"""Amortised inference: a network reads the support set, and what it made of it stands for phi.
+"""What learners share whose network reads the support.
 
-Shared by the learners that do so: inputs and targets as such a network sees them, and a loss that is the query's.
+How such a network sees inputs and targets, and a learner whose loss is the nll of the query.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,10 @@ INSTANCES = range(1, 11)  # whose accuracy is shown, as in the paper's figure 2 
 
 
 def embedding(model: Model) -> Callable[[PyTree, PyTree], Float[Array, "n d"]]:
-    """(params, x) -> the model's features, or its outputs where it has none, flat; x may hold no example."""
+    """Returns (params, x) -> flat features [n, d] of the model, or its outputs where it has none.
+
+    x may hold no example.
+    """
     see = model.apply if model.features is None else model.features
 
     def embed(params: PyTree, x: PyTree) -> Float[Array, "n d"]:
@@ -33,15 +36,16 @@ def embedding(model: Model) -> Callable[[PyTree, PyTree], Float[Array, "n d"]]:
 
 
 def output_width(model: Model, params: PyTree, x: PyTree) -> int:
-    """How many outputs an example has: the number of classes of a classifier."""
+    """Returns the number of outputs per example: the number of classes of a classifier."""
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), x)
     return jax.eval_shape(model.apply, params, one).shape[-1]
 
 
 def as_inputs(likelihood: Likelihood, y: Array, outputs: int) -> Float[Array, "n t"]:
-    """Targets as a network reads them: classes one-hot among `outputs`, everything else as it is.
+    """Returns targets as a network reads them: classes one-hot among `outputs`, everything else unchanged.
 
-    Raises the likelihood's own ValueError where y cannot be targets of so many outputs; NaN in compiled code.
+    Raises:
+        ValueError: the likelihood's own, where y cannot be targets of so many outputs. Compiled code gives NaN.
     """
     lost = jnp.isnan(likelihood.nll(jnp.zeros((y.shape[0], outputs)), y))[:, None]
     shown = one_hot(y, outputs) if isinstance(likelihood, Categorical) else y.reshape(y.shape[0], -1).astype(float)
@@ -54,7 +58,14 @@ def amortised_learner(
     outputs: Callable[[PyTree, PyTree, PyTree], Float[Array, "n c"]],
     likelihood: Likelihood,
 ) -> Learner:
-    """A learner from `adapt` and outputs(params, posterior, x); its loss is the mean nll of the query after `adapt`."""
+    """Builds a learner from `init`, `adapt` and its outputs; its loss is the mean nll of the query after `adapt`.
+
+    Args:
+        init: (key, task) -> params.
+        adapt: (params, support, key) -> posterior.
+        outputs: (params, posterior, x) -> [n, c].
+        likelihood: of the support and the query.
+    """
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         predicted = outputs(params, adapt(params, task.support, key), task.query.x)
@@ -70,7 +81,7 @@ def amortised_learner(
 
 
 def by_instance(outputs: Float[Array, "n way"], y: Array, weight: Float[Array, " n"]) -> dict[str, Scalar]:
-    """The accuracy where a class is seen for the 1st, 2nd, ... time; 0 where no class is seen so often."""
+    """Returns the accuracy where a class is seen for the 1st, 2nd, ... time; 0 where no class is seen so often."""
     hot = one_hot(y, outputs.shape[1]) * (weight > 0)[:, None]
     seen = (jnp.cumsum(hot, 0) * hot).sum(-1)
     shown = [k for k in INSTANCES if k * outputs.shape[1] <= outputs.shape[0]]

@@ -1,6 +1,7 @@
-"""A gradient-based learner from its parts: an adaptation, a meta-objective, and a rule for what is around phi_k.
+"""Builds a gradient-based learner from its parts: an adaptation, a meta-objective and a posterior rule.
 
-An `Adaptation` says what a task's parameters are, how they make outputs, and which optimiser fits them.
+An `Adaptation` states what the parameters of a task are, how they make outputs, and which optimiser fits them. The
+posterior rule states what is put around phi_k.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,16 +24,17 @@ from metaprior.networks.statistics import by_support
 class Adaptation(NamedTuple):
     """What is adapted, and by which optimiser.
 
-    model:     the network, which `network` calls
-    init:      (key, task) -> params              theta and whatever else is meta-learned
-    start:     (params) -> phi                    the task parameters before the first step
-    network:   (params, phi, x, call) -> [n, c]   how phi makes outputs; evaluated by `outputs`
-    optimizer: (params) -> optax transformation   its learned rates, if any, are read from params
-    penalty:   (params, phi, support) -> scalar   added to the mean support nll, e.g. a proximal term
-    root:      (params) -> S                      where each update is -S S' gradient: shaped as phi, or a `Root`
-    by_tensor: each update is linear in the gradients and treats the elements of a tensor alike
-    local:     (params, support, key) -> params   theta as a task begins with it, which may depend on its support;
-               applied before everything else in `adapt`, `path` and `loss`
+    Attributes:
+        model: the network, which `network` calls.
+        init: (key, task) -> params: theta and whatever else is meta-learned.
+        start: (params) -> phi: the parameters of a task before the first step.
+        network: (params, phi, x, call) -> [n, c]: how phi makes outputs. Call `outputs` to evaluate it.
+        optimizer: (params) -> optax transformation; learned rates, if any, are read from params.
+        penalty: (params, phi, support) -> scalar that is added to the mean support nll, such as a proximal term.
+        root: (params) -> S where each update is -S S' gradient; shaped as phi, or a `Root`.
+        by_tensor: whether each update is linear in the gradients and treats all elements of a tensor alike.
+        local: (params, support, key) -> params: theta as a task begins with it, where it depends on the support. It is
+            applied before everything else in `adapt`, `path` and `loss`.
     """
 
     model: Model
@@ -46,13 +48,12 @@ class Adaptation(NamedTuple):
     local: Callable[[PyTree, Batch, PRNGKeyArray], PyTree] | None = None
 
     def outputs(self, params: PyTree, phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
-        """phi's outputs; batch norm goes by the support where the model was told one, however it is called."""
+        """Returns the outputs of phi [n, c], with batch norm by the support where the model has one."""
         return by_support(partial(self.network, params, phi), self.model.support)(x, call)
 
 
 def adapt_all(model: Model, optimizer: optax.GradientTransformation) -> Adaptation:
-    """Every parameter of the model is adapted, from a meta-learned initialisation, by a fixed optimiser."""
-
+    """Adapts all parameters of the model from a meta-learned initialisation, by a fixed optimiser."""
     return Adaptation(
         model,
         init=lambda key, task: model.init(key, task.support.x),
@@ -63,11 +64,14 @@ def adapt_all(model: Model, optimizer: optax.GradientTransformation) -> Adaptati
 
 
 def one_by_one(outputs: Callable[..., Array], context: PyTree) -> Callable[..., Array]:
-    """Outputs of each input in a batch of its own beside the support's inputs (Nichol et al. 2018, section 6.1).
+    """Returns outputs of each input in a batch of its own, beside the inputs of the support.
 
     Args:
-        outputs: (phi, x, call) -> [n, c]
-        context: The support's inputs.
+        outputs: (phi, x, call) -> [n, c].
+        context: inputs of the support.
+
+    References:
+        Nichol, Achiam & Schulman 2018, section 6.1.
     """
 
     def singly(phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
@@ -80,7 +84,7 @@ def one_by_one(outputs: Callable[..., Array], context: PyTree) -> Callable[..., 
 
 
 def support_loss(adaptation: Adaptation, likelihood: Likelihood, params: PyTree, support: Batch) -> Callable:
-    """phi -> mean nll of the support set (plus the penalty, if any): what the inner loop descends."""
+    """Returns phi -> mean nll of the support, plus the penalty if any: what the inner loop descends."""
 
     def loss(phi: PyTree) -> Scalar:
         fit = mean_nll(likelihood, adaptation.outputs(params, phi, support.x), support)
@@ -93,10 +97,12 @@ Loss = Callable[[PyTree, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
 
 
 class Adapted(NamedTuple):
-    """A task's posterior over phi.
+    """The posterior of a task over phi.
 
-    context: the support's inputs, where each query is judged in a batch of its own beside them. params: theta as the
-    task began with it, where that differs from task to task (`Adaptation.local`).
+    Attributes:
+        posterior: what the posterior rule inferred.
+        context: inputs of the support, where each query is predicted in a batch of its own beside them; else None.
+        params: theta as the task began with it, where it differs between tasks (`Adaptation.local`); else None.
     """
 
     posterior: PyTree
@@ -114,17 +120,17 @@ def gradient_learner(
     implied_precision: Callable[[PyTree, Batch], Scalar | float] | None = None,
     descends: bool = True,
 ) -> Learner:
-    """Builds a learner that infers phi by optimiser steps: its functions and its path.
+    """Builds a learner that infers phi by optimiser steps.
 
     Args:
-        adaptation: What is adapted.
-        likelihood: Of the support and the query.
-        loss: The meta-objective.
-        loop: The inner loop; on a new task it runs `loop.on_new_task` steps.
-        posterior: What is put around the last phi.
+        adaptation: what is adapted.
+        likelihood: of the support and the query.
+        loss: the meta-objective.
+        loop: the inner loop. On a new task it runs `loop.on_new_task` steps.
+        posterior: what is put around the last phi.
         implied_precision: (params, support) -> the precision of an explicit prior N(theta, 1 / precision) that the
             inner loop optimises, in units of the summed nll (iMAML). None: the steps imply the prior.
-        descends: False where a network chooses the steps: they then imply no prior.
+        descends: False where a network chooses the steps, which then imply no prior.
     """
     steps, transductive = loop.on_new_task, loop.transductive
 
@@ -197,12 +203,23 @@ def query_learner(
     loop: InnerLoop,
     posterior: PosteriorRule,
 ) -> Learner:
-    """Builds MAML with any adaptation: it is trained by `query_loss`."""
+    """Builds MAML with any adaptation: the meta-objective is `query_loss`.
+
+    Args:
+        adaptation: what is adapted.
+        likelihood: of the support and the query.
+        loop: the inner loop.
+        posterior: what is put around the last phi.
+    """
     return gradient_learner(adaptation, likelihood, query_loss(adaptation, likelihood, loop), loop, posterior=posterior)
 
 
 def query_loss(adaptation: Adaptation, likelihood: Likelihood, loop: InnerLoop) -> Loss:
-    """The query's mean nll after the inner steps on the support (Finn et al. 2017, Algorithm 2)."""
+    """Returns the mean nll of the query after the inner steps on the support, as a meta-objective.
+
+    References:
+        Finn, Abbeel & Levine 2017, Algorithm 2.
+    """
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         fit = support_loss(adaptation, likelihood, params, task.support)
@@ -214,7 +231,7 @@ def query_loss(adaptation: Adaptation, likelihood: Likelihood, loop: InnerLoop) 
 
 
 def pretraining_loss(model: Model, likelihood: Likelihood) -> Loss:
-    """The mean nll of support and query together under the model itself: no task, no adaptation."""
+    """Returns the mean nll of support and query together under the model itself, without any adaptation."""
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         data = joined(task)
@@ -225,7 +242,7 @@ def pretraining_loss(model: Model, likelihood: Likelihood) -> Loss:
 
 
 def fit_metrics(likelihood: Likelihood, outputs: Array, batch: Batch) -> dict[str, Scalar]:
-    """What a training curve shows besides the loss: the mean nll and the accuracy or mean squared error."""
+    """Returns what a training curve shows besides the loss: mean nll, and accuracy or mean squared error."""
     metrics = {"nll": mean_nll(likelihood, outputs, batch)}
     if isinstance(likelihood, Categorical):
         metrics["accuracy"] = weighted_mean((outputs.argmax(-1) == batch.y).astype(outputs.dtype), batch)

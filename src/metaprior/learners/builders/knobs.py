@@ -15,8 +15,8 @@ def with_noise(make: Callable[[Likelihood], Learner], likelihood: Likelihood) ->
     """Returns a learner whose noise can be fitted after training, by its knob "noise".
 
     Args:
-        make: The learner by the likelihood of its predictions.
-        likelihood: Of training and predictions; without a noise (classes, counts), nothing changes.
+        make: the learner by the likelihood of its predictions.
+        likelihood: of training and predictions; without a noise (classes, counts), nothing changes.
     """
     learner = make(likelihood)
     knobs = as_knobs({"noise": likelihood.scale}) if isinstance(likelihood, Gaussian) else ()
@@ -47,8 +47,8 @@ def turned(learner: Learner, knobs: Mapping[str, Any]) -> Learner:
     """Returns the learner with these values of its knobs; those of other knobs stay.
 
     Args:
-        learner: Any learner; a classifier's "softmax_temperature" need not be among its knobs.
-        knobs: Values by name; they may be traced.
+        learner: any learner; a classifier's "softmax_temperature" need not be among its knobs.
+        knobs: values by name; they may be traced.
 
     Raises:
         ValueError: A knob that the learner does not have.

@@ -1,7 +1,8 @@
-"""What learners that compare embeddings share: the embedding, its distances, and classes the support does not show.
+"""What learners share that compare embeddings: the embedding, distances, and classes that the support does not show.
 
-Classes are labels 0..way-1 with `way` fixed when the code is compiled; one without support examples has probability 0.
-So a learner trained on 60 ways is judged on 5 as it is, and tasks of one batch may have different numbers of classes.
+Classes are labels 0..way-1, and `way` is fixed when code is compiled. A class without support examples has probability
+0. So a learner that was trained on 60 ways is judged on 5 without change, and the tasks of a batch may have different
+numbers of classes.
 """
 
 from collections.abc import Callable
@@ -22,9 +23,18 @@ Embed = Callable[[PyTree, PyTree], Float[Array, "n d"]]
 
 
 def embed_query(embed: Embed, params: PyTree, x: PyTree, beside: PyTree | None) -> Float[Array, "n d"]:
-    """The queries' embeddings: in one batch, or each in a batch of its own beside the support inputs.
+    """Returns the embeddings of the queries: in one batch, or each in a batch of its own beside the support's inputs.
 
-    The second keeps batch norm from seeing two queries together (Nichol et al. 2018, sec. 6.1).
+    The second way keeps batch norm from seeing two queries together.
+
+    Args:
+        embed: (params, x) -> [n, d].
+        params: parameters of the embedding.
+        x: inputs of the queries.
+        beside: inputs of the support; None embeds all queries in one batch.
+
+    References:
+        Nichol, Achiam & Schulman 2018, section 6.1.
     """
     if beside is None:
         return embed(params, x)
@@ -36,35 +46,39 @@ def embed_query(embed: Embed, params: PyTree, x: PyTree, beside: PyTree | None) 
 
 
 def number_of_classes(model: Model, way: int | None, params: PyTree, x: PyTree) -> int:
-    """`way`, or by default the number of the model's outputs.
+    """Returns `way`, or by default the number of outputs of the model.
 
     Raises:
-        ValueError: a model without features, whose outputs are the embedding, and no `way`.
+        ValueError: no `way` for a model without features, whose outputs are the embedding.
     """
     if way is not None:
         return way
     if model.features is None:
         raise ValueError(
-            "way: came None, and this model's outputs are its embedding; needs the largest number of classes in a task"
+            "way must be the largest number of classes in a task where the model's outputs are its embedding, got None."
         )
     return jax.eval_shape(model.apply, params, x).shape[-1]
 
 
 def check_classification(name: str, likelihood: Likelihood, way: int | None) -> None:
-    """A ValueError where a learner of classes is given another likelihood, or fewer than two classes."""
+    """Checks that a learner of classes is given a categorical likelihood and at least two classes.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(likelihood, Categorical):
         raise ValueError(
-            f"likelihood: came {type(likelihood).__name__}, but {name} tells classes apart; give Categorical()"
+            f"likelihood must be Categorical() for {name}, which tells classes apart, got {type(likelihood).__name__}."
         )
     if way is not None and way < 2:
-        raise ValueError(f"way: came {way}, needs at least 2 classes")
+        raise ValueError(f"way must be at least 2, got {way}.")
 
 
 def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
-    """Each example's weight in the column of its class; the columns sum to the classes' numbers of examples.
+    """Returns each example's weight in the column of its class; columns sum to the classes' numbers of examples.
 
-    An example without a label is in no column. One that is no class, or a weight below 0, makes all of it NaN: a row of
-    zeros times NaN may be compiled to zeros.
+    An example without a label is in no column. A label that is no class, or a weight below 0, makes everything NaN,
+    because compiled code may turn a row of zeros times NaN into zeros.
     """
     y, w = counted(support._replace(known=None)).y, weights(support)
     possible = check_labels(known_labels(y), way, w.shape[0])
@@ -73,17 +87,17 @@ def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
 
 
 def present(logits: Float[Array, "n way"], number: Float[Array, " way"]) -> Float[Array, "n way"]:
-    """The logits, with classes of which a support has no weight ruled out; NaN where the weight is."""
+    """Returns the logits with classes ruled out of which a support has no weight; NaN where the weight is NaN."""
     return jnp.where(number > 0, logits, jnp.where(jnp.isnan(number), jnp.nan, ABSENT))
 
 
 def unit(f: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """Rows of length one; a row of zeros stays one, and its derivative stays finite."""
+    """Returns rows of length one. A row of zeros stays zero, and its derivative stays finite."""
     return f * jax.lax.rsqrt((f**2).sum(-1, keepdims=True) + 1e-12)
 
 
 def squared_distance(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """|a_i - b_j|^2 by one matrix product, about the mean of b lest digits cancel."""
+    """Returns |a_i - b_j|^2 by one matrix product, about the mean of b so that digits do not cancel."""
     centre = b.mean(0)
     a, b = a - centre, b - centre
     cross = jnp.matmul(a, b.T, precision="highest")
@@ -91,7 +105,7 @@ def squared_distance(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Ar
 
 
 def cosine_distance(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """1 - cos(a_i, b_j)."""
+    """Returns 1 - cos(a_i, b_j)."""
     return 1 - jnp.matmul(unit(a), unit(b).T, precision="highest")
 
 
@@ -103,10 +117,15 @@ def scored_by_query(
     adapt: Callable[[PyTree, Batch, PRNGKeyArray], PyTree],
     logits: Callable[[PyTree, PyTree, PyTree], Float[Array, "n way"]],
 ) -> Learner:
-    """A learner of classes whose loss is the query's mean nll under its own predictive, as it is judged later.
+    """Builds a learner of classes whose loss is the mean nll of the query under its own predictive.
 
-    logits: (params, posterior, x) -> log class probabilities of the queries, up to a constant each. A query whose label
-    is no class at all (way or above) makes the loss NaN, which training reports.
+    A query whose label is no class (way or above) makes the loss NaN, which training reports.
+
+    Args:
+        init: (key, task) -> params.
+        adapt: (params, support, key) -> posterior.
+        logits: (params, posterior, x) -> log class probabilities of the queries [n, way], up to a constant for each
+            query.
     """
 
     def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Categories:
@@ -121,23 +140,30 @@ def scored_by_query(
 
 
 class Shown(NamedTuple):
-    """A posterior, and the weight of the support's examples in each class."""
+    """A posterior, and the weight of the support's examples in each class.
+
+    Attributes:
+        posterior: of the learner inside.
+        number: weight of each class.
+    """
 
     posterior: PyTree
     number: Float[Array, " way"]
 
 
 def with_unseen(learner: Learner, way: int, concentration: float = 1.0) -> Learner:
-    """A learner that rules out classes without support examples, made to leave them their prior mass.
+    """Returns a learner that leaves classes without support examples their prior mass.
+
+    The given learner rules them out.
 
     With n examples of which none is of class c, the probability of c is that of the Dirichlet-multinomial,
-    concentration / (n + way concentration); the learner's own probabilities share what is left. Where every class is
-    shown nothing changes. For problems with a fixed list of classes, not for episodes of fewer classes than `way`.
+    concentration / (n + way concentration). The learner's own probabilities share the rest. Where every class is shown
+    nothing changes. Use it for problems with a fixed list of classes, not for episodes of fewer classes than `way`.
 
     Args:
-        learner: of classes 0..way-1, that compares queries with the support.
-        way: the number of classes.
-        concentration: of the prior over the classes' shares, above 0; 1 is Laplace's rule of succession.
+        learner: a learner of classes 0..way-1 that compares queries with the support.
+        way: number of classes.
+        concentration: of the prior over the shares of the classes, above 0. 1 is Laplace's rule of succession.
     """
 
     def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Shown:

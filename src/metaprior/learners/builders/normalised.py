@@ -1,5 +1,8 @@
-"""Learners whose batch norm uses statistics of the support (`of_support`), of training tasks (`of_training`), or of the
-support and one query at a time (`predicts_alone`)."""
+"""Learners whose batch norm uses statistics of other examples than those at hand.
+
+Of the support (`of_support`), of training tasks (`of_training`), or of the support and one query at a time
+(`predicts_alone`).
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,9 +26,16 @@ class Supported(NamedTuple):
 
 
 def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
-    """The learner that `make` builds, with every batch of a task normalised by its support, in training as later.
+    """Returns the learner that `make` builds, with every batch of a task normalised by its support.
 
-    MetaBN of Bronskill, Gordon, Requeima, Nowozin & Turner (2020, sec. 3.2): no prediction depends on another query.
+    This holds in training as well as later, so no prediction depends on another query (MetaBN).
+
+    Args:
+        make: model -> learner.
+        model: the network.
+
+    References:
+        Bronskill, Gordon, Requeima, Nowozin & Turner 2020, section 3.2.
     """
 
     def at(support: Batch) -> Learner:
@@ -83,9 +93,9 @@ def predicts_alone(learner: Learner, predict: Callable[[Model], Callable[..., Py
     """Returns a learner that predicts each query in a batch of its own beside the support (`transductive=False`).
 
     Args:
-        learner: The learner, whose predictions see all queries together.
-        predict: model -> the learner's function `predict` with that model.
-        model: The learner's model.
+        learner: the learner, whose predictions see all queries together.
+        predict: model -> the function `predict` of the learner with that model.
+        model: the learner's model.
     """
 
     def alone(params: PyTree, posterior: Supported, x: PyTree, key: PRNGKeyArray) -> PyTree:
@@ -103,9 +113,14 @@ def predicts_alone(learner: Learner, predict: Callable[[Model], Callable[..., Py
 
 
 def of_training(make: Callable[[Model], Learner], model: Model) -> Learner:
-    """The learner that `make` builds, normalised by the batch at hand in training and by training tasks afterwards.
+    """Returns the learner that `make` builds, normalised by training tasks once it is trained.
 
-    `Learner.settle` gathers the statistics once params are trained.
+    During training, the batch at hand gives the statistics. `Learner.settle` gathers those of training tasks
+    afterwards.
+
+    Args:
+        make: model -> learner.
+        model: the network.
     """
     learner = make(given(model, AT_HAND))
 
@@ -121,13 +136,24 @@ def of_training(make: Callable[[Model], Learner], model: Model) -> Learner:
 def gathered(
     learner: Learner, model: Model, params: PyTree, source: TaskSource, key: PRNGKeyArray, tasks: int = 100
 ) -> dict[str, Statistics]:
-    """The statistics of `tasks` training tasks, of each layer of the network that a task begins with.
+    """Returns the statistics of training tasks in each layer of the network that a task begins with.
 
-    Gathered once, after training (Ioffe & Szegedy 2015, algorithm 2), not followed on the way: each task is normalised
-    by itself as it was in training, and the variance is that within tasks and that between their means.
+    They are gathered once, after training, and not followed during it. Each task is normalised by itself as in
+    training; the variance is that within tasks plus that between their means.
+
+    Args:
+        learner: the trained learner.
+        model: its network.
+        params: its meta-learned parameters.
+        source: training tasks.
+        key: random key.
+        tasks: number of tasks.
 
     Raises:
-        ValueError: a learner whose params hold no parameters of this network as they are.
+        ValueError: the params do not hold the parameters of one such network.
+
+    References:
+        Ioffe & Szegedy 2015, Algorithm 2.
     """
 
     def one(key: PRNGKeyArray) -> dict[str, Statistics]:
@@ -144,7 +170,7 @@ def gathered(
 
 
 def part_like(model: Model, params: PyTree, x: PyTree) -> PyTree:
-    """The first part of a learner's params that has the form of the model's own."""
+    """Returns the first part of a learner's params that has the form of the model's own."""
     form = jax.eval_shape(model.init, jax.random.key(0), x)
     structure, shapes = jax.tree.structure(form), [leaf.shape for leaf in jax.tree.leaves(form)]
 
@@ -155,6 +181,6 @@ def part_like(model: Model, params: PyTree, x: PyTree) -> PyTree:
         if same(node):
             return node
     raise ValueError(
-        "norm: 'running' needs the statistics of one network, but this learner's parameters hold none as it is (of "
-        "several particles, for instance); use norm='task', 'layer' or 'group'"
+        "norm must be 'task', 'layer' or 'group' for this learner, got 'running': its parameters do not hold one "
+        "network whose statistics could be gathered (they hold several particles, for instance)."
     )

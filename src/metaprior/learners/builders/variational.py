@@ -1,4 +1,4 @@
-"""A learner whose prior is a diagonal Gaussian, from how it is fitted and what it is trained by."""
+"""Builds a learner whose prior is a diagonal Gaussian, from how it is fitted and what it is trained by."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,13 +39,22 @@ def variational_learner(
     draws: Whole,
     differentiated: bool = True,
 ) -> Learner:
-    """A learner whose theta is the prior N(mean, sd^2) and whose posterior is a fitted Gaussian.
+    """Builds a learner whose theta is the prior N(mean, sd^2) and whose posterior is a fitted Gaussian.
 
-    log_sd: of the prior before training. draws: networks averaged in a prediction; 0 is the linearised predictive in
-    closed form. differentiated: whether the meta-gradient flows through the steps in training.
+    Args:
+        model: the network.
+        likelihood: of the support and the query.
+        how: how the Gaussian of a task is fitted.
+        objective: the meta-objective.
+        log_sd: logarithm of the prior's sd before training.
+        draws: number of networks that a prediction averages. 0 gives the linearised predictive in closed form.
+        differentiated: whether the meta-gradient flows through the steps in training.
+
+    Raises:
+        ValueError: a log_sd out of range.
     """
     if not -30 < log_sd < 10:
-        raise ValueError(f"log_sd: came {log_sd}, needs a number between -30 (a variance that underflows) and 10")
+        raise ValueError(f"log_sd must be between -30 (below, the variance underflows) and 10, got {log_sd}.")
 
     def init(key: PRNGKeyArray, task: Task) -> DiagonalGaussian:
         return around(model.init(key, task.support.x), log_sd)
