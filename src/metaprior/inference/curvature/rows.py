@@ -214,7 +214,7 @@ def map_rows(
     return chunked(one, (jnp.repeat(jnp.arange(n), r), jnp.moveaxis(root, 2, 1).reshape(n * r, c)), pull)
 
 
-def output_variance(outputs: Outputs, gaussian, x: PyTree) -> Float[Array, "n c"]:
+def output_variance(outputs: Outputs, gaussian: Any, x: PyTree) -> Float[Array, "n c"]:
     """Computes the variances diag(J* C J*') of the linearised outputs at x under a Gaussian.
 
     It takes n c vector-Jacobian products, in chunks. They go through all of x, which is exact also if a batch norm
@@ -238,7 +238,7 @@ def output_variance(outputs: Outputs, gaussian, x: PyTree) -> Float[Array, "n c"
     return jnp.maximum(chunked(one, jnp.arange(f.size), pull), 0).reshape(f.shape)
 
 
-def _each_alone(outputs: Outputs, gaussian, x: PyTree) -> Float[Array, "n c"]:
+def _each_alone(outputs: Outputs, gaussian: Any, x: PyTree) -> Float[Array, "n c"]:
     def one(xi: PyTree) -> Float[Array, " c"]:
         f, pull = pulled(outputs, gaussian.mean, jax.tree.map(lambda leaf: leaf[None], xi))
         return jax.vmap(lambda e: gaussian.quadratic(pull(e[None])))(jnp.eye(f.shape[1], dtype=f.dtype))
