@@ -303,6 +303,7 @@ def test_many_groups_are_fitted_in_linear_time():
     assert seconds(20_000) < 20
 
 
+@pytest.mark.slow
 def test_the_prior_mass_of_unseen_classes_is_not_tempered():
     setting = Setting("protonet", (4,), (), 3, True)
     support = Batch(jnp.ones((4, 2)), jnp.array([0, 0, 1, 1]))
@@ -349,6 +350,7 @@ def test_an_answer_of_the_prior_to_a_forgotten_group_is_told(regressor):
         cross_val_predict(shortly(), x, y, cv=2, groups=group)
 
 
+@pytest.mark.slow
 def test_the_docs_cross_validation_runs():
     text = (Path(__file__).parent.parent / "docs" / "estimators.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -448,6 +450,7 @@ def test_learners_whose_steps_imply_no_prior_have_laplaces_posterior():
         shortly(learner="l2l", options={"posterior": "implicit", "steps": 4, "unroll": 2}).fit(x, y, group)
 
 
+@pytest.mark.slow
 def test_classes_without_a_shown_row_share_their_mass_evenly():
     # Four classes, six rows of two of them: 1 / (6 + 4) for either other, whatever the shares in training.
     setting = Setting("protonet", (4,), (), 4, True)

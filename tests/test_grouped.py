@@ -41,6 +41,7 @@ def simulated(groups: int, rows: int) -> Rows:
     return Rows(x.reshape(-1, 1), y.reshape(-1, 1), jnp.repeat(jnp.arange(groups), rows))
 
 
+@pytest.mark.slow
 def test_learned_prior_agrees_with_nuts_on_the_whole_hierarchy(monkeypatch):
     """Gaussian observations, where LLAMA's evidence is exact: its optimum lies where NUTS has its posterior."""
     quick = {"objective": "evidence", "learn_precision": True, "steps": 30, "test_steps": 60, "rate": 0.3}
@@ -56,6 +57,7 @@ def test_learned_prior_agrees_with_nuts_on_the_whole_hierarchy(monkeypatch):
     assert found["truth"][1].coverage > 0.7
 
 
+@pytest.mark.slow
 def test_new_tasks_of_a_known_prior_are_exact():
     """All draws the same prior: the weighted draws must follow the conjugate posterior."""
     mean, sd = jnp.asarray([1.0, -1.0]), jnp.asarray([0.5, 2.0])
@@ -90,6 +92,7 @@ def group():
     return Batch(rows.x[:3], rows.y[:3]), rows.x[3:]
 
 
+@pytest.mark.slow
 def test_a_new_group_under_one_draw_is_conjugate(group):
     support, x = group
     found = new_group(jax.tree.map(lambda a: a[None], THETA), support, x, KEY)
@@ -98,6 +101,7 @@ def test_a_new_group_under_one_draw_is_conjugate(group):
     assert np.allclose(found.variance()[:, 0], jnp.diagonal(exact.covariance), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_support_weighs_the_draws(group):
     """Padding counts for nothing, whatever a draw's noise; a draw that the support denies is not heard."""
     support, x = group

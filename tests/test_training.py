@@ -221,6 +221,7 @@ def test_an_optax_transformation_is_an_outer_optimizer_and_is_told_the_loss(tmp_
         Training(optimizer=seen, schedule="cosine")
 
 
+@pytest.mark.slow
 def test_a_meta_step_is_a_gradient_and_an_update():
     """Gradients of two halves of the tasks, made apart, are put together outside."""
     learner, splits = tiny_learner(), tiny_splits()

@@ -18,6 +18,7 @@ def exact():
     return norm(OFFSET + SCALE * np.asarray(Z.means[0], float), SCALE * np.sqrt(np.asarray(Z.variances[0], float)))
 
 
+@pytest.mark.slow
 def test_all_of_a_predictive_is_in_the_units_of_the_target():
     predictive, truth = in_units(Z, OFFSET, SCALE), exact()
     assert isinstance(predictive, Predictive)

@@ -77,6 +77,7 @@ def test_archives_are_read_as_points_with_y_downwards(tmp_path):
         read_strokes(tmp_path / "broken.zip")
 
 
+@pytest.mark.slow
 def test_a_class_s_row_belongs_to_its_pictures():
     """Pictures of one grey each, in one corner: turned, a class's corner tells by how much."""
     greys = np.arange(1, 7, dtype=np.uint8) * 40
@@ -96,6 +97,7 @@ def test_a_class_s_row_belongs_to_its_pictures():
     assert kept.support.x.values.shape == (2, 4, 2)
 
 
+@pytest.mark.slow
 def test_prototypes_are_embedded_attributes_of_length_one():
     learner = zero_shot(BARE, Categorical(), temperature=2.0)
     v, x = jnp.array([[1.0, 0, 2], [0, 1, 1], [3, 1, 0]]), jnp.array([[0.5, -0.5], [1.0, 2.0]])

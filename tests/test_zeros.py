@@ -63,6 +63,7 @@ def test_optimizers_without_a_derivative_at_zero_are_refused_where_the_meta_grad
     [("maml", name) for name in ("adam", "adamw", "nadam", "nadamw", "amsgrad")]
     + [(learner, "adam") for learner in ("anil", "bmaml", "amortized_bml")],
 )
+@pytest.mark.slow
 def test_adam_and_its_kin_in_the_learners_whose_meta_gradient_flows_through_them(learner, name):
     made = make_learner(learner, mlp(1, (4,), "relu"), Gaussian(), optimizer=name)
     data = task()
@@ -77,6 +78,7 @@ def test_what_is_no_optimizer_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["kl_chaser", "amortized_bml", "gem_bml", "maml", "bmaml", "platipus"])
+@pytest.mark.slow
 def test_a_task_that_shows_nothing_has_a_finite_meta_gradient(name):
     learner, data = make_learner(name, mlp(1, (4,), "relu"), Gaussian()), task()
     empty = data._replace(support=data.support._replace(weight=jnp.zeros(6)))
@@ -87,6 +89,7 @@ def test_a_task_that_shows_nothing_has_a_finite_meta_gradient(name):
 
 
 @pytest.mark.parametrize("name", ["kl_chaser", "amortized_bml"])
+@pytest.mark.slow
 def test_many_dead_weights_and_few_examples_stay_finite_through_adam(name):
     # Each step answers a gradient of 0, and five of them multiply.
     learner, data = make_learner(name, mlp(1, (16,), "relu"), Gaussian(), optimizer="adam"), task()
