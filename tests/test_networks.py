@@ -387,11 +387,11 @@ def test_fixed_statistics_of_the_batch_itself_are_batch_norm():
 def test_bad_input_is_named(pool):
     with pytest.raises(ValueError, match=r"norm must be one of batch, running, task, layer.* got 'batchnorm'"):
         resnet12(norm="batchnorm")
-    with pytest.raises(ValueError, match="widths: came"):
+    with pytest.raises(ValueError, match="widths must have a number of channels"):
         resnet12(widths=())
     for norm in ("task", "running"):
         with pytest.raises(ValueError, match="make_learner"):
             maml(small(norm), Categorical()).adapt(small(norm).init(KEY, TASK.support.x), TASK.support, KEY)
     particles = make_learner("bmaml", small("running"), Categorical())
-    with pytest.raises(ValueError, match="hold none as it is"):
+    with pytest.raises(ValueError, match="do not hold one network whose statistics"):
         settled(particles, particles.init(KEY, TASK), pool, KEY)
