@@ -266,7 +266,7 @@ def test_training_on_labels_that_are_no_class_names_them(name):
 def test_training_that_ends_with_lost_validation_is_not_done():
     learner = make_learner("maml", mlp(3, (4,)), Categorical())
     good, bad = labelled_tasks([0, 1, 2]), labelled_tasks([0, 1, -1])
-    with pytest.raises(NonFiniteLoss, match=r"validation tasks.*label -1"):
+    with pytest.raises(NonFiniteLoss, match=r"validation tasks.*got -1"):
         fit(learner, Splits(good, bad, good), Training(steps=2, meta_batch=2, chunk=2, validation_tasks=2))
 
 

@@ -1,6 +1,6 @@
 """Optional libraries: an extra installs them, and the error for a missing one names the extra.
 
-    with extra("plots", "A picture"):
+    with extra("plots", "A plot"):
         from matplotlib.figure import Figure
 
 The base dependencies are imported as usual. `tests/test_imports.py` checks that no other library is.
@@ -23,7 +23,7 @@ def extra(name: str, purpose: str) -> Iterator[None]:
         purpose: What needs the libraries: the first words of the message.
 
     Raises:
-        MissingExtra: An import failed: "A picture needs the extra `plots` (No module named 'matplotlib'): ...".
+        MissingExtra: An import failed: "A plot needs the extra `plots` (No module named 'matplotlib'): ...".
     """
     try:
         yield

@@ -392,7 +392,11 @@ class Splits(NamedTuple):
 
 
 def innermost(source: TaskSource) -> TaskSource:
-    """The source within sources around it (augmented, with hidden labels)."""
+    """Returns the source inside all sources that wrap it (augmented images, hidden labels).
+
+    Args:
+        source: A task source.
+    """
     while isinstance(source, WrappedSource):
         source = source.source
     return source

@@ -29,7 +29,7 @@ class InnerLoop:
         remat: recompute inner steps in the backward pass. Memory grows with the logarithm of the number of steps; time
             grows by a factor of that logarithm.
         transductive: predict all queries together. Batch norm then sees them in one batch, so the prediction of one
-            query depends on the others. False predicts each query in a batch of its own beside the support (Nichol et
+            query depends on the others. False predicts each query in a separate batch with the support (Nichol et
             al. 2018, section 6.1). The two are the same for networks without batch norm.
     """
 
