@@ -27,7 +27,7 @@ def table_after(page: str, heading: str, first: str) -> list[list[str]]:
 def test_the_inner_loops_defaults_are_those_of_the_learners():
     standard = {field.name: field.default for field in fields(InnerLoop)}
     seen = set()
-    for learners, others, without in table_after("learners.md", "Which options has the inner loop?", "learners"):
+    for learners, others, without in table_after("learners.md", "Which options does the inner loop have?", "learners"):
         values = {n: json.loads(v.strip("`")) for n, v in re.findall(r'`(\w+)` (`"\w+"`|[\d.]+|true|false)', others)}
         left_out = set(re.findall(r"`(\w+)`", without))
         expected = {n: v for n, v in (standard | values).items() if n not in left_out}
