@@ -39,7 +39,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 results: $(STAMP)
-	$(BIN)/metaprior results --headlines RESULTS.md
+	$(BIN)/metaprior results --headlines RESULTS.md --learners .
 
 bench: $(STAMP)
 	bash benchmarks/install_peers.sh

@@ -1,11 +1,10 @@
 """metaprior list: list the learners, recipes and other components."""
 
-import inspect
-
 from rich.table import Table
 from rich.text import Text
 
 from metaprior.cli.screen import screen
+from metaprior.core.named import summary
 from metaprior.experiments.recipe import load_recipe, recipe_names
 from metaprior.experiments.suite import load_suite, suite_names
 from metaprior.inference.posteriors import POSTERIORS
@@ -18,12 +17,12 @@ def listing() -> int:
     """List learners, recipes, suites, task sources, networks and posteriors."""
     console = screen()
     sections = {
-        "learners": {name: _first_line(factory) for name, factory in LEARNERS.discovered().items()},
+        "learners": {name: summary(factory) for name, factory in LEARNERS.discovered().items()},
         "recipes": {name: load_recipe(name).description for name in recipe_names()},
         "suites": {name: load_suite(name).title for name in suite_names()},
-        "task sources": {name: _first_line(factory) for name, factory in SOURCES.discovered().items()},
-        "networks": {name: _first_line(factory) for name, factory in NETWORKS.discovered().items()},
-        "posteriors": {name: _first_line(factory) for name, factory in POSTERIORS.items()},
+        "task sources": {name: summary(factory) for name, factory in SOURCES.discovered().items()},
+        "networks": {name: summary(factory) for name, factory in NETWORKS.discovered().items()},
+        "posteriors": {name: summary(factory) for name, factory in POSTERIORS.items()},
     }
     for title, entries in sections.items():
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
@@ -32,7 +31,3 @@ def listing() -> int:
         console.print(table)
         console.print()
     return 0
-
-
-def _first_line(factory: object) -> str:
-    return (inspect.getdoc(getattr(factory, "func", factory)) or "").split("\n")[0]

@@ -19,6 +19,7 @@ from metaprior.core.named import lookup
 from metaprior.core.runtime import configure
 from metaprior.evaluation.plots import check_plots
 from metaprior.experiments.course import environment
+from metaprior.experiments.learner_table import write_learner_tables
 from metaprior.experiments.pages import headlines as headline_table
 from metaprior.experiments.pages import number, with_headlines, write_pages
 from metaprior.experiments.recipe import Recipe, as_dict, build, training_of
@@ -108,6 +109,7 @@ def results(
     benchmarks: Path = Path("benchmarks/results"),
     out: Path = Path("docs/results"),
     headlines: Path | None = None,
+    learners: Path | None = None,
 ) -> int:
     """Write a Markdown page of each suite's results, with a status relative to the published figures.
 
@@ -116,6 +118,7 @@ def results(
         benchmarks: A folder of benchmark results, for the page speed.md. It need not exist.
         out: The folder for the pages.
         headlines: A Markdown file. The lines between its two marks are replaced by the table of the best rows.
+        learners: The root of a checkout. The tables of learners in its README.md and docs/learners.md are written anew.
     """
     check_output(out, "--out")
     for path in write_pages(results, benchmarks, out):
@@ -123,6 +126,8 @@ def results(
     if headlines is not None:
         text = headlines.read_text(encoding="utf-8")
         write_atomically(headlines, with_headlines(text, headline_table(results, f"{out.as_posix()}/")))
+    for path in write_learner_tables(learners) if learners is not None else []:
+        screen().print(f"written: {path}", soft_wrap=True)
     return 0
 
 

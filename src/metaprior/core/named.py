@@ -8,6 +8,15 @@ from typing import Any
 from metaprior.core.options import OptionError, accept_all, nearest, option_names, passes_options_to, shown
 
 
+def summary(factory: Callable[..., Any]) -> str:
+    """Returns the first line of a factory's docstring.
+
+    Args:
+        factory: The factory.
+    """
+    return (inspect.getdoc(getattr(factory, "func", factory)) or "").split("\n")[0]
+
+
 class Registry(dict[str, Callable[..., Any]]):
     """A dictionary of factories by name.
 

@@ -273,8 +273,20 @@ def with_headlines(text: str, table: str) -> str:
         text: The page.
         table: The table.
     """
-    before, mark, rest = text.partition(OPEN)
-    _, close, after = rest.partition(CLOSE)
+    return between(text, table, OPEN, CLOSE)
+
+
+def between(text: str, table: str, opening: str, closing: str) -> str:
+    """Replaces the text between two marks by a table. A text without the marks is not changed.
+
+    Args:
+        text: The text.
+        table: The table.
+        opening: The first mark.
+        closing: The second mark.
+    """
+    before, mark, rest = text.partition(opening)
+    _, close, after = rest.partition(closing)
     return f"{before}{mark}\n{table}\n{close}{after}" if mark and close else text
 
 

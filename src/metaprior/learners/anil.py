@@ -39,7 +39,7 @@ def _is_head(params: PyTree, head: str) -> PyTree:
 def anil(
     model: Model, likelihood: Likelihood, *, head: str = "head", posterior: PosteriorRule = point(), **inner: Any
 ) -> Learner:
-    """Meta-learns an initialisation of which one layer alone is adapted.
+    """Meta-learns an initialisation of which only one layer, the head, is adapted.
 
     Args:
         model: the network.

@@ -51,7 +51,9 @@ def bmaml(
     weight_precision: NonNegative = 0.0,
     **inner: Any,
 ) -> Learner:
-    """Meta-learns M particles; params and posterior hold them along a leading axis.
+    """Meta-learns M particles, which adapt together by Stein variational gradient descent.
+
+    Params and posterior hold them along a leading axis.
 
     Args:
         model: the network; all of its parameters are adapted.

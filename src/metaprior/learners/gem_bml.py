@@ -140,7 +140,7 @@ def gem_bml(
 )
 @passes_options_to(gem_bml, without=("predictive",))
 def gem_bml_plus(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
-    """Meta-learns a Gaussian prior by gradient-EM of log p(query | support) (GEM-BML+).
+    """Meta-learns a Gaussian prior by gradient-EM of log p(query given support) (GEM-BML+).
 
     Args:
         model: as in `gem_bml`.
@@ -160,7 +160,9 @@ def gem_bml_plus(model: Model, likelihood: Likelihood, **options: Any) -> Learne
 def kl_chaser(
     model: Model, likelihood: Likelihood, *, log_sd: float = -3.0, draws: Whole = 16, **inference: Any
 ) -> Learner:
-    """Meta-learns a Gaussian prior by descending KL(stop(q_SQ) || q_S) through the inference of q_S.
+    """Meta-learns a Gaussian prior that moves the support's posterior towards the posterior of all data.
+
+    It descends KL(stop(q_SQ) || q_S) through the inference of q_S.
 
     Args:
         model: the network.

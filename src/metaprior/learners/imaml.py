@@ -37,7 +37,9 @@ def imaml(
     posterior: PosteriorRule = point(),
     **inner: Any,
 ) -> Learner:
-    """Meta-learns the centre theta of a proximal prior. Its params are the model's own.
+    """Meta-learns the centre theta of a proximal prior, by implicit differentiation.
+
+    Its params are the model's own.
 
     Args:
         model: the network; all of its parameters are adapted.

@@ -84,7 +84,9 @@ def l2l(
     posterior: PosteriorRule = point(),
     **inner: Any,
 ) -> Learner:
-    """Meta-learns the optimiser that fits phi to the support; `learned_optimizer(params.rule)` uses it on other losses.
+    """Meta-learns an LSTM as the optimiser that fits phi to the support.
+
+    `learned_optimizer(params.rule)` uses it on other losses.
 
     Args:
         model: the network; all of its parameters are adapted.

@@ -110,7 +110,7 @@ def matching(
     way: Way | None = None,
     transductive: bool = True,
 ) -> Learner:
-    """Meta-learns an embedding by whose cosines a query attends to the labels of the support.
+    """Meta-learns an embedding in which a query attends to the labels of the support by cosine similarity.
 
     Classification only.
 

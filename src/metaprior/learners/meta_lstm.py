@@ -129,7 +129,9 @@ def meta_lstm(
     posterior: PosteriorRule = point(),
     **inner: Any,
 ) -> Learner:
-    """Meta-learns theta_0 and the gates by which phi moves from it; first order, as published.
+    """Meta-learns an initialisation and the LSTM gates that set each inner step.
+
+    phi moves from theta_0 by these gates. First order, as published.
 
     Args:
         model: the network; all of its parameters are adapted.

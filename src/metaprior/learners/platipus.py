@@ -57,7 +57,9 @@ def platipus(
     draws: Whole = 16,
     **inner: Any,
 ) -> Learner:
-    """Meta-learns mu, sigma, v_q and both inference rates; a posterior is `draws` adapted networks.
+    """Meta-learns a Gaussian over initialisations; a posterior is several adapted networks.
+
+    Its params are mu, sigma, v_q and both inference rates. A posterior holds `draws` networks.
 
     Args:
         model: the network; all of its parameters are adapted.

@@ -70,7 +70,9 @@ def _learner(
 
 @passes_options_to(InnerLoop, without=("optimizer",))
 def meta_sgd(model: Model, likelihood: Likelihood, *, posterior: PosteriorRule = point(), **inner: Any) -> Learner:
-    """Meta-learns an initialisation and one learning rate per parameter. The paper takes one inner step.
+    """Meta-learns an initialisation and one learning rate per parameter.
+
+    The paper takes one inner step.
 
     Args:
         model: the network; all of its parameters are adapted.

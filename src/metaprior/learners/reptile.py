@@ -42,7 +42,9 @@ def reptile(
     posterior: PosteriorRule = point(),
     **inner: Any,
 ) -> Learner:
-    """Meta-learns an initialisation without a query set. Its params are the model's own.
+    """Meta-learns an initialisation without a query set or second derivatives.
+
+    Its params are the model's own.
 
     The reported loss is 1/2 |theta - phi|^2; the metrics are those of the task's data at phi. The paper's main table
     has `transductive=False`.

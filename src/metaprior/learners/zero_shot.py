@@ -80,7 +80,7 @@ def zero_shot(
     temperature: Positive = 1.0,
     way: Way | None = None,
 ) -> Learner:
-    """Meta-learns embeddings of inputs and of class attributes, so that a class is known without any example of it.
+    """Meta-learns embeddings of inputs and of class attributes, so that a class needs no example.
 
     The x of the support is `Attributes`, one row per class. Several rows of one class are averaged after they are
     embedded. Queries are embedded as one batch. Classification only.
