@@ -9,7 +9,7 @@ from metaprior.core.likelihoods import Categorical
 from metaprior.core.types import Task
 from metaprior.evaluation.protocol import evaluate
 from metaprior.learners import lstm, mann, ntm
-from metaprior.learners.builders.amortised import by_instance
+from metaprior.learners.mann import by_instance
 from metaprior.networks.memory import access, blank, locate, written
 from metaprior.tasks import FixedTasks
 from scenarios import BARE, KEY, answer, batch, start

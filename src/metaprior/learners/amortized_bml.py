@@ -1,8 +1,9 @@
-"""Amortised Bayesian meta-learning (Ravi & Beatson 2019): a prior over weights, learned through its own inference.
+"""Amortised Bayesian meta-learning (Ravi & Beatson 2019): learns a Gaussian prior through variational inference.
 
-Sec. 3: theta = (mu, sigma) is the prior N(mu, sigma^2) *and* where every task's variational inference starts. A task's
-lambda is k gradient steps on the support's negative ELBO; theta descends the negative ELBO of *all* the task's data
-under q(phi; lambda), through those steps, plus a hyper-prior: mu ~ N(0, I), 1 / sigma^2 ~ Gamma(a0, b0).
+Sec. 3: theta = (mu, sigma) is the prior N(mu, sigma^2) *and* the start of every task's variational inference. A task's
+variational parameters lambda are the result of k gradient steps on the support's negative ELBO. theta descends the
+negative ELBO of *all* the task's data under q(phi; lambda), through those steps, plus the negative log of a
+hyper-prior: mu ~ N(0, I), 1 / sigma^2 ~ Gamma(a0, b0).
 """
 
 from typing import Any
@@ -23,7 +24,13 @@ from metaprior.learners.traits import traits
 
 
 def hyper_nll(theta: DiagonalGaussian, a0: float, b0: float) -> Scalar:
-    """Returns -log p(theta) up to a constant: 1/2 |mu|^2 - sum [(a0 - 1) log tau - b0 tau] with tau = 1 / sigma^2."""
+    """Computes -log p(theta) up to a constant: 1/2 |mu|^2 - sum [(a0 - 1) log tau - b0 tau], tau = 1 / sigma^2.
+
+    Args:
+        theta: The prior, in (mean, log_sd).
+        a0: Shape of the Gamma hyper-prior of tau.
+        b0: Rate of the Gamma hyper-prior of tau.
+    """
 
     def leaf(mean: Any, log_sd: Any) -> Any:
         return (0.5 * mean**2 + 2 * (a0 - 1) * log_sd + b0 * jnp.exp(-2 * log_sd)).sum()
@@ -51,20 +58,20 @@ def amortized_bml(
 ) -> Learner:
     """Meta-learns a Gaussian prior over weights by the ELBO of all data of a task, through the steps of its inference.
 
-    Metrics are those of the query at the mean of the posterior.
+    The metrics are those of the query at the posterior's mean.
 
     Args:
-        model: the network.
-        likelihood: of the support and the query.
-        log_sd: logarithm of the prior's sd before training.
-        hyperprior: weight of -log p(theta). The paper's is 1 / (number of tasks x examples per task); 0 leaves it out.
-        a0: shape of the hyper-prior's Gamma.
-        b0: rate of the hyper-prior's Gamma.
-        draws: number of networks that a prediction averages. 0 linearises, in closed form.
-        inference: how the Gaussian of a task is fitted, see `Variational`.
+        model: The network.
+        likelihood: Likelihood of the support and the query.
+        log_sd: Logarithm of the prior's standard deviation before training.
+        hyperprior: Weight of -log p(theta). 0 leaves it out; the paper's is 1 / (number of tasks x examples per task).
+        a0: Shape of the Gamma hyper-prior of 1 / sigma^2.
+        b0: Rate of the Gamma hyper-prior of 1 / sigma^2.
+        draws: Number of networks that a prediction averages. 0: the linearised predictive, in closed form.
+        inference: Other options of the inference, see `Variational`.
 
     References:
-        Ravi & Beatson 2019, section 3.
+        Ravi & Beatson (2019), sec. 3.
     """
     how = Variational(**inference)
 

@@ -1,7 +1,7 @@
-"""ANIL and NIL (Raghu, Raghu, Bengio & Vinyals 2020): almost no inner loop, and none.
+"""ANIL and NIL (Raghu, Raghu, Bengio & Vinyals 2020): almost no inner loop, and no inner loop.
 
-ANIL is MAML whose inner loop moves the head alone, in training and at test; the outer gradient reaches all parameters.
-NIL trains like ANIL, then drops the head: a query is labelled by cosine similarity to the support's features.
+ANIL is MAML whose inner loop adapts only the head, in training and at test; the outer gradient updates all parameters.
+NIL trains like ANIL, then drops the head: it classifies a query by cosine similarity to the support's features.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from metaprior.learners.traits import traits
 
 
 def _is_head(params: PyTree, head: str) -> PyTree:
-    """A mask over params: True where `head` is a component of the leaf's path."""
+    """Returns a mask over params: True where `head` is a component of the leaf's path."""
 
     def names(path: tuple) -> list[str]:
         return [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
@@ -42,13 +42,16 @@ def anil(
     """Meta-learns an initialisation of which only one layer, the head, is adapted.
 
     Args:
-        model: the network.
-        likelihood: of the support and the query.
-        head: name of the layer that is adapted: a component of its parameters' path.
-        posterior: what is put around the last phi.
-        inner: options of the inner loop, see `InnerLoop`.
+        model: The network.
+        likelihood: Likelihood of the support and the query.
+        head: Name of the layer that is adapted: a component of its parameters' path.
+        posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
+        inner: Options of the inner loop, see `InnerLoop`.
+
+    References:
+        Raghu, Raghu, Bengio & Vinyals (2020), sec. 4.
     """
-    import equinox as eqx  # not above: it takes a sixth of a second
+    import equinox as eqx  # here, since its import takes a sixth of a second
 
     def start(params: PyTree) -> PyTree:
         return eqx.filter(params, _is_head(params, head))
@@ -68,12 +71,19 @@ def anil(
 
 
 class Memory(NamedTuple):
-    """NIL's posterior: the support's unit features, labels and weights."""
+    """The posterior of NIL.
+
+    Attributes:
+        features: Features of the support examples, of unit length.
+        labels: Their labels.
+        weight: Their weights.
+        way: Zeros; their number is the number of classes.
+    """
 
     features: Float[Array, "n d"]
     labels: Int[Array, " n"]
     weight: Float[Array, " n"]
-    way: Float[Array, " way"]  # its length is the number of classes
+    way: Float[Array, " way"]
 
 
 @traits(of_classes=True)
@@ -83,17 +93,20 @@ def nil(
 ) -> Learner:
     """Trains as ANIL; at test the score of a class is the mean cosine similarity to its support examples.
 
-    The paper sums the similarities. The mean ranks classes alike where each has as many shots. Classification only.
+    The paper sums the similarities. The mean gives the same ranking where all classes have the same number of shots.
 
     Args:
-        model: the network; it needs `features`.
-        likelihood: `Categorical()`.
-        temperature: factor of the cosines. Accuracy does not depend on it without `softmax`; calibration does.
-        softmax: whether similarities are turned into attention weights first.
-        options: as in `anil`.
+        model: The network; it needs `features`.
+        likelihood: Must be `Categorical`.
+        temperature: Multiplies the cosines. Without `softmax` accuracy does not depend on it; calibration does.
+        softmax: Whether the similarities become attention weights by a softmax over the support first.
+        options: Options of `anil`, for training.
+
+    Raises:
+        ValueError: The likelihood is not categorical, or the model has no features.
 
     References:
-        Raghu, Raghu, Bengio & Vinyals 2020.
+        Raghu, Raghu, Bengio & Vinyals (2020), sec. 5.
     """
     check_classification("nil", likelihood, None)
     trained = anil(model, likelihood, **options)
@@ -110,7 +123,7 @@ def nil(
         features = unit(params, support.x)
         labels = counted(support).y
         weight = weights(support) * check_labels(labels, way, features.shape[0])
-        # Of all examples: a row of zeros times NaN may be compiled to zeros.
+        # NaN for all examples: a product of zeros and NaN may be compiled to zeros.
         return Memory(features, labels, jnp.where(jnp.isnan(weight).any(), jnp.nan, weight), jnp.zeros(way))
 
     def predict(params: PyTree, memory: Memory, x: PyTree, key: PRNGKeyArray) -> Categories:

@@ -1,8 +1,9 @@
-"""Bayesian MAML (Yoon, Kim, Dia, Kim, Bengio & Ahn 2018): a set of particles as initialisation, moved together.
+"""Bayesian MAML (Yoon, Kim, Dia, Kim, Bengio & Ahn 2018): the initialisation is a set of particles.
 
-Algorithm 2 with the chaser loss, line by line: the chaser is n Stein steps on the support from Theta_0 (line 5), the
-leader s further steps on support and query (line 6), and the meta-loss their squared distance with the leader held
-still (line 8). loss="mixture" scores the query under the particles' mixture instead, which for one particle is MAML.
+Algorithm 2 with the chaser loss, line by line: the chaser is the result of n Stein steps on the support from Theta_0
+(line 5), the leader that of s further steps on support and query (line 6). The meta-loss is their squared distance,
+with the leader held constant (line 8). loss="mixture" is the query's nll under the particles' mixture instead; with one
+particle this is MAML.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from metaprior.learners.builders.normalised import predicts_alone
 from metaprior.learners.traits import traits
 
 
-# On the whole prior its particles forget where they started, which is all that their prior is: few steps there.
+# The prior of the particles is only their start, which they forget over many steps: few steps for "nuts prior".
 @traits(
     estimates=True,
     small={"particles": 3, "steps": 2, "rate": 0.05},
@@ -56,14 +57,17 @@ def bmaml(
     Params and posterior hold them along a leading axis.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        particles: M, each from a random start of its own.
-        leader_steps: number s of further Stein steps of the leader.
-        loss: "chaser" or "mixture".
-        weight_precision: precision of a prior N(0, 1 / precision) on each particle's weights. 0: flat.
-        inner: options of the Stein steps, see `InnerLoop`. They descend the mean nll; the kernel's repulsion is divided
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        particles: M, the number of particles. Each has its own random start.
+        leader_steps: Number s of further Stein steps of the leader.
+        loss: "chaser", the squared distance to the leader, or "mixture", the query's nll under the mixture.
+        weight_precision: Precision of a prior N(0, 1 / precision) on each particle's weights. 0: flat.
+        inner: Options of the Stein steps, see `InnerLoop`. They descend the mean nll; the kernel's repulsion is divided
             by the number of examples as well.
+
+    References:
+        Yoon et al. (2018), Algorithm 2.
     """
     if loss not in ("chaser", "mixture"):
         raise ValueError(f"loss must be 'chaser' or 'mixture', got {loss!r}.")
@@ -74,7 +78,7 @@ def bmaml(
         return jax.vmap(lambda k: model.init(k, task.support.x))(jax.random.split(key, particles))
 
     def fit(data: Batch) -> tuple[Callable[[PyTree], Scalar], optax.GradientTransformation]:
-        """The sum of the particles' losses (each has its own gradient), and the Stein optimiser on it."""
+        """Returns the sum of the particles' losses (each has its own gradient) and the Stein optimiser for it."""
 
         def one(phi: PyTree) -> Scalar:
             nll = mean_nll(likelihood, model.apply(phi, data.x), data)

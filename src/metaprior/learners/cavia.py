@@ -1,9 +1,9 @@
-"""CAVIA (Zintgraf, Shiarlis, Kurin, Hofmann & Whiteson 2019): a task is a few numbers that the network is told.
+"""CAVIA (Zintgraf, Shiarlis, Kurin, Hofmann & Whiteson 2019): adapts a few context parameters, inputs of the network.
 
-Algorithm 1: the context phi starts at 0 and takes k gradient steps on the support, theta is shared and held still (eq.
-2); the outer gradient of the query's loss reaches theta through those steps (eq. 3). Fully connected networks see phi
-beside their inputs; convolutional ones are modulated by it, one layer's channels by gamma and beta that are linear in
-phi (their sec. 3.4, after FiLM, Perez et al. 2018).
+Algorithm 1: the context phi starts at 0 and takes k gradient steps on the support, while the shared theta is constant
+(eq. 2). The outer gradient of the query's loss flows to theta through those steps (eq. 3). In fully connected networks
+phi is concatenated to the inputs. In convolutional networks it modulates the channels of one layer, by gamma and beta
+that are linear in phi (sec. 3.4, after FiLM, Perez et al. 2018).
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,12 @@ from metaprior.networks.layers import flat
 
 
 class Told(NamedTuple):
-    """theta: the network. film: from phi to gamma - 1 and beta of the modulated layer; None where phi is an input."""
+    """What CAVIA meta-learns.
+
+    Attributes:
+        theta: Parameters of the network.
+        film: Linear map from phi to gamma - 1 and beta of the modulated layer. None where phi is an input.
+    """
 
     theta: PyTree
     film: Float[Array, "k c2"] | None
@@ -44,13 +49,16 @@ def cavia(
     """Meta-learns a network that reads a few context parameters phi, which alone are adapted.
 
     Args:
-        model: the network. Where phi joins its inputs, these are flattened to [n, d].
-        likelihood: of the support and the query.
-        context: number of context parameters.
-        layer: name of the layer that phi modulates, after its norm (e.g. "block3" of `conv4`). None appends phi to the
+        model: The network. Where phi joins its inputs, these are flattened to [n, d].
+        likelihood: Likelihood of the support and the query.
+        context: Number of context parameters.
+        layer: Name of the layer that phi modulates, after its norm (e.g. "block3" of `conv4`). None appends phi to the
             inputs.
-        posterior: what is put around the last phi.
-        inner: options of the inner loop, see `InnerLoop`.
+        posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
+        inner: Options of the inner loop, see `InnerLoop`.
+
+    References:
+        Zintgraf et al. (2019), Algorithm 1.
     """
     loop = InnerLoop(**inner)
     optimizer = loop.transformation()
@@ -92,10 +100,10 @@ def cavia(
 
 
 def layer_width(model: Model, layer: str, theta: PyTree, x: PyTree) -> int:
-    """The number of channels of a layer that can be modulated.
+    """Returns the number of channels of a layer that can be modulated.
 
     Raises:
-        ValueError: a layer that the model does not have.
+        ValueError: The model has no such layer.
     """
     widths: dict[str, int] = {}
 

@@ -1,9 +1,9 @@
 """Conditional neural processes (Garnelo et al. 2018), and their attentive form (Kim et al. 2019).
 
-An encoder h turns each support example into r_i = h(x_i, y_i) (eq. 1); their mean r is all that is kept of the task
-(eq. 2); a decoder g(x*, r) gives the outputs at x* (eq. 3). Where each query attends to the support, r depends on x*:
-r* = MultiHead(q(x*), k(x_i), r_i) (Kim et al. 2019, sec. 3, the deterministic path alone; no latent variable).
-The loss is the query's nll; the paper's also has the support's examples among its targets.
+An encoder h maps each support example to r_i = h(x_i, y_i) (eq. 1). Their mean r represents the task (eq. 2). A decoder
+g(x*, r) gives the outputs at x* (eq. 3). In the attentive form each query attends to the support, so r depends on x*:
+r* = MultiHead(q(x*), k(x_i), r_i) (Kim et al. 2019, sec. 3; only the deterministic path, without a latent variable).
+The loss is the query's nll; the paper's loss also has the support's examples among its targets.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ class Process(NamedTuple):
     """theta.
 
     Attributes:
-        embedding: parameters of the embedding of x (the given model).
-        encoder: parameters of h.
-        decoder: parameters of g.
-        address: parameters of the map from inputs to queries and keys; None without attention.
+        embedding: Parameters of the model, whose features of x are the inputs of h and g.
+        encoder: Parameters of h.
+        decoder: Parameters of g.
+        address: Parameters of the map from inputs to queries and keys. None without attention.
     """
 
     embedding: PyTree
@@ -40,7 +40,13 @@ class Process(NamedTuple):
 
 
 class Read(NamedTuple):
-    """The posterior of the attentive form: what was made of each support example."""
+    """The posterior of the attentive form.
+
+    Attributes:
+        keys: k(x_i), split into heads.
+        values: r_i, split into heads.
+        weight: Weights of the support examples.
+    """
 
     keys: Float[Array, "n h d"]
     values: Float[Array, "n h e"]
@@ -62,22 +68,25 @@ def cnp(
 ) -> Learner:
     """Meta-learns to summarise a support in `width` numbers and to predict from them.
 
-    An empty support is read as zeros. The order of the support does not matter. The answer depends on how classes are
-    named, as far as training has not taught otherwise.
+    An empty support gives r = 0. The order of the support does not matter. Classes are encoded one-hot, so class names
+    matter, except as far as training with random names teaches the network to ignore them.
 
     Args:
-        model: the network, whose features are the embedding.
-        likelihood: of the support and the query.
-        width: length of the summary r.
-        encoder: widths of the hidden layers of h.
-        decoder: widths of the hidden layers of g.
-        by_class: whether each class has a mean of its own, side by side (section 4.3 of the paper, Omniglot). Otherwise
-            classes are read one-hot into one mean.
-        attention: whether each query has a summary of its own, by attention to the support.
-        heads: number of heads of the attention; it must divide `width`.
+        model: The network; its features (its outputs where it has none) are the inputs of h and g.
+        likelihood: Likelihood of the query.
+        width: Length of r.
+        encoder: Widths of h's hidden layers.
+        decoder: Widths of g's hidden layers.
+        by_class: Whether r holds one mean per class, concatenated (Garnelo et al. 2018, sec. 4.3, Omniglot).
+        attention: Whether each query has its own r, by attention to the support.
+        heads: Number of attention heads; it must divide `width`.
+
+    Raises:
+        ValueError: The number of heads does not divide `width`, or `by_class` has no classes or is combined with
+            `attention`.
 
     References:
-        Garnelo et al. 2018, equations 1 to 3; Kim et al. 2019, section 3.
+        Garnelo et al. (2018), eqs. 1-3.
     """
     if width < 1 or (attention and (heads < 1 or width % heads)):
         raise ValueError(f"width must be a multiple of heads, got {width} and {heads}.")
@@ -131,8 +140,11 @@ def anp(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
     """Meta-learns to summarise a support for each query by attention: `cnp` with attention=True.
 
     Args:
-        model: as in `cnp`.
-        likelihood: as in `cnp`.
-        options: as in `cnp`, without `attention`.
+        model: As in `cnp`.
+        likelihood: As in `cnp`.
+        options: As in `cnp`, without `attention`.
+
+    References:
+        Kim et al. (2019), sec. 3.
     """
     return cnp(model, likelihood, attention=True, **options)

@@ -1,9 +1,9 @@
-"""Fine-tuning: pretraining that knows no tasks, then a new head fitted to the support.
+"""Fine-tuning: pretraining without tasks, then a new head fitted to the support.
 
-The baseline of Vinyals et al. (2016) and of Ravi & Larochelle (2017, sec. 5.1). All training examples are fitted
-together, so labels must mean the same in every task (`train_labels = "class"` of the image sources) and the model needs
-an output for each training class. With Gaussian targets it is the joint training that Finn et al. (2017, sec. 5.1)
-compare with.
+The baseline of Vinyals et al. (2016) and of Ravi & Larochelle (2017, sec. 5.1). Pretraining fits all training examples
+together, so labels must mean the same in every task (`train_labels = "class"` of the image sources), and the model
+needs an output for each training class. With Gaussian targets this is the joint training that Finn et al. (2017, sec.
+5.1) compare with.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,12 @@ from metaprior.networks.layers import dense
 
 
 class Tuned(NamedTuple):
-    """phi: the new head, and the features' parameters where those are tuned too."""
+    """phi.
+
+    Attributes:
+        head: The new linear head.
+        features: Parameters of the model, where these are tuned too; None where the features are frozen.
+    """
 
     head: dict[str, Array]
     features: PyTree | None
@@ -53,20 +58,23 @@ def fine_tune(
     regression.
 
     Args:
-        model: the network.
-        likelihood: of the support and the query.
-        way: number of outputs of the new head. None: the model's own number.
-        frozen: whether the features stay as they are. False tunes all parameters.
-        l2: weight of l2 / 2 |head|^2, which is added to the mean nll.
-        posterior: what is put around the last phi.
-        inner: options of the fit of the head, see `InnerLoop`.
+        model: The network.
+        likelihood: Likelihood of the support and the query.
+        way: Number of outputs of the new head. None: the model's own number.
+        frozen: Whether the features stay as they are. False tunes all parameters.
+        l2: Weight of l2 / 2 |head|^2, which is added to the mean nll.
+        posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
+        inner: Options of the fit of the head, see `InnerLoop`.
+
+    References:
+        Vinyals et al. (2016), sec. 4; Ravi & Larochelle (2017), sec. 5.1.
     """
     loop = InnerLoop(**inner)
-    # Frozen features are computed beside the support once, before the head sees them.
+    # Frozen features are computed once, in one batch with the support, before the head.
     head_loop = replace(loop, transductive=loop.transductive or frozen)
     optimizer = loop.transformation(differentiated=False)
     embed, loss = embedding(model), pretraining_loss(model, likelihood)
-    untold = model._replace(support=None)  # `embed` has its batch norm by the support itself
+    untold = model._replace(support=None)  # `embed` already normalises by the support
 
     def init(key: PRNGKeyArray, task: Task) -> PyTree:
         return model.init(key, task.support.x)
@@ -78,7 +86,7 @@ def fine_tune(
         return l2 * half_square(phi.head, jax.tree.map(jnp.zeros_like, phi.head))
 
     def tuner(params: PyTree, x: PyTree) -> Learner:
-        """MAML's inner loop on a head for inputs such as x; on frozen features it works on embeddings."""
+        """Builds the learner of a head for inputs shaped as x; with frozen features its inputs are embeddings."""
         width = jax.eval_shape(embed, params, x).shape[-1]
         classes = number_of_classes(model, way, params, x)
 

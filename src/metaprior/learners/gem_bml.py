@@ -1,13 +1,13 @@
-"""Gradient-EM Bayesian meta-learning (Zou & Lu 2020): a prior learned from posteriors alone, nothing back-propagated.
+"""Gradient-EM Bayesian meta-learning (Zou & Lu 2020): learns a prior from posteriors, without back-propagation.
 
 Algorithm 1: q_S = VI(prior Theta, support), q_SQ = VI(prior q_S, query). By Theorem 1 the gradient of log p(D | Theta)
-is g(q) = E_q grad log p(phi | Theta), in closed form for Gaussians.
+is g(q) = E_q grad log p(phi | Theta), which for Gaussians has a closed form.
 
 * GEM-BML ascends log p(support, query): g(q_SQ).
 * GEM-BML+ ascends log p(query | support): g(q_SQ) - g(q_S).
-* The KL-chaser descends KL(stop(q_SQ) || q_S) through the inference of q_S: the same objective, the other estimator.
+* The KL-chaser descends KL(stop(q_SQ) || q_S) through the inference of q_S: the same objective, another estimator.
 
-(The paper's line 10 prints a descent on the log likelihood: a slip, corrected here.)
+The paper's line 10 prints a descent on the log likelihood; this is a slip, corrected here.
 """
 
 from typing import Any
@@ -30,17 +30,16 @@ from metaprior.learners.traits import traits
 def gem_gradient(
     prior: DiagonalGaussian, posterior: DiagonalGaussian, before: DiagonalGaussian | None = None
 ) -> DiagonalGaussian:
-    """Returns the gradient of log p(D | Theta) in (mean, log_sd), from posteriors alone: the data may be elsewhere.
+    """Computes the gradient of log p(D | Theta) with respect to the prior's (mean, log_sd), from posteriors alone.
 
-    It is exact where the posteriors are. Each leaf needs only its own leaves.
+    It needs no data, so these may be on another machine. It is exact where the posteriors are (Zou & Lu 2020, Theorem
+    1). Each leaf of the gradient depends only on the same leaf of the arguments.
 
     Args:
-        prior: N(mean, sd^2).
-        posterior: given all of D.
-        before: given the support alone, for the gradient of log p(query | support) (GEM-BML+).
-
-    References:
-        Zou & Lu 2020, Theorem 1.
+        prior: Theta.
+        posterior: The posterior given all of D.
+        before: The posterior given the support. With it the result is the gradient of log p(query | support)
+            (GEM-BML+).
     """
 
     def g(q: DiagonalGaussian) -> DiagonalGaussian:
@@ -54,17 +53,16 @@ def gem_gradient(
 
 
 def natural(gradient: DiagonalGaussian, prior: DiagonalGaussian) -> DiagonalGaussian:
-    """Returns the gradient over the prior's Fisher information: times sigma^2 for the mean, 1/2 for log sigma.
+    """Computes the natural gradient (Amari 1998).
 
-    References:
-        Amari 1998.
+    It divides by the Fisher information of the prior: a factor of sigma^2 for the mean and 1/2 for log sigma.
     """
     mean = jax.tree.map(lambda g, s: g * jnp.exp(2 * s), gradient.mean, prior.log_sd)
     return DiagonalGaussian(mean, jax.tree.map(lambda g: g / 2, gradient.log_sd))
 
 
 def ascends(theta: DiagonalGaussian, gradient: DiagonalGaussian) -> Scalar:
-    """Returns a scalar of value 0 whose gradient in theta is minus the given one, which is held constant."""
+    """Returns a scalar of value 0 whose gradient in theta is minus `gradient`, which is held constant."""
     here, gradient = jax.lax.stop_gradient((theta, gradient))
     along = jax.tree.map(lambda t, h, g: (g * (h - t)).sum(), theta, here, gradient)
     return jnp.asarray(sum(jax.tree.leaves(along)))
@@ -73,9 +71,15 @@ def ascends(theta: DiagonalGaussian, gradient: DiagonalGaussian) -> Scalar:
 def two_posteriors(
     model: Model, likelihood: Likelihood, theta: DiagonalGaussian, task: Task, key: PRNGKeyArray, how: Variational
 ) -> tuple[DiagonalGaussian, DiagonalGaussian]:
-    """Returns (q_S, q_SQ), lines 2 and 3 of the subroutine.
+    """Returns (q_S, q_SQ), lines 2 and 3 of the subroutine; q_S is the prior of q_SQ. Both are constants to gradients.
 
-    q_S is the prior of q_SQ; no gradient flows through either.
+    Args:
+        model: The network.
+        likelihood: Likelihood of the support and the query.
+        theta: The prior.
+        task: The task.
+        key: Random key.
+        how: Options of the inference.
     """
     key_support, key_query = jax.random.split(key)
     prior = jax.lax.stop_gradient(theta)
@@ -104,20 +108,21 @@ def gem_bml(
 ) -> Learner:
     """Meta-learns a Gaussian prior over weights by gradient-EM, whose memory does not grow with the inner steps.
 
-    The reported loss is the mean nll of the query at the mean of q_S; its gradient is the gradient-EM estimate.
+    The reported loss is the query's mean nll at the mean of q_S. Its gradient is the gradient-EM estimate, not the
+    derivative of that value.
 
     Args:
-        model: the network.
-        likelihood: of the support and the query.
-        predictive: True is GEM-BML+.
-        precondition: whether to follow the natural gradient (times sigma^2). Without it a small sigma makes huge steps;
-            False is the paper's formula.
-        log_sd: logarithm of the prior's sd before training.
-        draws: number of networks that a prediction averages. 0 linearises, in closed form.
-        inference: how the Gaussian of a task is fitted, see `Variational`.
+        model: The network.
+        likelihood: Likelihood of the support and the query.
+        log_sd: Logarithm of the prior's standard deviation before training.
+        draws: Number of networks that a prediction averages. 0: the linearised predictive, in closed form.
+        predictive: Whether to ascend log p(query | support) (GEM-BML+) instead of log p(support, query).
+        precondition: Whether to use the natural gradient (times sigma^2 for the mean). False is the paper's formula,
+            with which a small sigma makes huge steps.
+        inference: Other options of the inference, see `Variational`.
 
     References:
-        Zou & Lu 2020, Algorithm 1 and Theorem 1.
+        Zou & Lu (2020), Algorithm 1 and Theorem 1.
     """
     how = Variational(**inference)
 
@@ -143,9 +148,12 @@ def gem_bml_plus(model: Model, likelihood: Likelihood, **options: Any) -> Learne
     """Meta-learns a Gaussian prior by gradient-EM of log p(query given support) (GEM-BML+).
 
     Args:
-        model: as in `gem_bml`.
-        likelihood: as in `gem_bml`.
-        options: as in `gem_bml`, without `predictive`.
+        model: As in `gem_bml`.
+        likelihood: As in `gem_bml`.
+        options: As in `gem_bml`, without `predictive`.
+
+    References:
+        Zou & Lu (2020), Algorithm 1.
     """
     return gem_bml(model, likelihood, predictive=True, **options)
 
@@ -162,17 +170,17 @@ def kl_chaser(
 ) -> Learner:
     """Meta-learns a Gaussian prior that moves the support's posterior towards the posterior of all data.
 
-    It descends KL(stop(q_SQ) || q_S) through the inference of q_S.
+    The loss is KL(stop(q_SQ) || q_S); its gradient flows through the inference of q_S.
 
     Args:
-        model: the network.
-        likelihood: of the support and the query.
-        log_sd: logarithm of the prior's sd before training.
-        draws: number of networks that a prediction averages. 0 linearises, in closed form.
-        inference: how the Gaussian of a task is fitted, see `Variational`.
+        model: The network.
+        likelihood: Likelihood of the support and the query.
+        log_sd: Logarithm of the prior's standard deviation before training.
+        draws: Number of networks that a prediction averages. 0: the linearised predictive, in closed form.
+        inference: Other options of the inference, see `Variational`.
 
     References:
-        Zou & Lu 2020, table 1.
+        Zou & Lu (2020), Table 1.
     """
     how = Variational(**inference)
 

@@ -1,12 +1,14 @@
-"""Few-shot learning with a graph network (Garcia & Bruna 2018): labels pass along edges that are learned.
+"""Few-shot learning with a graph neural network (Garcia & Bruna 2018): labels spread along learned edges.
 
-The nodes are the support and one query, each its embedding beside its label: one-hot, or uniform where it is not known.
-Each layer (sec. 4) first makes edges from the nodes as they stand, A_ij = MLP(|z_i - z_j|) with a softmax a row,
-then nodes from edges, z' = rho([z, A z] w), put beside z; the last layer gives the query's class. Each query has a
-graph of its own. The authors' batch norm over edges and nodes is left out: a task does not see the others of its batch.
+The nodes are the support and one query; each query has a separate graph. A node is an example's embedding concatenated
+with its label: one-hot, or uniform where it is unknown. Each layer (sec. 4) first computes edges from the nodes,
+A_ij = MLP(|z_i - z_j|) with a softmax over each row, then new nodes z' = rho([z, A z] w), which it concatenates to z.
+The last layer gives the query's class. We leave out the authors' batch norm over edges and nodes, so that a task does
+not depend on the other tasks of its batch.
 
-Active learning (sec. 5.3): after the first layer a softmax of an MLP of each node whose label may be asked for chooses
-one, drawn in training and the largest at test; its label times its attention is added to its node, hence is learned.
+Active learning (sec. 5.3): after the first layer, an MLP scores each node with a hidden label, and a softmax of the
+scores selects one: drawn in training, the largest at test. Its label times its attention is added to its node,
+so that the choice is learned.
 """
 
 from typing import NamedTuple
@@ -27,17 +29,17 @@ from metaprior.networks.attention import shares
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.mlp import mlp
 
-EDGES = 2**16  # in memory at once; queries beyond that go one chunk after another
+EDGES = 2**16  # edges in memory at once; more queries are processed in chunks
 
 
 class Graph(NamedTuple):
     """theta.
 
     Attributes:
-        embedding: parameters of the embedding of x (the given model).
-        edges: the MLP of the edges of each layer.
-        nodes: the map of the nodes of each layer.
-        asks: the MLP that chooses a label to ask for; None without it.
+        embedding: Parameters of the model, whose features of x are the inputs.
+        edges: Each layer's MLP of edges.
+        nodes: Each layer's linear map of nodes.
+        asks: The MLP that scores nodes in active learning, or None.
     """
 
     embedding: PyTree
@@ -50,9 +52,9 @@ class Labelled(NamedTuple):
     """The posterior.
 
     Attributes:
-        nodes: of the support.
-        weight: of the support.
-        hidden: labels that may be asked for; rows of zeros elsewhere.
+        nodes: The support's nodes before the first layer.
+        weight: Weights of the support examples.
+        hidden: One-hot hidden labels that the learner may request; rows of zeros elsewhere.
     """
 
     nodes: Float[Array, "n c"]
@@ -73,27 +75,26 @@ def gnn(
 ) -> Learner:
     """Meta-learns how labels pass between examples along the edges of a graph.
 
-    Classification only. A support label below 0 says that the label is not known (the semi-supervised mode). The order
-    of the support does not matter, except to random asking. The answer depends on how classes are named, as far as
-    training has not taught otherwise. Weights of the support say only how much an edge to an example counts: a weight
-    of 2 is not the example twice.
+    A support label below 0 means that the label is unknown (the semi-supervised mode). The order of the support does
+    not matter, except to ask="random". Class names matter, except as far as training with random names teaches the
+    network to ignore them. A support weight scales the edges to its example: a weight of 2 is not the example twice.
 
     Args:
-        model: the network, whose features are the embedding.
-        likelihood: `Categorical()`.
-        layers: number of layers of the graph.
-        filters: the MLP of the edges has hidden layers of 2, 2, 1 and 1 times so many units; each layer adds half as
-            many to each node.
-        unlabelled: the largest share of the support without a label. With more, `adapt` raises a ValueError; compiled
-            code, which cannot raise, answers NaN.
-        ask: "attention" lets the graph of each query learn one label that is hidden as -2 - label. "random" is for
-            comparison: it learns the whole label of any node. None asks for no label.
+        model: The network; its features (its outputs where it has none) are the inputs.
+        likelihood: Must be `Categorical`.
+        layers: Number of layers of the graph network.
+        filters: Width. The MLP of edges has hidden layers of 2, 2, 1 and 1 times `filters` units; each layer adds
+            filters / 2 numbers to each node.
+        unlabelled: The largest share of the support without a label, below 1.
+        ask: Whether each query's graph requests one hidden label, given as -2 - label. "attention" selects the node by
+            the learned attention; "random" is a comparison that reveals the whole label of any node. None: no request.
 
     Raises:
-        ValueError: another likelihood, or options out of range.
+        ValueError: The likelihood is not categorical, or an option is out of range. `adapt` raises it where too many
+            labels are missing; compiled code cannot raise and predicts NaN instead.
 
     References:
-        Garcia & Bruna 2018, sections 4 and 5.
+        Garcia & Bruna (2018), sec. 4 and 5.
     """
     if not isinstance(likelihood, Categorical):
         raise ValueError(f"likelihood must be Categorical() for gnn, which passes class labels on, got {likelihood}.")
@@ -146,7 +147,7 @@ def gnn(
         return shares(closeness.apply(layer, apart.reshape(m * m, -1)).reshape(m, m), weight * (1 - jnp.eye(m)))
 
     def asked(params: Graph, z: Float[Array, "m c"], hidden: Array, key: PRNGKeyArray | None) -> Float[Array, "n way"]:
-        """The one label that is asked for, times the attention of its node; drawn by the key, else the largest."""
+        """Returns the requested label times the attention of its node: drawn with a key, the largest without."""
         askable = hidden.sum(-1)
         scores = jnp.zeros_like(askable) if ask == "random" else choice.apply(params.asks, z[:-1])[:, 0]
         attention = shares(scores, askable)

@@ -1,8 +1,8 @@
 """iMAML (Rajeswaran, Finn, Kakade & Levine 2019): the meta-gradient by the implicit function theorem.
 
-phi* = argmin L_S(phi) + s/2 |phi - theta|^2 (eq. 3); the meta-gradient solves (I + H/s) g = grad L_Q(phi*) by a few
-conjugate-gradient steps (Algorithm 2), so that neither its memory nor its value depends on the path to phi*.
-The paper's operator: its public code solves ((1 + damping) I + H/(s + 10)) g = grad L_Q instead.
+phi* = argmin L_S(phi) + s/2 |phi - theta|^2 (eq. 3). The meta-gradient g solves (I + H/s) g = grad L_Q(phi*) by a few
+conjugate-gradient steps (Algorithm 2), so neither its memory nor its value depends on the path to phi*. This is the
+paper's operator; its public code solves ((1 + damping) I + H/(s + 10)) g = grad L_Q instead.
 """
 
 from typing import Any
@@ -39,17 +39,20 @@ def imaml(
 ) -> Learner:
     """Meta-learns the centre theta of a proximal prior, by implicit differentiation.
 
-    Its params are the model's own.
+    Its params have the same form as the model's.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        strength: the prior's precision s, in units of the mean support nll. It must exceed the most negative curvature.
-        cg_steps: conjugate-gradient steps of the implicit solve.
-        damping: added to the diagonal of the implicit solve.
-        posterior: what is put around the last phi.
-        inner: options of the descent on the proximal objective, see `InnerLoop`. Meta-training raises the objective's
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        strength: The prior's precision s, in units of the mean support nll. It must exceed the most negative curvature.
+        cg_steps: Conjugate-gradient steps of the implicit solve.
+        damping: Added to the diagonal of the implicit solve.
+        posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
+        inner: Options of the descent on the proximal objective, see `InnerLoop`. Meta-training raises the objective's
             curvature, so that descent at a fixed rate ("sgd") diverges in the end; "line_search" does not.
+
+    References:
+        Rajeswaran, Finn, Kakade & Levine (2019), eq. 3 and Algorithm 2.
     """
     loop = InnerLoop(**inner)
     optimizer = loop.transformation(differentiated=False)

@@ -1,10 +1,11 @@
 """Learning to learn by gradient descent by gradient descent (Andrychowicz et al. 2016): an LSTM is the optimiser.
 
-Each coordinate of phi has a small LSTM of its own state, all with the same weights (sec. 2.1): it sees the coordinate's
-gradient by logarithm and sign (appendix A) and says its update, phi_t+1 = phi_t + rate * m(gradient_t, state_t). The
-objective is that of eq. 3 with all weights 1, the mean over t of f(phi_t); the gradient stops at each inner gradient
-(their dotted lines, Figure 2) and after every `unroll` steps. f is the query's nll, which is the optimisee's own loss
-where query and support are drawn alike. All unrolls of an optimisation make one meta-step.
+Each coordinate of phi has a small LSTM with its own state; all share the same weights (sec. 2.1). The LSTM reads the
+logarithm and the sign of the coordinate's gradient (appendix A) and outputs its update,
+phi_t+1 = phi_t + rate * m(gradient_t, state_t). The objective is that of eq. 3 with all weights 1: the mean over t of
+f(phi_t). Its gradient stops at each inner gradient (the dotted lines of Figure 2) and after every `unroll` steps. f is
+the query's nll; it equals the optimisee's loss in expectation where query and support have the same distribution. All
+unrolls of one optimisation make one meta-step.
 """
 
 from typing import Any, NamedTuple
@@ -31,28 +32,44 @@ RATE = 0.1
 
 
 class Rule(NamedTuple):
-    """The optimiser's weights: LSTM layers, and the linear map from the last one's output to the update."""
+    """Weights of the optimiser.
+
+    Attributes:
+        layers: The LSTM layers.
+        out: Linear map from the last layer's output to the update.
+    """
 
     layers: tuple[dict[str, Array], ...]
     out: dict[str, Array]
 
 
 class Learned(NamedTuple):
-    """rule: the optimiser. theta: where it starts, or None where every optimisation starts at random."""
+    """What l2l meta-learns.
+
+    Attributes:
+        theta: The start of every optimisation. None: each starts at random.
+        rule: Weights of the optimiser.
+    """
 
     theta: PyTree
     rule: Rule
 
 
 def init_rule(key: PRNGKeyArray, units: int = 20, depth: int = 2) -> Rule:
-    """Weights of an untrained optimiser."""
+    """Draws the weights of an untrained optimiser."""
     keys = jax.random.split(key, depth + 1)
     layers = tuple(lstm_init(k, units if i else 2, units) for i, k in enumerate(keys[:-1]))
     return Rule(layers, dense_init(keys[-1], units, 1))
 
 
 def learned_optimizer(rule: Rule, *, rate: float = RATE, p: float = P) -> optax.GradientTransformation:
-    """The optimiser as an optax transformation, for any parameters and any loss; rate and p as it was trained with."""
+    """Returns the optimiser as an optax transformation, for any parameters and any loss.
+
+    Args:
+        rule: Weights of the optimiser.
+        rate: Factor of the LSTM's output, as in training.
+        p: Constant of the log-sign preprocessing, as in training.
+    """
 
     def init(phi: PyTree) -> tuple[LSTMState, ...]:
         flat = ravel_pytree(phi)[0]
@@ -86,19 +103,22 @@ def l2l(
 ) -> Learner:
     """Meta-learns an LSTM as the optimiser that fits phi to the support.
 
-    `learned_optimizer(params.rule)` uses it on other losses.
+    `learned_optimizer(params.rule)` applies it to other losses.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        unroll: number of steps that are back-propagated through at once; it must divide `steps`.
-        minibatch: number of support examples per step in training. None: all, as on a new task.
-        units: width of the LSTM.
-        depth: number of LSTM layers.
-        p: of the log-sign preprocessing.
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        unroll: Number of steps that are back-propagated through at once; it must divide `steps`.
+        minibatch: Number of support examples per step in training. None: all, as on a new task.
+        units: Width of the LSTM.
+        depth: Number of LSTM layers.
+        p: Constant of the log-sign preprocessing.
         start: "random" draws phi_0 anew for each task, as in the paper; "learned" meta-learns it.
-        posterior: what is put around the last phi.
-        inner: options of the inner loop, see `InnerLoop`; `rate` is a factor of the LSTM's output.
+        posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
+        inner: Options of the inner loop, see `InnerLoop`; `rate` is a factor of the LSTM's output.
+
+    References:
+        Andrychowicz et al. (2016), eq. 3, sec. 2.1 and appendix A.
     """
     loop = InnerLoop(**inner)
     steps = loop.steps

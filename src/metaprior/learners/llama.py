@@ -1,9 +1,10 @@
 """LLAMA (Grant, Finn, Levine, Darrell & Griffiths 2018): MAML as hierarchical Bayes, with Laplace's approximation.
 
-Algorithm 2 with subroutine 4 (ML-LAPLACE): phi is k gradient steps from theta; the task's negative log marginal is its
-query loss plus eta log det H-hat, H-hat the curvature of the negative log *posterior* at phi (Gauss-Newton or K-FAC of
-the data plus the prior's precision). The gradient covers both terms. objective="evidence" is Laplace's approximation in
-full, for which eta is 1/2: -log p(D | phi) - log p(phi | theta) + 1/2 log det(H / 2 pi).
+Algorithm 2 with subroutine 4 (ML-LAPLACE): phi is the result of k gradient steps from theta. The task's negative log
+marginal likelihood is its query loss plus eta log det H-hat, where H-hat is the curvature of the negative log
+*posterior* at phi: Gauss-Newton or K-FAC of the data, plus the prior's precision. The gradient flows through both
+terms. objective="evidence" is the full Laplace approximation, in which eta is 1/2:
+-log p(D | phi) - log p(phi | theta) + 1/2 log det(H / 2 pi).
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from metaprior.learners.traits import traits
 
 
 class Prior(NamedTuple):
-    """p(phi | theta) = N(theta, I / exp(log_precision))."""
+    """The prior p(phi | theta) = N(theta, I / exp(log_precision))."""
 
     theta: PyTree
     log_precision: Scalar
@@ -62,19 +63,25 @@ def llama(
     """Meta-learns a prior N(theta, I / precision) by Laplace's approximation of each task's marginal likelihood.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        eta: weight of log det (the paper's 1e-6 with mean losses). "evidence" ignores it: there it is 1/2.
-        precision: of the prior, before training.
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        eta: Weight of log det (the paper's 1e-6 with mean losses). "evidence" ignores it: there it is 1/2.
+        precision: Precision of the prior before training.
         curvature: "dual" (exact Gauss-Newton), "kfac" (the paper's), "diagonal" or "lanczos".
-        curvature_on: the data of the curvature: "support", or "query" (the paper's text).
+        curvature_on: The data of the curvature: "support", or "query" (the paper's text).
         prior: "isotropic", or "implicit", the prior that k steps of gradient descent imply (section 3.2; "dual" only).
         objective: "query" as published, or "evidence": phi is fitted to support and query under the prior, and the loss
             is -log marginal per example, from which `learn_precision` learns the precision too.
-        learn_precision: whether the precision is meta-learned ("evidence" only).
-        draws: number of networks drawn from N(phi, H^-1) in a prediction, as in the paper's Figure 5. 0 linearises.
-        posterior: what is put around the last phi. None: Laplace's approximation at the precision.
-        inner: options of the inner loop, see `InnerLoop`.
+        learn_precision: Whether the precision is meta-learned ("evidence" only).
+        draws: Number of networks drawn from N(phi, H^-1) in a prediction, as in the paper's Figure 5. 0 linearises.
+        posterior: Rule that forms the posterior at the last phi. None: Laplace's approximation with that precision.
+        inner: Options of the inner loop, see `InnerLoop`.
+
+    Raises:
+        ValueError: An option is unknown, or two options do not fit together.
+
+    References:
+        Grant et al. (2018), Algorithm 2 and subroutine 4.
     """
     if objective not in ("query", "evidence"):
         raise ValueError(f"objective must be 'query' or 'evidence', got {objective!r}.")
@@ -108,7 +115,7 @@ def llama(
         return free.outputs(None, phi, x, call)
 
     def log_det(params: Prior, phi: PyTree, batch: Batch, key: PRNGKeyArray) -> Scalar:
-        """log det(I + H / tau) (implicit: of the posterior precision over the prior's), of the *summed* nll."""
+        """Computes log det(I + H / tau), with H of the *summed* nll; "implicit": posterior over prior precision."""
         if prior == "implicit":
             scale = jnp.sqrt(loop.rate / count(batch))
             values = jnp.maximum(jnp.linalg.eigvalsh(dual(outputs, likelihood, phi, batch, scale).gram), 0)

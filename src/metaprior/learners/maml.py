@@ -1,8 +1,8 @@
 """MAML and first-order MAML (Finn, Abbeel & Levine 2017): an initialisation from which a few gradient steps suffice.
 
-Algorithm 2 of the paper, line by line: for each task, phi = theta - a grad L_S(theta), k times (lines 5-7, `descend`);
-the meta-loss is the query loss at phi (line 10, `query_loss`); its gradient flows through the inner steps.
-First-order MAML (sec. 5.2) stops it at each inner gradient.
+Algorithm 2 of the paper, line by line: for each task, phi = theta - a grad L_S(theta), k times (lines 5-7, `descend`).
+The meta-loss is the query loss at phi (line 10, `query_loss`). Its gradient flows through the inner steps; first-order
+MAML (sec. 5.2) stops it at each inner gradient.
 """
 
 from typing import Any
@@ -21,13 +21,16 @@ from metaprior.learners.traits import five_steps, traits
 def maml(model: Model, likelihood: Likelihood, *, posterior: PosteriorRule = point(), **inner: Any) -> Learner:
     """Meta-learns an initialisation theta from which a few gradient steps suffice.
 
-    Its params are the model's own.
+    Its params have the same form as the model's.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        posterior: what is put around the last phi.
-        inner: options of the inner loop, see `InnerLoop`.
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
+        inner: Options of the inner loop, see `InnerLoop`.
+
+    References:
+        Finn, Abbeel & Levine (2017), Algorithm 2.
     """
     loop = InnerLoop(**inner)
     return query_learner(adapt_all(model, loop.transformation()), likelihood, loop, posterior)
@@ -39,8 +42,11 @@ def fomaml(model: Model, likelihood: Likelihood, **options: Any) -> Learner:
     """First-order MAML: `maml` with the gradient stopped at each inner gradient.
 
     Args:
-        model: as in `maml`.
-        likelihood: as in `maml`.
-        options: as in `maml`, without `first_order`.
+        model: As in `maml`.
+        likelihood: As in `maml`.
+        options: As in `maml`, without `first_order`.
+
+    References:
+        Finn, Abbeel & Levine (2017), sec. 5.2.
     """
     return maml(model, likelihood, first_order=True, **options)

@@ -1,10 +1,12 @@
-"""Memory-augmented networks (Santoro, Bartunov, Botvinick, Wierstra & Lillicrap 2016) and the paper's two ablations.
+"""Memory-augmented networks (Santoro, Bartunov, Botvinick, Wierstra & Lillicrap 2016) and the paper's two baselines.
 
-At time t of an episode the network sees (x_t, y_{t-1}), the label one step late, and must say y_t: it has to store what
-it saw until the label comes, and find it again (sec. 2). An LSTM controller writes to and reads from an external memory
-(sec. 3); its state and what was read give the outputs. `ntm` has the neural Turing machine's memory instead, `lstm`
-none. The loss is the nll at every time step of the episode, support and query in random order, here its mean. The
-posterior is the state after the support; each query goes on from it.
+At time t of an episode the network sees x_t with the previous label y_{t-1}, and must predict y_t. It has to store what
+it saw until the label arrives, and retrieve it later (sec. 2). An LSTM controller writes to and reads from an external
+memory (sec. 3); the outputs depend on its state and on what it read. `ntm` has the memory of a neural Turing machine
+instead; `lstm` has no memory.
+
+The loss is the mean nll over all time steps of the episode, with support and query in random order (the paper sums).
+The posterior is the state after the support; each query continues from it.
 """
 
 from typing import Any, NamedTuple
@@ -13,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.core.likelihoods import Categorical, Likelihood
+from metaprior.core.likelihoods import Categorical, Likelihood, one_hot
 from metaprior.core.options import Count, Fraction, checked
 from metaprior.core.types import Batch, Learner, Model, Task, counted, examples, weights
 from metaprior.inference.descent import mean_nll
-from metaprior.learners.builders.amortised import as_inputs, by_instance, embedding, output_width
+from metaprior.learners.builders.amortised import as_inputs, embedding, output_width
 from metaprior.learners.builders.gradient import fit_metrics
 from metaprior.learners.builders.knobs import with_noise
 from metaprior.learners.traits import traits
@@ -25,16 +27,18 @@ from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import gated, lstm_init
 from metaprior.networks.memory import Access, found, least_used, turing
 
+INSTANCES = range(1, 11)  # instances of a class whose accuracy is reported, as in Figure 2 and Table 1
+
 
 class Mann(NamedTuple):
     """theta.
 
     Attributes:
-        embedding: parameters of the embedding of x (the given model).
-        inputs: from the embedding to the controller.
-        recurrent: from state, label and what was read to the controller.
-        address: from the controller to what it asks of the memory; None without a memory.
-        head: the linear layer on top.
+        embedding: Parameters of the model, whose features of x are the network's inputs.
+        inputs: Linear layer from features to the controller's gates.
+        recurrent: Linear layer from the previous label, the last reads and the controller's output to its gates.
+        address: Linear layer from the controller to the memory's heads. None: there is no memory.
+        head: Linear layer from the controller and what it read to the outputs.
     """
 
     embedding: PyTree
@@ -45,13 +49,13 @@ class Mann(NamedTuple):
 
 
 class State(NamedTuple):
-    """The posterior.
+    """The posterior: the network's state after the support.
 
     Attributes:
-        hidden: output of the controller.
-        cell: cell of the controller.
-        memory: contents and addresses of the memory.
-        label: the label that is shown with the next example.
+        hidden: Output of the controller.
+        cell: Cell state of the controller.
+        memory: Contents of the memory and the state of its heads.
+        label: The last label, which the next example is seen with.
     """
 
     hidden: Float[Array, " h"]
@@ -76,23 +80,24 @@ def mann(
 ) -> Learner:
     """Meta-learns to store labelled examples in an external memory and to find them again.
 
-    The order of the support matters. The answer depends on how classes are named, as far as training has not taught
-    otherwise. A weight above 0 counts as 1. After an empty support nothing is remembered.
+    The order of the support matters. So do class names, except as far as training with random names teaches the network
+    to ignore them. A weight above 0 counts as 1.
+    An empty support leaves the initial state.
 
     Args:
-        model: the network, whose features are the embedding.
-        likelihood: of the support and the query.
-        hidden: number of units of the controller.
-        slots: number of rows of the memory.
-        width: length of a row of the memory.
-        heads: number of heads that read and write.
-        decay: factor by which the usage of a row decays per step.
-        sharpen: whether the controller sets how sharply each head reads. False is the paper's softmax of bare cosines,
-            which is nearly even.
-        shuffle: whether training shows episodes in random order.
+        model: The network; its features (its outputs where it has none) are the inputs.
+        likelihood: Likelihood of the support and the query.
+        hidden: Number of units of the controller.
+        slots: Number of rows of the memory.
+        width: Length of a row.
+        heads: Number of heads, each of which reads and writes.
+        decay: Decay of the usage of rows per time step.
+        sharpen: Whether the controller sets how sharply each head reads. False, the paper's softmax of plain cosines,
+            reads almost uniformly.
+        shuffle: Whether training episodes are in random order.
 
     References:
-        Santoro, Bartunov, Botvinick, Wierstra & Lillicrap 2016, sections 2 and 3.
+        Santoro et al. (2016), sec. 2 and 3.
     """
     memory = least_used(slots, width, heads, decay, sharpen)
     return remembering(model, likelihood, memory, hidden=hidden, shuffle=shuffle)
@@ -106,16 +111,16 @@ def ntm(
 ) -> Learner:  # fmt: skip
     """Meta-learns to remember with the memory of a neural Turing machine, otherwise as `mann`.
 
-    Heads address rows by content, by where they were before, and by shifts.
+    Its heads address rows by content, by their previous position and by shifts.
 
     Args:
-        model: as in `mann`.
-        likelihood: as in `mann`.
-        hidden: as in `mann`.
-        slots: as in `mann`.
-        width: as in `mann`.
-        heads: as in `mann`.
-        shuffle: as in `mann`.
+        model: As in `mann`.
+        likelihood: As in `mann`.
+        hidden: As in `mann`.
+        slots: As in `mann`.
+        width: As in `mann`.
+        heads: As in `mann`.
+        shuffle: As in `mann`.
     """
     return remembering(model, likelihood, turing(slots, width, heads), hidden=hidden, shuffle=shuffle)
 
@@ -126,16 +131,31 @@ def lstm(model: Model, likelihood: Likelihood, *, hidden: Count = 200, shuffle: 
     """Meta-learns to remember in the state of an LSTM alone: `mann` without its memory, the paper's baseline.
 
     Args:
-        model: as in `mann`.
-        likelihood: as in `mann`.
-        hidden: number of units of the LSTM.
-        shuffle: as in `mann`.
+        model: As in `mann`.
+        likelihood: As in `mann`.
+        hidden: As in `mann`.
+        shuffle: As in `mann`.
     """
     return remembering(model, likelihood, least_used(0, 0, 0), hidden=hidden, shuffle=shuffle)
 
 
+def by_instance(outputs: Float[Array, "n way"], y: Array, weight: Float[Array, " n"]) -> dict[str, Scalar]:
+    """Computes the accuracy where a class is seen for the 1st, 2nd, ... time; 0 where no class is seen so often.
+
+    Args:
+        outputs: Logits at each time step.
+        y: Labels.
+        weight: Weights; a time step of weight 0 is not counted.
+    """
+    hot = one_hot(y, outputs.shape[1]) * (weight > 0)[:, None]
+    seen = (jnp.cumsum(hot, 0) * hot).sum(-1)
+    shown = [k for k in INSTANCES if k * outputs.shape[1] <= outputs.shape[0]]
+    hits = {k: ((outputs.argmax(-1) == y) & (seen == k)).sum() for k in shown}
+    return {f"instance_{k}": hits[k] / jnp.maximum((seen == k).sum(), 1) for k in shown}
+
+
 def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden: int, shuffle: bool) -> Learner:
-    """Builds a learner whose controller of `hidden` units walks through an episode with a memory of this kind."""
+    """Builds a learner whose controller of `hidden` units reads an episode with the given memory."""
     embed, reads = embedding(model), memory.heads * memory.width
 
     def init(key: PRNGKeyArray, task: Task) -> Mann:
@@ -152,7 +172,7 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
         )
 
     def step(params: Mann, state: State, drive: Float[Array, " g"]) -> tuple[State, Float[Array, " c"]]:
-        """One time step on a projected x: the controller, the memory, the outputs."""
+        """Makes one time step on a projected x: the controller, the memory, the outputs."""
         before = jnp.concatenate([state.label, found(state.memory), state.hidden])
         h, cell = gated(drive + dense("recurrent", params.recurrent, before[None])[0], state.cell)
         after = state.memory
@@ -165,12 +185,12 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
         return dense("inputs", params.inputs, embed(params.embedding, x))
 
     def sequence(params: Mann, data: Batch) -> tuple[Array, Array, Array]:
-        """Returns for each time the projected x, the label, and False for padding."""
+        """Returns, for each time step, the projected x, the label, and whether it is an example and not padding."""
         y = as_inputs(likelihood, counted(data).y, output_width(model, params.embedding, data.x))
         return project(params, data.x), y, weights(data) > 0
 
     def run(params: Mann, shown: tuple[Array, Array, Array]) -> tuple[State, Float[Array, "n c"]]:
-        """Runs through a sequence; returns the state at its end and the outputs at each time. Padding is skipped."""
+        """Reads a sequence and skips padding; returns the final state and the outputs at each time step."""
         nothing = State(jnp.zeros(hidden), jnp.zeros(hidden), memory.start(), jnp.zeros(shown[1].shape[1]))
 
         def see(state: State, now: tuple[Array, Array, Array]) -> tuple[State, Array]:
@@ -178,7 +198,7 @@ def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden:
             after, out = step(params, state, drive)
             return jax.tree.map(lambda new, old: jnp.where(there, new, old), after._replace(label=label), state), out
 
-        # Recomputing a time step costs less than keeping all that it computed, which leaves the processor's cache.
+        # Recomputing a time step costs less than storing all of its values, which do not fit the processor's cache.
         return jax.lax.scan(jax.checkpoint(see), nothing, shown)
 
     def adapt(params: Mann, support: Batch, key: PRNGKeyArray) -> State:

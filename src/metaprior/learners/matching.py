@@ -1,9 +1,10 @@
 """Matching networks (Vinyals, Blundell, Lillicrap, Kavukcuoglu & Wierstra 2016): attention over the support.
 
-p(y | x, S) = sum_i a(x, x_i) y_i (eq. 1) with a a softmax of cos(f(x), g(x_i)) (sec. 2.1.1). Full context embeddings
-(sec. 2.1.2 and appendix A): a bidirectional LSTM reads the support in the order it comes in,
+p(y | x, S) = sum_i a(x, x_i) y_i (eq. 1), where the attention a is a softmax of cos(f(x), g(x_i)) (sec. 2.1.1).
+
+Full context embeddings (sec. 2.1.2 and appendix A): a bidirectional LSTM reads the support in its given order,
     g(x_i, S) = forward_i + backward_i + g'(x_i),
-and a query reads that K times, f(x, S) = h_K from a state of zeros, so that its first reading is the plain average:
+and each query attends to it K times, f(x, S) = h_K. It starts from a state of zeros, so the first r is a plain average:
     h_k = LSTM(f'(x), [h_k-1, r_k-1]) + f'(x),   r_k-1 = sum_i softmax_i(h_k-1' g(x_i, S)) g(x_i, S).
 """
 
@@ -36,9 +37,9 @@ class Context(NamedTuple):
     """The LSTMs of the full context embeddings.
 
     Attributes:
-        forward: reads the support from its beginning.
-        backward: reads the support from its end.
-        reader: reads the support for a query.
+        forward: Reads the support from first to last.
+        backward: Reads the support from last to first.
+        reader: Reads the support for a query.
     """
 
     forward: dict[str, Array]
@@ -50,9 +51,9 @@ class Matching(NamedTuple):
     """theta.
 
     Attributes:
-        embedding: parameters of the embedding f' = g'.
-        context: the LSTMs of the full context embeddings; None without them.
-        log_temperature: logarithm of a learned temperature; None for a fixed one.
+        embedding: Parameters of f' = g', the model.
+        context: The LSTMs of the full context embeddings, or None.
+        log_temperature: Logarithm of the learned temperature. None: the temperature is fixed.
     """
 
     embedding: PyTree
@@ -61,14 +62,14 @@ class Matching(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """The posterior: the support as queries see it.
+    """The posterior: the support that queries attend to.
 
     Attributes:
-        keys: embeddings g.
-        log_weight: logarithms of the examples' weights.
-        shares: each example's weight in the column of its class.
-        beside: inputs of the support, where each query is embedded beside them; else None.
-        tuned: parameters of the embedding after it was fitted to the support; else None.
+        keys: Embeddings g of the support examples.
+        log_weight: Logarithms of their weights.
+        shares: Each example's weight, in the column of its class.
+        beside: As in `protonet.Prototypes`.
+        tuned: Parameters of the embedding after fitting it to the support (`tune_steps`), or None.
     """
 
     keys: Float[Array, "n d"]
@@ -79,13 +80,13 @@ class Memory(NamedTuple):
 
 
 def support_in_context(context: Context, g: Float[Array, "n d"], weight: Float[Array, " n"]) -> Float[Array, "n d"]:
-    """Returns g(x_i, S): each embedding plus what the LSTMs have read up to it, from either end."""
+    """Computes g(x_i, S): each embedding plus the states of both LSTMs at it."""
     there = weight > 0
     return g + run_lstm(context.forward, g, there) + run_lstm(context.backward, g, there, reverse=True)
 
 
 def query_in_context(context: Context, f: Float[Array, "m d"], memory: Memory, reads: int) -> Float[Array, "m d"]:
-    """Returns f(x, S) after `reads` looks at the support."""
+    """Computes f(x, S) after `reads` steps of attention to the support."""
 
     def read(state: LSTMState, _: None) -> tuple[LSTMState, None]:
         attention = jax.nn.softmax(state.h @ memory.keys.T + memory.log_weight)
@@ -112,25 +113,26 @@ def matching(
 ) -> Learner:
     """Meta-learns an embedding in which a query attends to the labels of the support by cosine similarity.
 
-    Classification only.
-
     Args:
-        model: the network, whose features are the embedding.
-        likelihood: `Categorical()`.
-        context: whether to use full context embeddings. The order of the support then matters.
-        reads: number K of times that a query reads the support, with `context`.
-        temperature: what cosines are divided by; a learned temperature starts there. The paper's is 1, which keeps
-            probabilities close to each other.
-        learn_temperature: whether the temperature is meta-learned.
-        tune_steps: number of steps of gradient descent on the embedding for each new task, after training (section
-            4.1). They descend the mean nll of the support examples under the support, themselves included.
-        tune_rate: learning rate of these steps.
-        way: the largest number of classes in a task, in training or later. None: the number of the model's outputs.
-        transductive: whether all queries are embedded in one batch. False embeds each query beside the support alone,
-            which matters under batch norm.
+        model: The network; its features are the embedding (its outputs where it has no features).
+        likelihood: Must be `Categorical`.
+        context: Whether to use full context embeddings. The order of the support then matters.
+        reads: K, the number of times a query attends to the support. Used with `context`.
+        temperature: Divides the cosines. A learned temperature starts from this value. The paper's is 1, with which
+            class probabilities differ little.
+        learn_temperature: Whether the temperature is meta-learned.
+        tune_steps: Number of gradient steps that fit the embedding to a new task's support after training (sec. 4.1).
+            They descend the mean nll of the support examples given the whole support, themselves included.
+        tune_rate: Learning rate of these steps.
+        way: The largest number of classes in a task, in training or later. None: the number of the model's outputs.
+        transductive: Whether queries are embedded as one batch. False embeds each query in a separate batch with
+            the support, which matters under batch norm.
+
+    Raises:
+        ValueError: The likelihood is not categorical, or an option is out of range.
 
     References:
-        Vinyals, Blundell, Lillicrap, Kavukcuoglu & Wierstra 2016, equation 1, sections 2.1 and 4.1, appendix A.
+        Vinyals et al. (2016), eq. 1, sec. 2.1 and 4.1, appendix A.
     """
     check_classification("matching", likelihood, way)
     if tune_steps < 0 or tune_rate <= 0:
@@ -154,7 +156,7 @@ def matching(
         return Memory(keys, log_weight, shares, None if transductive else support.x, None)
 
     def tune(params: Matching, support: Batch, key: PRNGKeyArray) -> Memory:
-        """`adapt`, after the embedding was fitted to the support."""
+        """Fits the embedding to the support, then adapts."""
 
         def fit(tuned: PyTree) -> Scalar:
             moved = params._replace(embedding=tuned)

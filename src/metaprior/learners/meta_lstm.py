@@ -1,14 +1,14 @@
 """Optimisation as a model for few-shot learning (Ravi & Larochelle 2017): the update rule is an LSTM's cell.
 
-Gradient descent is the cell update with forget gate 1 and input gate a, so let both gates be learned (eqs. 2-4):
+Gradient descent is the cell update with forget gate 1 and input gate a. Here both gates are learned (eqs. 2-4):
 
     theta_t = f_t * theta_t-1 - i_t * grad L_t
     i_t = sigmoid(W_I [h_t, theta_t-1, i_t-1] + b_I),    f_t = sigmoid(W_F [h_t, theta_t-1, f_t-1] + b_F)
 
-with h_t an ordinary LSTM's output on gradient and loss, both by log-sign (sec. 3.3). All coordinates share the weights
-and each has its own state; the cell's first value theta_0 is meta-learned. Gradients and losses are constants to the
-meta-gradient (sec. 3.2). The input gate is the rate at which a parameter follows its gradient, so that the posterior
-that the steps imply is that of any descent.
+where h_t is the output of an ordinary LSTM that reads the gradient and the loss, both after log-sign preprocessing
+(sec. 3.3). All coordinates share the weights, and each has its own state. The first value theta_0 of the cell is
+meta-learned. Gradients and losses are constants to the meta-gradient (sec. 3.2). The input gate is the learning rate of
+a parameter, so the posterior implied by the steps is defined as for any gradient descent.
 """
 
 from typing import Any, NamedTuple
@@ -32,11 +32,17 @@ from metaprior.learners.traits import traits
 from metaprior.networks.lstm import LSTMState, lstm, lstm_init, lstm_start
 from metaprior.networks.statistics import beside
 
-TOGETHER = 1024  # coordinates whose gates stay in cache; they are computed again in the backward pass
+TOGETHER = 1024  # coordinates processed at once, so that their gates stay in cache; the backward pass recomputes them
 
 
 class CellRule(NamedTuple):
-    """The update rule's weights: an LSTM layer, and the two gates on [h, theta, the gate before]."""
+    """Weights of the update rule.
+
+    Attributes:
+        layer: The LSTM layer.
+        forget: The forget gate, on [h, theta, previous forget gate].
+        input: The input gate, on [h, theta, previous input gate].
+    """
 
     layer: dict[str, Array]
     forget: dict[str, Array]
@@ -44,7 +50,13 @@ class CellRule(NamedTuple):
 
 
 class CellState(NamedTuple):
-    """What a coordinate carries: its LSTM's state and its gates; before the first step all is kept, nothing added."""
+    """State of each coordinate.
+
+    Attributes:
+        lstm: State of its LSTM.
+        forget: Its forget gate; 1 before the first step.
+        input: Its input gate; 0 before the first step.
+    """
 
     lstm: LSTMState
     forget: Float[Array, " p"]
@@ -52,21 +64,31 @@ class CellState(NamedTuple):
 
 
 class MetaLSTM(NamedTuple):
-    """theta: the cell's first value, where phi starts. rule: how it moves."""
+    """What meta_lstm meta-learns.
+
+    Attributes:
+        theta: The cell's first value, where phi starts.
+        rule: Weights of the update rule.
+    """
 
     theta: PyTree
     rule: CellRule
 
 
 class Gates(NamedTuple):
-    """Both gates after each step: leaves shaped as phi's with a leading axis of steps."""
+    """Both gates after each step, in leaves shaped as phi's with a leading axis of steps.
+
+    Attributes:
+        forget: The forget gates.
+        input: The input gates.
+    """
 
     forget: PyTree
     input: PyTree
 
 
 def init_cell(key: PRNGKeyArray, units: int, rate: float) -> CellRule:
-    """Gates that start as gradient descent of that rate with little decay: forget near 1, input at `rate`."""
+    """Draws weights that start near gradient descent with little decay: forget gate near 1, input gate near `rate`."""
     keys = jax.random.split(key, 3)
     w = [jax.random.uniform(k, (units + 2,), minval=-0.01, maxval=0.01) for k in keys[:2]]
     bias = jnp.log(rate) - jnp.log1p(-rate)
@@ -74,7 +96,12 @@ def init_cell(key: PRNGKeyArray, units: int, rate: float) -> CellRule:
 
 
 def cell_optimizer(rule: CellRule, *, p: float = P) -> optax.GradientTransformationExtraArgs:
-    """The rule as an optax transformation; its update needs the parameters and, as `value`, the loss."""
+    """Returns the rule as an optax transformation, whose update needs the parameters and the loss.
+
+    Args:
+        rule: Weights of the rule.
+        p: Constant of the log-sign preprocessing.
+    """
 
     def init(phi: PyTree) -> CellState:
         flat = ravel_pytree(phi)[0]
@@ -131,17 +158,23 @@ def meta_lstm(
 ) -> Learner:
     """Meta-learns an initialisation and the LSTM gates that set each inner step.
 
-    phi moves from theta_0 by these gates. First order, as published.
+    The meta-gradient is first order, as published.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        units: width of the LSTM that sees gradient and loss.
-        p: of the log-sign preprocessing.
-        posterior: what is put around the last phi.
-        inner: options of the inner loop, see `InnerLoop`. The paper's `steps` are 12 for one shot and 5 for five.
-            `rate` is where the input gate starts, between 0 and 1. `transductive=False` comes nearest to the paper's
-            batch norm at test, which uses the support's statistics.
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        units: Width of the LSTM that reads gradient and loss.
+        p: Constant of the log-sign preprocessing.
+        posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
+        inner: Options of the inner loop, see `InnerLoop`. The paper's `steps` are 12 for one shot and 5 for five.
+            `rate` is the input gate's start, between 0 and 1. `transductive=False` is closest to the paper's batch norm
+            at test, which uses the support's statistics.
+
+    Raises:
+        ValueError: `rate` is not between 0 and 1.
+
+    References:
+        Ravi & Larochelle (2017), eqs. 2-4, sec. 3.2 and 3.3.
     """
     loop = InnerLoop(first_order=True, **inner)
     if not 0 < loop.rate < 1:
@@ -150,7 +183,16 @@ def meta_lstm(
 
 
 def gates(model: Model, likelihood: Likelihood, params: MetaLSTM, support: Batch, steps: int, *, p: float = P) -> Gates:
-    """The forget and input gates of every parameter while phi is fitted to a support (the paper's Figure 2)."""
+    """Returns the forget and input gates of every parameter at each step on a support (the paper's Figure 2).
+
+    Args:
+        model: The network.
+        likelihood: Likelihood of the support.
+        params: What `meta_lstm` has meta-learned.
+        support: The support.
+        steps: Number of inner steps.
+        p: Constant of the log-sign preprocessing, as in training.
+    """
     if model.statistics == "task":
         model = beside(model, support)
     adaptation = _adaptation(model, 1, 0.5, p)

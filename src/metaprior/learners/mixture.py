@@ -1,8 +1,8 @@
-"""A mixture of Gaussians as prior, for families of tasks with several modes: gradient-EM with responsibilities.
+"""Gradient-EM with a mixture of Gaussians as the prior, for families of tasks with several modes.
 
-p(phi | Theta) = sum_k w_k N(phi; mu_k, sigma_k^2). Each component infers its own q_k; a task's responsibilities are
-r_k ~ w_k exp(ELBO_k) (Dempster, Laird & Rubin 1977, for the E step; Zou & Lu 2020 for the rest): the gradient of
-log p(D | Theta) is r_k g(q_k) in component k and r_k - w_k in log w_k.
+p(phi | Theta) = sum_k w_k N(phi; mu_k, sigma_k^2). Each component has its own posterior q_k. A task's responsibilities
+r_k are proportional to w_k exp(ELBO_k). The gradient of log p(D | Theta) is r_k g(q_k) in component k and r_k - w_k in
+log w_k. The E step is that of Dempster, Laird & Rubin (1977); the rest is Zou & Lu (2020), see `gem_bml`.
 """
 
 from collections.abc import Callable
@@ -28,18 +28,18 @@ from metaprior.learners.traits import traits
 
 
 class Mixture(NamedTuple):
-    """K Gaussians: the prior, or a posterior.
+    """A mixture of K Gaussians: the prior, or a posterior.
 
     Attributes:
-        components: the Gaussians, stacked along a leading axis.
-        logits: logarithms of their weights.
+        components: The Gaussians, stacked along a leading axis.
+        logits: Logarithms of their weights, up to a constant.
     """
 
     components: DiagonalGaussian
     logits: Float[Array, " k"]
 
     def sample(self, key: PRNGKeyArray) -> PyTree:
-        """One draw of phi."""
+        """Draws one phi."""
         key_which, key_phi = jax.random.split(key)
         which = jax.random.categorical(key_which, self.logits)
         return jax.tree.map(lambda leaf: leaf[which], self.components).sample(key_phi)
@@ -58,15 +58,18 @@ def gem_mixture(
 ) -> Learner:
     """Meta-learns a mixture of Gaussians over weights, for families of tasks with several modes.
 
-    The posterior is a mixture of as many components.
+    It uses gradient-EM. The posterior is a mixture of as many Gaussians.
 
     Args:
-        model: the network.
-        likelihood: of the support and the query.
-        components: number of Gaussians.
-        log_sd: logarithm of each component's sd before training.
-        draws: number of networks that a prediction averages.
-        inference: how the Gaussians of a task are fitted, see `Variational`.
+        model: The network.
+        likelihood: Likelihood of the support and the query.
+        components: K, the number of Gaussians.
+        log_sd: Logarithm of each component's standard deviation before training.
+        draws: Number of networks that a prediction averages.
+        inference: Other options of the inference, see `Variational`.
+
+    References:
+        Zou & Lu (2020), Theorem 1; Dempster, Laird & Rubin (1977).
     """
     how = Variational(**inference)
 
@@ -75,7 +78,7 @@ def gem_mixture(
         return Mixture(jax.vmap(lambda k: around(model.init(k, task.support.x), log_sd))(keys), jnp.zeros(components))
 
     def posterior(prior: Mixture, batch: Batch, key: PRNGKeyArray, steps: int) -> Mixture:
-        """Returns the posterior of each component, weighted by the responsibilities."""
+        """Returns the posterior of each component, with the responsibilities as weights."""
         key_fit, key_judge = jax.random.split(key)
 
         def one(component: DiagonalGaussian) -> tuple[DiagonalGaussian, Scalar]:
@@ -90,7 +93,7 @@ def gem_mixture(
         return posterior(params, support, key, how.on_new_task)
 
     def drawn(model: Model, adapted: Mixture, x: PyTree, key: PRNGKeyArray) -> Array:
-        """Outputs of `draws` networks [draws, n, c]."""
+        """Returns the outputs of `draws` networks, [draws, n, c]."""
         return jax.vmap(lambda k: model.apply(adapted.sample(k), x))(jax.random.split(key, draws))
 
     def loss(params: Mixture, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:

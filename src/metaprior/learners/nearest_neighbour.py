@@ -1,6 +1,7 @@
-"""Nearest neighbours, by the features of a network that was pretrained without tasks, or by the raw inputs.
+"""Nearest neighbours in the features of a pretrained network, or in the raw inputs.
 
-The baseline of Vinyals et al. (2016) and of Ravi & Larochelle (2017, sec. 5.1); pretraining as in `fine_tune`.
+The baseline of Vinyals et al. (2016) and of Ravi & Larochelle (2017, sec. 5.1). Pretraining is plain classification
+without tasks, as in `fine_tune`.
 """
 
 from collections.abc import Callable
@@ -33,8 +34,8 @@ class Comparison(NamedTuple):
     """theta.
 
     Attributes:
-        network: the pretrained parameters; None for pixels.
-        log_temperature: logarithm of the learned temperature for pixels; None for features.
+        network: Parameters of the pretrained model. None where raw inputs are compared.
+        log_temperature: Logarithm of the temperature, learned where raw inputs are compared. None otherwise.
     """
 
     network: PyTree | None
@@ -45,9 +46,9 @@ class Neighbours(NamedTuple):
     """The posterior.
 
     Attributes:
-        embeddings: of the support.
-        shares: each example's weight in the column of its class.
-        beside: inputs of the support, where each query is embedded beside them; else None.
+        embeddings: Features, or flat inputs, of the support examples.
+        shares: Each example's weight, in the column of its class.
+        beside: As in `protonet.Prototypes`.
     """
 
     embeddings: Float[Array, "n d"]
@@ -69,21 +70,22 @@ def nearest_neighbour(
 ) -> Learner:
     """Gives a query the class of its nearest support example, by pretrained features or by the raw inputs.
 
-    The logit of a class is minus the distance of its nearest example over `temperature`. Accuracy does not depend on
-    the temperature; calibration does.
-
     Args:
-        model: the network that is pretrained.
-        likelihood: `Categorical()`.
-        on: "features", or "pixels", for which the temperature alone is learned.
+        model: The network; its features are compared (its outputs where it has no features).
+        likelihood: Must be `Categorical`.
+        on: "features", or "pixels", the raw inputs; then only the temperature is learned.
         distance: "cosine" or "euclidean" (squared).
-        temperature: what distances are divided by.
-        way: the largest number of classes in a task, in training or later. None: the number of the model's outputs.
-        transductive: whether all queries are embedded in one batch. False embeds each query beside the support alone,
-            which matters under batch norm.
+        temperature: Divides the distances. A class's logit is minus the distance to its nearest example over the
+            temperature. The chosen class does not depend on it; calibration does.
+        way: The largest number of classes in a task, in training or later. None: the number of the model's outputs.
+        transductive: Whether queries are embedded as one batch. False embeds each query in a separate batch with
+            the support, which matters under batch norm.
+
+    Raises:
+        ValueError: The likelihood is not categorical, or `on` or `distance` is unknown.
 
     References:
-        Vinyals et al. 2016; Ravi & Larochelle 2017, section 5.1.
+        Vinyals et al. (2016), sec. 4; Ravi & Larochelle (2017), sec. 5.1.
     """
     check_classification("nearest_neighbour", likelihood, way)
     if on not in ("features", "pixels"):

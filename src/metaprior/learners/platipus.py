@@ -1,8 +1,8 @@
 """PLATIPUS, probabilistic MAML (Finn, Xu & Levine 2018): a Gaussian over the initialisation, a point after adaptation.
 
-Algorithm 1 (training), line by line: q = N(mu - gamma_q grad L_Q(mu), v_q) from the query, theta ~ q, phi = k gradient
-steps on the support from theta, p = N(mu - gamma_p grad L_S(mu), sigma^2) from the support, loss L_Q(phi) + KL(q || p).
-Algorithm 2 (test): theta ~ p, phi = k steps from it; each draw is one explanation of the support.
+Algorithm 1 (training), line by line: q = N(mu - gamma_q grad L_Q(mu), v_q) from the query; theta ~ q; phi by k gradient
+steps on the support from theta; p = N(mu - gamma_p grad L_S(mu), sigma^2) from the support; loss L_Q(phi) + KL(q || p).
+Algorithm 2 (test): theta ~ p, and phi by k steps from theta. Each draw is one explanation of the support.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,14 @@ from metaprior.learners.traits import traits
 
 
 class Initialisation(NamedTuple):
-    """prior: N(mu, sigma^2). log_sd_q: of q, one a weight. log_rate_p, log_rate_q: of the step each takes from mu."""
+    """What PLATIPUS meta-learns.
+
+    Attributes:
+        prior: N(mu, sigma^2).
+        log_sd_q: Logarithm of q's standard deviation, one per weight.
+        log_rate_p: log gamma_p.
+        log_rate_q: log gamma_q.
+    """
 
     prior: DiagonalGaussian
     log_sd_q: PyTree
@@ -36,7 +43,7 @@ class Initialisation(NamedTuple):
 
 
 def _one_step(adaptation: Adaptation, likelihood: Likelihood, mu: PyTree, log_rate: Scalar, data: Batch) -> PyTree:
-    """mu - gamma grad L(mu)."""
+    """Computes mu - gamma grad L(mu)."""
     gradient = jax.grad(support_loss(adaptation, likelihood, None, data))(mu)
     return jax.tree.map(lambda m, g: m - jnp.exp(log_rate) * g, mu, gradient)
 
@@ -59,17 +66,23 @@ def platipus(
 ) -> Learner:
     """Meta-learns a Gaussian over initialisations; a posterior is several adapted networks.
 
-    Its params are mu, sigma, v_q and both inference rates. A posterior holds `draws` networks.
+    The meta-learned parameters are mu, sigma, v_q and both inference rates.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        kl_weight: weight of the KL, which is summed over weights and divided by the number of query examples. 1 is the
-            bound; the paper uses 0.1.
-        log_sd: logarithm of the sd of p and q before training.
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        kl_weight: Weight of the KL, which is summed over weights and divided by the number of query examples. 1 is the
+            variational bound; the paper uses 0.1.
+        log_sd: Logarithm of the standard deviations of p and q before training.
         inference_rate: gamma_p and gamma_q before training.
-        draws: number of networks in a posterior.
-        inner: options of the inner loop, see `InnerLoop`.
+        draws: Number of networks in a posterior, at least 1.
+        inner: Options of the inner loop, see `InnerLoop`.
+
+    Raises:
+        ValueError: An option is out of range.
+
+    References:
+        Finn, Xu & Levine (2018), Algorithms 1 and 2.
     """
     loop = InnerLoop(**inner)
     adaptation = adapt_all(model, loop.transformation())
@@ -107,11 +120,17 @@ def maml_noise(
     """Trains as MAML and adds noise to the initialisation at test: an ablation of PLATIPUS.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        noise: standard deviation of the noise, above 0.
-        draws: number of networks in a posterior.
-        inner: options of the inner loop, see `InnerLoop`.
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        noise: Standard deviation of the noise, above 0.
+        draws: Number of networks in a posterior, at least 1.
+        inner: Options of the inner loop, see `InnerLoop`.
+
+    Raises:
+        ValueError: An option is out of range.
+
+    References:
+        Finn, Xu & Levine (2018).
     """
     if noise <= 0:
         raise ValueError(f"noise must be above 0, got {noise}.")
@@ -135,7 +154,7 @@ def _drawing(
     loop: InnerLoop,
     draws: int,
 ) -> Learner:
-    """A learner whose posterior is `draws` networks, each fitted from a start drawn from initial(params, support)."""
+    """Builds a learner whose posterior is `draws` networks, each adapted from a draw of initial(params, support)."""
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}.")
 

@@ -1,10 +1,12 @@
 """Prototypical networks (Snell, Swersky & Zemel 2017): a class is the mean of its support examples' embeddings.
 
-Algorithm 1: c_k = mean of f(x) over the support of class k (eq. 1, divided by the class's own number of examples);
-p(y = k | x) is a softmax of -d(f(x), c_k) (eq. 2). The Bayesian reading says what the mean stands for: embeddings of
-class k are N(mu_k, diag v) with a learned shared variance v, and mu_k ~ N(m, diag u). The prototype is then the mean of
-p(mu_k | support) = N(c_k, s_k), 1/s_k = 1/u + n_k/v and c_k = s_k (m/u + sum f(x)/v), and a query of class k is
-N(c_k, v + s_k): a class known by fewer examples is wider. A flat prior, equal n_k and an isotropic v give eq. 2 back.
+Algorithm 1: the prototype c_k is the mean of f(x) over the support of class k (eq. 1, divided by that class's number of
+examples), and p(y = k | x) is a softmax of -d(f(x), c_k) (eq. 2).
+
+`bayes=True` treats the class means as unknown. Embeddings of class k are N(mu_k, diag v) with a learned shared variance
+v, and mu_k ~ N(m, diag u). The posterior p(mu_k | support) is N(c_k, s_k) with 1/s_k = 1/u + n_k/v and
+c_k = s_k (m/u + sum f(x)/v). A query of class k is N(c_k, v + s_k), so a class with fewer examples is wider. A flat
+prior, equal n_k and an isotropic v recover eq. 2.
 """
 
 from collections.abc import Callable
@@ -35,8 +37,8 @@ class Metric(NamedTuple):
     """theta of the published learner.
 
     Attributes:
-        embedding: parameters of the embedding.
-        log_temperature: logarithm of a learned temperature; None for a fixed one.
+        embedding: Parameters of the model.
+        log_temperature: Logarithm of the learned temperature. None: the temperature is fixed.
     """
 
     embedding: PyTree
@@ -44,13 +46,13 @@ class Metric(NamedTuple):
 
 
 class Gaussians(NamedTuple):
-    """theta of the Bayesian reading.
+    """theta with `bayes=True`.
 
     Attributes:
-        embedding: parameters of the embedding.
-        log_variance: log v.
-        prior_mean: m.
-        log_prior_variance: log u.
+        embedding: Parameters of the model.
+        log_variance: log v, the variance of embeddings within a class.
+        prior_mean: m, the prior mean of the class means.
+        log_prior_variance: log u, the prior variance of the class means.
     """
 
     embedding: PyTree
@@ -60,13 +62,13 @@ class Gaussians(NamedTuple):
 
 
 class Prototypes(NamedTuple):
-    """The posterior: given the support, the mean of each class is N(mean, diag variance).
+    """The posterior: each class's mean is N(mean, diag variance) given the support.
 
     Attributes:
-        mean: prototypes.
-        variance: their variances; 0 without `bayes`.
-        shots: number of examples of each class; 0 marks a class without examples.
-        beside: inputs of the support, where each query is embedded beside them; else None.
+        mean: Prototypes c_k.
+        variance: s_k; zeros for the published learner.
+        shots: Weight of each class's support examples; 0 marks a class without examples.
+        beside: The support inputs, where each query is embedded in a batch with them alone. None: one batch.
     """
 
     mean: Float[Array, "way d"]
@@ -76,23 +78,23 @@ class Prototypes(NamedTuple):
 
 
 def class_means(shares: Float[Array, "n way"], f: Float[Array, "n d"]) -> tuple[Array, Array]:
-    """Returns prototypes as points (equation 1): the weighted means of the classes [way, d], and variances of 0."""
+    """Returns the classes' weighted means (eq. 1) and variances of 0, each [way, d]."""
     count = shares.sum(0)
     mean = shares.T @ f / jnp.where(count > 0, count, 1)[:, None]
     return mean, jnp.zeros_like(mean)
 
 
 def class_posteriors(params: Gaussians, shares: Float[Array, "n way"], f: Float[Array, "n d"]) -> tuple[Array, Array]:
-    """Returns means and variances [way, d] of p(mu_k | support), which is conjugate in each coordinate."""
+    """Returns the mean and variance of p(mu_k | support), each [way, d]; the prior is conjugate in each coordinate."""
     v, u = jnp.exp(params.log_variance), jnp.exp(params.log_prior_variance)
     variance = 1 / (1 / u + shares.sum(0)[:, None] / v)
     return variance * (params.prior_mean / u + shares.T @ f / v), variance
 
 
 def class_densities(params: Gaussians, classes: Prototypes, f: Float[Array, "n d"]) -> Float[Array, "n way"]:
-    """Returns log N(f; c_k, v + s_k) up to a constant.
+    """Computes log N(f; c_k, v + s_k) up to a constant.
 
-    It uses matrix products about the mean prototype, so that digits do not cancel.
+    It uses matrix products, and subtracts the mean prototype first to avoid cancellation.
     """
     centre = classes.mean.mean(0)
     f, c = f - centre, classes.mean - centre
@@ -117,25 +119,23 @@ def protonet(
 ) -> Learner:
     """Meta-learns an embedding in which the classes of a task lie around their prototypes, the means of their examples.
 
-    Classification only.
-
     Args:
-        model: the network, whose features are the embedding.
-        likelihood: `Categorical()`.
+        model: The network; its features are the embedding f (its outputs where it has no features).
+        likelihood: Must be `Categorical`.
         distance: "euclidean" (squared) or "cosine".
-        temperature: what distances are divided by; a learned temperature starts there.
-        learn_temperature: whether the temperature is meta-learned.
-        bayes: whether prototypes carry their uncertainty. v starts at 1/2, where a flat prior gives the squared
-            distance, m at 0 and u at 1.
-        way: the largest number of classes in a task, in training or later. None: the number of the model's outputs.
-        transductive: whether all queries are embedded in one batch. False embeds each query beside the support alone,
-            which matters under batch norm.
+        temperature: Divides the distances. A learned temperature starts from this value.
+        learn_temperature: Whether the temperature is meta-learned.
+        bayes: Whether prototypes carry their uncertainty. The learned v starts at 1/2 (with a flat prior this is the
+            squared distance), m at 0 and u at 1. Cannot be combined with the three options above.
+        way: The largest number of classes in a task, in training or later. None: the number of the model's outputs.
+        transductive: Whether queries are embedded as one batch. False embeds each query in a separate batch with
+            the support, which matters under batch norm.
 
     Raises:
-        ValueError: another likelihood; `bayes` with a distance or a temperature.
+        ValueError: The likelihood is not categorical, or `bayes` is combined with a distance or a temperature.
 
     References:
-        Snell, Swersky & Zemel 2017, Algorithm 1, equations 1 and 2.
+        Snell, Swersky & Zemel (2017), Algorithm 1.
     """
     check_classification("protonet", likelihood, way)
     if bayes and (distance != "euclidean" or learn_temperature or temperature != 1):

@@ -1,9 +1,9 @@
-"""MAML with a learned inner step: how far each parameter moves is meta-learned beside where it starts.
+"""MAML with learned inner steps: the learning rates are meta-learned together with the initialisation.
 
-* Meta-SGD (Li, Zhou, Chen & Li 2017): phi = theta - a * grad L_S(theta), one rate a parameter, free in sign.
-* Per-layer per-step rates (Antoniou, Edwards & Storkey 2019, "LSLR"): one rate a tensor and an inner step.
-* Preconditioned (Grant et al. 2018, sec. 3.2 eq. 8): phi = theta - B grad L_S, B = diag(exp d) + U U', positive
-  definite; B is the prior covariance that the inner loop implies, up to the curvature of the data.
+* Meta-SGD (Li, Zhou, Chen & Li 2017): phi = theta - a * grad L_S(theta), one rate per parameter, of either sign.
+* Per-layer per-step rates (Antoniou, Edwards & Storkey 2019, "LSLR"): one rate per tensor and per inner step.
+* Preconditioned (Grant et al. 2018, sec. 3.2 eq. 8): phi = theta - B grad L_S with B = diag(exp d) + U U', positive
+  definite. B is the prior covariance that the inner loop implies, up to the curvature of the data.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,12 @@ from metaprior.learners.traits import five_steps, traits
 
 
 class Stepped(NamedTuple):
-    """theta: the initialisation. rule: what the inner step has learned."""
+    """What these learners meta-learn.
+
+    Attributes:
+        theta: The initialisation.
+        rule: The learned rates, or the `Preconditioner`.
+    """
 
     theta: PyTree
     rule: PyTree
@@ -43,7 +48,17 @@ def _learner(
     loop: InnerLoop,
     posterior: PosteriorRule,
 ) -> Learner:
-    """MAML whose t-th inner update is update(rule, t, gradient): constant rates with a root, or rates by tensor."""
+    """Builds MAML whose t-th inner update is update(rule, t, gradient).
+
+    Args:
+        model: The network.
+        likelihood: Likelihood of the support and the query.
+        init_rule: (key, theta) -> rule.
+        update: (rule, t, gradient) -> update.
+        root: As in `Adaptation`, for rates that do not depend on t. None: rates are shared within each tensor.
+        loop: The inner loop.
+        posterior: Rule that forms the posterior at the last phi.
+    """
 
     def init(key: PRNGKeyArray, task: Task) -> Stepped:
         here, there = jax.random.split(key)
@@ -75,10 +90,13 @@ def meta_sgd(model: Model, likelihood: Likelihood, *, posterior: PosteriorRule =
     The paper takes one inner step.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        posterior: what is put around the last phi.
-        inner: options of the inner loop, see `InnerLoop`; `rate` is the value that all learned rates start from.
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
+        inner: Options of the inner loop, see `InnerLoop`; `rate` is the value that all learned rates start from.
+
+    References:
+        Li, Zhou, Chen & Li (2017).
     """
     loop = InnerLoop(**inner)
     return _learner(
@@ -98,11 +116,14 @@ def lslr(model: Model, likelihood: Likelihood, *, posterior: PosteriorRule = poi
     """Meta-learns an initialisation and one learning rate per tensor and inner step.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        posterior: what is put around the last phi.
-        inner: options of the inner loop, see `InnerLoop`; `rate` is the value that all learned rates start from. Steps
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
+        inner: Options of the inner loop, see `InnerLoop`; `rate` is the value that all learned rates start from. Steps
             on a new task beyond the trained ones repeat the last rates.
+
+    References:
+        Antoniou, Edwards & Storkey (2019).
     """
     loop = InnerLoop(**inner)
     return _learner(
@@ -117,7 +138,7 @@ def lslr(model: Model, likelihood: Likelihood, *, posterior: PosteriorRule = poi
 
 
 class Preconditioner(NamedTuple):
-    """B = diag(exp log_diagonal) + factor factor'."""
+    """The preconditioner B = diag(exp log_diagonal) + factor factor'."""
 
     log_diagonal: Float[Array, " p"]
     factor: Float[Array, "p r"]
@@ -137,12 +158,15 @@ def preconditioned(
     """Meta-learns an initialisation and a positive definite matrix B that multiplies inner gradients.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        rate: B starts as rate * I.
-        rank: rank of the part of B that is not diagonal; 0 learns a diagonal B.
-        posterior: what is put around the last phi.
-        inner: other options of the inner loop, see `InnerLoop`.
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        rate: B starts near rate * I; exactly there with rank 0.
+        rank: Rank of the part of B that is not diagonal; 0 learns a diagonal B.
+        posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
+        inner: Other options of the inner loop, see `InnerLoop`.
+
+    References:
+        Grant et al. (2018), sec. 3.2, eq. 8.
     """
 
     def init_rule(key: PRNGKeyArray, theta: PyTree) -> Preconditioner:

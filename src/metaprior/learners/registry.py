@@ -1,4 +1,4 @@
-"""All learners by name. A new algorithm is one file in this folder and one line here."""
+"""The registry of learners by name. A new algorithm is one file in this folder and one line here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -78,29 +78,33 @@ def traits_of(name: str) -> Traits:
 
 
 def learners_having(trait: str) -> list[str]:
-    """Returns the names of the learners for which a trait is true or states something."""
+    """Returns the names of the learners for which a trait is true or not empty."""
     return [name for name in LEARNERS if getattr(traits_of(name), trait)]
 
 
 def learners_before(referee: str) -> dict[str, Mapping[str, Any]]:
-    """Returns the learners that a referee judges, with the options by which each reaches its own answer."""
+    """Returns the learners that a referee judges, with the options under which each converges.
+
+    Args:
+        referee: Name of the referee, a key of `Traits.referees`.
+    """
     return {name: traits_of(name).referees[referee] for name in LEARNERS if referee in traits_of(name).referees}
 
 
 def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any) -> Learner:
-    """Builds a learner by its registered name.
+    """Makes a learner by its registered name.
 
-    A model with norm="task" normalises by the support in every function of the learner. A model with norm="running"
-    gives a learner that has to be `settled` after training.
+    A model with norm="task" receives the support in every function of the learner. A model with norm="running" makes a
+    learner whose statistics are gathered after training, see `of_training`.
 
     Args:
-        name: a name in `LEARNERS`, or one that another package registers.
-        model: the network.
-        likelihood: of the support and the query.
-        options: options of the learner.
+        name: Name in the registry.
+        model: The network.
+        likelihood: Likelihood of the support and the query.
+        options: Keyword options of the learner's factory.
 
     Raises:
-        ValueError: an unknown name or option, with the nearest known one.
+        ValueError: A name or an option is unknown (the message suggests the nearest), or an option is out of range.
     """
     accept(Model, model, "model")
 

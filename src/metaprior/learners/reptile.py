@@ -1,8 +1,8 @@
-"""Reptile (Nichol, Achiam & Schulman 2018): move theta towards where a few optimiser steps on a task end.
+"""Reptile (Nichol, Achiam & Schulman 2018): moves theta towards the result of a few optimiser steps on each task.
 
 Algorithm 1 (serial) and its batched version: phi = U^k(theta) by k inner steps on minibatches of the task's data, then
-theta <- theta + e (phi - theta). As a loss, 1/2 |theta - stop(phi)|^2 has the gradient theta - phi, so that an outer
-SGD of rate e, annealed linearly to 0, is the paper's update. The task's support and query are one training set here.
+theta <- theta + e (phi - theta). The loss 1/2 |theta - stop(phi)|^2 has the gradient theta - phi, so outer SGD with a
+rate e that decays linearly to 0 is the paper's update. Support and query together are the task's training set.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from metaprior.learners.builders.gradient import adapt_all, fit_metrics, gradien
 from metaprior.learners.traits import traits
 
 
-# The outer rate multiplies phi - theta, which is no gradient, so a rate of 1 goes all the way.
+# The outer rate multiplies phi - theta, so a rate of 1 moves theta all the way to phi.
 @traits(
     estimates=True,
     training={"optimizer": "sgd", "rate": 1.0, "schedule": "linear"},
@@ -44,19 +44,20 @@ def reptile(
 ) -> Learner:
     """Meta-learns an initialisation without a query set or second derivatives.
 
-    Its params are the model's own.
-
-    The reported loss is 1/2 |theta - phi|^2; the metrics are those of the task's data at phi. The paper's main table
-    has `transductive=False`.
+    Its params have the same form as the model's. The reported loss is 1/2 |theta - phi|^2; the metrics are those of the
+    task's data at phi. The paper's main table has `transductive=False`.
 
     Args:
-        model: the network; all of its parameters are adapted.
-        likelihood: of the support and the query.
-        b1: of the inner Adam. The paper's is 0, and its state starts afresh in each task; the authors' code carries it
-            over. None takes optax's.
-        minibatch: number of examples per inner step in training. None: all.
-        posterior: what is put around the last phi.
-        inner: options of the inner loop, see `InnerLoop`.
+        model: The network; all of its parameters are adapted.
+        likelihood: Likelihood of the support and the query.
+        b1: Decay rate of the first moment of the inner Adam, 0 in the paper. None: optax's default. The optimiser's
+            state starts anew in each task; the authors' code carries it over from task to task.
+        minibatch: Number of examples per inner step in training. None: all.
+        posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
+        inner: Options of the inner loop, see `InnerLoop`.
+
+    References:
+        Nichol, Achiam & Schulman (2018), Algorithm 1.
     """
     loop = InnerLoop(**inner)
     options = {"b1": b1} if loop.optimizer == "adam" and b1 is not None else {}

@@ -1,11 +1,12 @@
-"""Siamese networks (Koch, Zemel & Salakhutdinov 2015): learn to tell whether two examples are of one class.
+"""Siamese networks (Koch, Zemel & Salakhutdinov 2015): learn to verify whether two examples are of the same class.
 
-Two twins of the same weights see x1 and x2; p(same) = sigmoid(sum_j alpha_j |h_j(x1) - h_j(x2)| + b) (sec. 3.1), with a
-bias b, without which equal examples would be the same with probability 1/2. Training is verification: the cross-entropy
-of pairs (sec. 3.2), here all pairs of a task's examples, those of one class weighing as much as all others together.
-So the odds of `same` are a likelihood ratio, and of classes of which just one is the query's, p(class | x) is in
-proportion to its odds: Bayes' rule. With more shots a class's log odds are the mean over its examples. The largest is
-the paper's choice (sec. 4.3).
+Two twin networks with shared weights see x1 and x2, and p(same) = sigmoid(sum_j alpha_j |h_j(x1) - h_j(x2)| + b) (sec.
+3.1). We add the bias b: without it two equal examples would be `same` with probability 1/2.
+
+Training minimises the cross-entropy of pairs (sec. 3.2). Here these are all pairs of a task's examples, and the pairs
+of one class weigh as much as all other pairs together. The odds of `same` are then a likelihood ratio. Exactly one
+class is the query's, so by Bayes' rule p(class | x) is proportional to the odds. With several shots, a class's log odds
+are the mean over its examples. The class of the largest odds is the paper's choice (sec. 4.3).
 """
 
 from typing import NamedTuple
@@ -34,9 +35,9 @@ class Twins(NamedTuple):
     """theta.
 
     Attributes:
-        embedding: parameters of the twins' network.
-        alpha: weights of the distance.
-        bias: of the log odds.
+        embedding: Parameters of the twin network, the model.
+        alpha: Weights of the L1 distance.
+        bias: b, the log odds of two equal examples.
     """
 
     embedding: PyTree
@@ -48,9 +49,9 @@ class Seen(NamedTuple):
     """The posterior.
 
     Attributes:
-        embeddings: of the support.
-        shares: each example's weight in the column of its class.
-        beside: inputs of the support, where each query is embedded beside them; else None.
+        embeddings: Embeddings of the support examples.
+        shares: Each example's weight, in the column of its class.
+        beside: As in `protonet.Prototypes`.
     """
 
     embeddings: Float[Array, "n d"]
@@ -59,21 +60,21 @@ class Seen(NamedTuple):
 
 
 def log_odds(params: Twins, a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """Returns log p(same) / p(different) of each pair."""
-    # A sum of products, not a matrix product: it fuses with the differences, which then are never in memory.
+    """Computes log p(same) / p(different) of each pair."""
+    # A sum of products instead of a matrix product: it fuses with the differences, which are then never stored.
     return (jnp.abs(a[:, None] - b[None]) * params.alpha).sum(-1) + params.bias
 
 
 def by_class(odds: Float[Array, "q n"], shares: Float[Array, "n way"]) -> Float[Array, "q way"]:
-    """Returns the log odds of the classes: the weighted mean over the examples of each."""
+    """Returns the log odds of the classes: for each, the weighted mean over its examples."""
     count = shares.sum(0)
     return present(odds @ shares / jnp.where(count > 0, count, 1), count)
 
 
 def verification(odds: Float[Array, "n n"], y: Array, weight: Float[Array, " n"]) -> tuple[Scalar, Scalar]:
-    """Returns cross-entropy and accuracy of all pairs i < j; pairs of one class and of two count one half each.
+    """Returns the cross-entropy and the accuracy of all pairs i < j.
 
-    Examples without a label (below 0) are in no pair.
+    Pairs of one class and pairs of two classes count one half each. Examples without a label (below 0) form no pairs.
     """
     w = weight * (y >= 0)
     w = w / jnp.where((most := w.max()) == 0, 1, most)
@@ -89,19 +90,21 @@ def verification(odds: Float[Array, "n n"], y: Array, weight: Float[Array, " n"]
 def siamese(model: Model, likelihood: Likelihood, *, way: Way | None = None, transductive: bool = True) -> Learner:
     """Meta-learns to verify whether two examples belong to one class; a query gets the class it most probably shares.
 
-    The model's features are the output of a twin. The metric `verification` of the loss is the accuracy of pairs, of
-    which those of one class and those of two count one half each. Distortions come from the task source
-    (`augmentation.warp = true`). In training, support and query are embedded as one batch.
+    The metric `verification` is the accuracy on pairs; pairs of one class and of two classes count one half each. The
+    paper's affine distortions belong to the task source (`augmentation.warp = true`).
 
     Args:
-        model: the network of a twin.
-        likelihood: `Categorical()`.
-        way: the largest number of classes in a task, in training or later. None: the number of the model's outputs.
-        transductive: whether all queries are embedded in one batch. False embeds each query beside the support alone,
-            which matters under batch norm.
+        model: The twin network; its features are the twins' output h (its outputs where it has no features).
+        likelihood: Must be `Categorical`.
+        way: The largest number of classes in a task, in training or later. None: the number of the model's outputs.
+        transductive: Whether queries are embedded as one batch. False embeds each query in a separate batch with
+            the support. In training, support and query are always one batch.
+
+    Raises:
+        ValueError: The likelihood is not categorical.
 
     References:
-        Koch, Zemel & Salakhutdinov 2015, sections 3 and 4.3.
+        Koch, Zemel & Salakhutdinov (2015), sec. 3.1, 3.2 and 4.3.
     """
     check_classification("siamese", likelihood, way)
     embed = embedding(model)
@@ -110,7 +113,7 @@ def siamese(model: Model, likelihood: Likelihood, *, way: Way | None = None, tra
         key_model, key_alpha = jax.random.split(key)
         start = model.init(key_model, task.support.x)
         d = jax.eval_shape(embed, start, task.support.x).shape[-1]
-        # All distances start by counting against `same`, at the scale of Glorot's uniform.
+        # Every alpha starts negative, so that distance speaks against `same`; the scale is that of Glorot's uniform.
         return Twins(start, -jnp.sqrt(6 / d) * jax.random.uniform(key_alpha, (d,)), jnp.ones(()))
 
     def adapt(params: Twins, support: Batch, key: PRNGKeyArray) -> Seen:

@@ -1,14 +1,14 @@
 """SNAIL (Mishra, Rohaninejad, Chen & Abbeel 2018): temporal convolutions and causal attention over the support set.
 
-The support is a sequence of (x_i, y_i), a query is (x*, nothing) at its end, and the network is attention, a TC block,
-attention, a TC block, attention, a linear layer:
+The support is a sequence of pairs (x_i, y_i). A query is x* without a label at its end. The network is attention, a TC
+block, attention, a TC block, attention, a linear layer:
 
-* DenseBlock: concat(z, tanh(f) * sigmoid(g)), where f, g are causal convolutions of width 2 and dilation d.
-* TCBlock: dense blocks of dilation 1, 2, 4, ... up to the sequence. (The paper's pseudo-code starts them at 2, and
-  sums of 2, 4, 8, ... reach every other example only.)
-* AttentionBlock: concat(z, softmax(q k' / sqrt(K)) v) over what came before and z itself.
+* DenseBlock: concat(z, tanh(f) * sigmoid(g)), where f and g are causal convolutions of width 2 and dilation d.
+* TCBlock: dense blocks of dilation 1, 2, 4, ... up to the length of the sequence. (The paper's pseudo-code starts at
+  2, but sums of 2, 4, 8, ... reach every other example only.)
+* AttentionBlock: concat(z, softmax(q k' / sqrt(K)) v) over z itself and all earlier steps.
 
-Each query is judged alone after the support. No step sees what comes later, so all queries share the support's part.
+Each query is predicted alone after the support. The network is causal, so all queries share the support's computation.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,10 @@ class Snail(NamedTuple):
     """theta.
 
     Attributes:
-        embedding: parameters of the embedding of x (the given model).
-        attention: the attention blocks, in order.
-        convolution: the TC blocks, in order.
-        head: the linear layer on top.
+        embedding: Parameters of the model, whose features of x are the inputs.
+        attention: The attention blocks: linear maps to queries, keys and values.
+        convolution: The TC blocks between them, each a list of dense blocks.
+        head: The linear layer on top.
     """
 
     embedding: PyTree
@@ -45,19 +45,24 @@ class Snail(NamedTuple):
 
 
 class Past(NamedTuple):
-    """The posterior: the sequence to which a query is appended. Padding comes first, where zeros stand anyway."""
+    """The posterior: the support as a sequence, with padding first, where it has no effect.
+
+    Attributes:
+        pairs: Features of x_i concatenated with the encoded y_i.
+        there: False for padding.
+    """
 
     pairs: Float[Array, "n c"]
     there: Bool[Array, " n"]
 
 
 class Steps(NamedTuple):
-    """The place of each row.
+    """The time steps of the rows.
 
     Attributes:
-        time: its time.
+        time: Time of each row.
         there: False for padding.
-        sees: 1 for the rows that it sees.
+        sees: Element (i, j) is above 0 where row i may attend to row j.
     """
 
     time: Int[Array, " m"]
@@ -66,7 +71,7 @@ class Steps(NamedTuple):
 
 
 def dense_block(layer: dict[str, Array], z: Float[Array, "m c"], steps: Steps, dilation: int) -> Float[Array, "m c2"]:
-    """A gated causal convolution of width 2, appended to its input."""
+    """Concatenates the input and a gated causal convolution of it, of width 2."""
     before = steps.time - dilation
     past = jnp.where((before >= 0)[:, None], z[jnp.maximum(before, 0)], 0)
     f, g = jnp.split(dense("convolution", layer, jnp.concatenate([past, z], -1)), 2, -1)
@@ -74,13 +79,13 @@ def dense_block(layer: dict[str, Array], z: Float[Array, "m c"], steps: Steps, d
 
 
 def attention_block(layer: dict[str, dict[str, Array]], z: Float[Array, "m c"], steps: Steps) -> Float[Array, "m c2"]:
-    """What a single head reads of the past and the present, appended to its input."""
+    """Concatenates the input and the output of one head that attends to the present and the past."""
     q, k, v = (dense(name, layer[name], z)[:, None] for name in ("query", "key", "value"))
     return _beside(z, attend(q, k, v, steps.sees)[:, 0], steps)
 
 
 def _beside(z: Array, new: Array, steps: Steps) -> Array:
-    # Before the first example there are zeros, in every layer; so is padding.
+    # In every layer the steps before the first example are zeros, and so is padding.
     return jnp.concatenate([z, jnp.where(steps.there[:, None], new, 0)], -1)
 
 
@@ -96,20 +101,22 @@ def snail(
 ) -> Learner:
     """Meta-learns to read the support as a sequence, by temporal convolutions and causal attention.
 
-    The order of the support matters. The answer depends on how classes are named, as far as training has not taught
-    otherwise. A weight above 0 counts as 1. The convolutions span the support that `init` saw; in a longer one the
-    attention alone sees the beginning.
+    The order of the support matters. So do class names, except as far as training with random names teaches the network
+    to ignore them. A weight above 0 counts as 1.
+    TC blocks span a support of the length that `init` saw; in a longer one only attention reaches the beginning.
 
     Args:
-        model: the network, whose features are the embedding.
-        likelihood: of the support and the query.
-        filters: number of filters of each dense block.
-        attention: (K, V) of each attention block, the sizes of its keys and values. A TC block stands between two of
-            them.
-        shuffle: whether training shows the support in random order, as the paper does.
+        model: The network; its features (its outputs where it has none) are the inputs.
+        likelihood: Likelihood of the query.
+        filters: Number of filters of each dense block.
+        attention: Sizes (K, V) of the keys and values of each attention block. A TC block stands between two of them.
+        shuffle: Whether the support is in random order in training, as in the paper.
+
+    Raises:
+        ValueError: A size is not positive, or `attention` holds no (K, V) pairs.
 
     References:
-        Mishra, Rohaninejad, Chen & Abbeel 2018.
+        Mishra, Rohaninejad, Chen & Abbeel (2018).
     """
     if filters < 1 or not attention or any(len(sizes) != 2 or min(sizes) < 1 for sizes in attention):
         raise ValueError(
@@ -164,7 +171,7 @@ def snail(
 
     def shuffled(params: Snail, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         order = jax.random.permutation(key, examples(task.support))
-        adapt(params, task.support, key)  # for its checks, as no value is concrete in an order that is traced
+        adapt(params, task.support, key)  # for its checks: once the order is traced, no value is concrete
         return learner.loss(params, task._replace(support=drawn(task.support, order)), key)
 
     return learner._replace(loss=shuffled) if shuffle else learner

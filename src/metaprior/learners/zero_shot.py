@@ -1,7 +1,7 @@
-"""Zero-shot prototypical networks (Snell, Swersky & Zemel 2017, sec. 2.7): a prototype is an embedding of attributes.
+"""Zero-shot prototypical networks (Snell, Swersky & Zemel 2017, sec. 2.7): prototypes are embedded attributes.
 
-A class comes with a vector v_k of attributes in place of examples; its prototype is c_k = g(v_k), of unit length as in
-their sec. 3.3, and p(y = k | x) a softmax of -|f(x) - c_k|^2 over a temperature. f and g are learned together.
+Each class has a vector v_k of attributes in place of examples. Its prototype is c_k = g(v_k), of unit length as in
+sec. 3.3, and p(y = k | x) is a softmax of -|f(x) - c_k|^2 / temperature. f and g are learned together.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ class Described(NamedTuple):
     """theta.
 
     Attributes:
-        embedding: parameters of the embedding f of inputs.
-        attributes: parameters of the map g of attributes.
-        log_temperature: logarithm of the temperature.
+        embedding: Parameters of f, the model.
+        attributes: Parameters of g, the map of attributes.
+        log_temperature: Logarithm of the learned temperature.
     """
 
     embedding: PyTree
@@ -46,8 +46,8 @@ class Prototypes(NamedTuple):
     """The posterior.
 
     Attributes:
-        prototypes: one per class.
-        rows: number of rows of attributes of each class; 0 marks a class that is not in the task.
+        prototypes: One prototype per class.
+        rows: Number of rows of attributes of each class; 0 marks a class that the task does not have.
     """
 
     prototypes: Float[Array, "way d"]
@@ -55,10 +55,10 @@ class Prototypes(NamedTuple):
 
 
 def attributes_of(support: Batch) -> Float[Array, "n a"]:
-    """Returns the rows of attributes of a support.
+    """Returns the rows of attributes of a support set.
 
     Raises:
-        ValueError: the support holds examples.
+        ValueError: The support holds examples instead of attributes.
     """
     if not isinstance(support.x, Attributes):
         shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(support.x))
@@ -82,22 +82,22 @@ def zero_shot(
 ) -> Learner:
     """Meta-learns embeddings of inputs and of class attributes, so that a class needs no example.
 
-    The x of the support is `Attributes`, one row per class. Several rows of one class are averaged after they are
-    embedded. Queries are embedded as one batch. Classification only.
+    The support's x is `Attributes`, one row per class; several rows of one class are averaged after g. Queries are
+    embedded as one batch.
 
     Args:
-        model: the network, whose features are the embedding.
-        likelihood: `Categorical()`.
-        hidden: widths of the hidden layers (ReLU) of the map of attributes. Empty gives the paper's linear map.
-        normalise: whether prototypes have length one.
-        temperature: what distances are divided by, before training; it is meta-learned.
-        way: the largest number of classes in a task. None: the number of rows of the support at hand.
+        model: The network; its features are the embedding f (its outputs where it has no features).
+        likelihood: Must be `Categorical`.
+        hidden: Widths of g's hidden layers (ReLU). Empty: g is linear, as in the paper.
+        normalise: Whether prototypes have unit length.
+        temperature: Divides the distances. It is learned and starts from this value.
+        way: The largest number of classes in a task. None: the number of rows of each support.
 
     Raises:
-        ValueError: another likelihood, a temperature not above 0, or a support without attributes.
+        ValueError: The likelihood is not categorical, the temperature is not above 0, or a support has no attributes.
 
     References:
-        Snell, Swersky & Zemel 2017, sections 2.7 and 3.3.
+        Snell, Swersky & Zemel (2017), sec. 2.7 and 3.3.
     """
     check_classification("zero_shot", likelihood, way)
     embed = embedding(model)

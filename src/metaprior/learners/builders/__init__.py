@@ -1,1 +1,1 @@
-"""What learners are built from: gradient steps, embeddings, networks that read the support, variational fits."""
+"""Building blocks of learners: gradient steps, metrics, networks that read the support, variational inference."""

@@ -1,7 +1,6 @@
-"""Builds a gradient-based learner from its parts: an adaptation, a meta-objective and a posterior rule.
+"""Builds gradient-based learners from three parts: an adaptation, a meta-objective and a posterior rule.
 
-An `Adaptation` states what the parameters of a task are, how they make outputs, and which optimiser fits them. The
-posterior rule states what is put around phi_k.
+An `Adaptation` defines a task's parameters phi, the outputs that they give, and the optimiser that fits them.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,16 +24,16 @@ class Adaptation(NamedTuple):
     """What is adapted, and by which optimiser.
 
     Attributes:
-        model: the network, which `network` calls.
-        init: (key, task) -> params: theta and whatever else is meta-learned.
-        start: (params) -> phi: the parameters of a task before the first step.
-        network: (params, phi, x, call) -> [n, c]: how phi makes outputs. Call `outputs` to evaluate it.
-        optimizer: (params) -> optax transformation; learned rates, if any, are read from params.
-        penalty: (params, phi, support) -> scalar that is added to the mean support nll, such as a proximal term.
-        root: (params) -> S where each update is -S S' gradient; shaped as phi, or a `Root`.
-        by_tensor: whether each update is linear in the gradients and treats all elements of a tensor alike.
-        local: (params, support, key) -> params: theta as a task begins with it, where it depends on the support. It is
-            applied before everything else in `adapt`, `path` and `loss`.
+        model: The network, which `network` calls.
+        init: (key, task) -> params, theta and whatever else is meta-learned.
+        start: (params) -> phi, the task's parameters before the first step.
+        network: (params, phi, x, call) -> [n, c], the outputs for phi; `outputs` evaluates it.
+        optimizer: (params) -> optax transformation; learned rates, if any, come from params.
+        penalty: (params, phi, support) -> scalar, added to the mean support nll, e.g. a proximal term.
+        root: (params) -> S, where each update is -S S' gradient. S is shaped as phi, or a `Root`.
+        by_tensor: Whether each update is linear in the gradients and treats all elements of a tensor alike.
+        local: (params, support, key) -> params, the start of a task, which may depend on its support. It is applied
+            before everything else in `adapt`, `path` and `loss`.
     """
 
     model: Model
@@ -48,12 +47,17 @@ class Adaptation(NamedTuple):
     local: Callable[[PyTree, Batch, PRNGKeyArray], PyTree] | None = None
 
     def outputs(self, params: PyTree, phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
-        """Returns the outputs of phi [n, c], with batch norm by the support where the model has one."""
+        """Computes the outputs for phi; batch norm uses the statistics of the support where the model holds one."""
         return by_support(partial(self.network, params, phi), self.model.support)(x, call)
 
 
 def adapt_all(model: Model, optimizer: optax.GradientTransformation) -> Adaptation:
-    """Adapts all parameters of the model from a meta-learned initialisation, by a fixed optimiser."""
+    """Returns the adaptation of all parameters of the model from a meta-learned initialisation.
+
+    Args:
+        model: The network.
+        optimizer: The inner optimiser.
+    """
     return Adaptation(
         model,
         init=lambda key, task: model.init(key, task.support.x),
@@ -64,14 +68,11 @@ def adapt_all(model: Model, optimizer: optax.GradientTransformation) -> Adaptati
 
 
 def one_by_one(outputs: Callable[..., Array], context: PyTree) -> Callable[..., Array]:
-    """Returns outputs of each input in a batch of its own, beside the inputs of the support.
+    """Computes the outputs of each input in a separate batch with the support (Nichol et al. 2018, sec. 6.1).
 
     Args:
         outputs: (phi, x, call) -> [n, c].
-        context: inputs of the support.
-
-    References:
-        Nichol, Achiam & Schulman 2018, section 6.1.
+        context: The support's inputs.
     """
 
     def singly(phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
@@ -84,7 +85,14 @@ def one_by_one(outputs: Callable[..., Array], context: PyTree) -> Callable[..., 
 
 
 def support_loss(adaptation: Adaptation, likelihood: Likelihood, params: PyTree, support: Batch) -> Callable:
-    """Returns phi -> mean nll of the support, plus the penalty if any: what the inner loop descends."""
+    """Returns the inner loop's objective: phi -> mean nll of the support set, plus the penalty if there is one.
+
+    Args:
+        adaptation: What is adapted.
+        likelihood: Likelihood of the support.
+        params: The meta-learned parameters.
+        support: The support set.
+    """
 
     def loss(phi: PyTree) -> Scalar:
         fit = mean_nll(likelihood, adaptation.outputs(params, phi, support.x), support)
@@ -97,12 +105,12 @@ Loss = Callable[[PyTree, Task, PRNGKeyArray], tuple[Scalar, dict[str, Scalar]]]
 
 
 class Adapted(NamedTuple):
-    """The posterior of a task over phi.
+    """The posterior over a task's phi.
 
     Attributes:
-        posterior: what the posterior rule inferred.
-        context: inputs of the support, where each query is predicted in a batch of its own beside them; else None.
-        params: theta as the task began with it, where it differs between tasks (`Adaptation.local`); else None.
+        posterior: What the posterior rule infers.
+        context: The support's inputs, where each query is predicted in a batch with them alone. None: one batch.
+        params: The params that the task started from, where these differ between tasks (`Adaptation.local`).
     """
 
     posterior: PyTree
@@ -123,14 +131,14 @@ def gradient_learner(
     """Builds a learner that infers phi by optimiser steps.
 
     Args:
-        adaptation: what is adapted.
-        likelihood: of the support and the query.
-        loss: the meta-objective.
-        loop: the inner loop. On a new task it runs `loop.on_new_task` steps.
-        posterior: what is put around the last phi.
+        adaptation: What is adapted.
+        likelihood: Likelihood of the support and the query.
+        loss: The meta-objective.
+        loop: The inner loop; on a new task it runs `loop.on_new_task` steps.
+        posterior: Rule that forms the posterior at the last phi.
         implied_precision: (params, support) -> the precision of an explicit prior N(theta, 1 / precision) that the
             inner loop optimises, in units of the summed nll (iMAML). None: the steps imply the prior.
-        descends: False where a network chooses the steps, which then imply no prior.
+        descends: False where a network chooses the steps: they then imply no prior.
     """
     steps, transductive = loop.on_new_task, loop.transductive
 
@@ -146,7 +154,7 @@ def gradient_learner(
         if implied_precision is not None:
             precision = implied_precision(params, support)
             return Implied(jax.tree.map(lambda leaf: jnp.full_like(leaf, precision**-0.5), at.phi), k, precision)
-        # The inner loss is a mean: rate a on it is rate a/N on the sum, which is what a likelihood is.
+        # The inner loss is a mean: a rate a on it is a rate a/N on the sum, which is the negative log likelihood.
         unit = jnp.asarray(count(support), float) ** -0.5
         if adaptation.root is not None:
             return Implied(jax.tree.map(lambda root: root * unit.astype(root.dtype), adaptation.root(params)), k)
@@ -203,22 +211,27 @@ def query_learner(
     loop: InnerLoop,
     posterior: PosteriorRule,
 ) -> Learner:
-    """Builds MAML with any adaptation: the meta-objective is `query_loss`.
+    """Builds MAML with any adaptation: a learner trained by `query_loss`.
 
     Args:
-        adaptation: what is adapted.
-        likelihood: of the support and the query.
-        loop: the inner loop.
-        posterior: what is put around the last phi.
+        adaptation: What is adapted.
+        likelihood: Likelihood of the support and the query.
+        loop: The inner loop.
+        posterior: Rule that forms the posterior at the last phi.
     """
     return gradient_learner(adaptation, likelihood, query_loss(adaptation, likelihood, loop), loop, posterior=posterior)
 
 
 def query_loss(adaptation: Adaptation, likelihood: Likelihood, loop: InnerLoop) -> Loss:
-    """Returns the mean nll of the query after the inner steps on the support, as a meta-objective.
+    """Returns the meta-objective of MAML: the query's mean nll after the inner steps on the support.
+
+    Args:
+        adaptation: What is adapted.
+        likelihood: Likelihood of the support and the query.
+        loop: The inner loop.
 
     References:
-        Finn, Abbeel & Levine 2017, Algorithm 2.
+        Finn, Abbeel & Levine (2017), Algorithm 2.
     """
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
@@ -231,7 +244,7 @@ def query_loss(adaptation: Adaptation, likelihood: Likelihood, loop: InnerLoop) 
 
 
 def pretraining_loss(model: Model, likelihood: Likelihood) -> Loss:
-    """Returns the mean nll of support and query together under the model itself, without any adaptation."""
+    """Returns the objective of pretraining: the model's mean nll of support and query together, without adaptation."""
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         data = joined(task)
@@ -242,7 +255,7 @@ def pretraining_loss(model: Model, likelihood: Likelihood) -> Loss:
 
 
 def fit_metrics(likelihood: Likelihood, outputs: Array, batch: Batch) -> dict[str, Scalar]:
-    """Returns what a training curve shows besides the loss: mean nll, and accuracy or mean squared error."""
+    """Computes the metrics of a training curve: the mean nll, and the accuracy or the mean squared error."""
     metrics = {"nll": mean_nll(likelihood, outputs, batch)}
     if isinstance(likelihood, Categorical):
         metrics["accuracy"] = weighted_mean((outputs.argmax(-1) == batch.y).astype(outputs.dtype), batch)

@@ -1,4 +1,4 @@
-"""Positive scalars of a learner's predictions that are fitted after training: its knobs, and how they are turned."""
+"""Knobs: positive scalars of a learner's predictions that are fitted after training."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +15,8 @@ def with_noise(make: Callable[[Likelihood], Learner], likelihood: Likelihood) ->
     """Returns a learner whose noise can be fitted after training, by its knob "noise".
 
     Args:
-        make: the learner by the likelihood of its predictions.
-        likelihood: of training and predictions; without a noise (classes, counts), nothing changes.
+        make: (likelihood of predictions) -> learner.
+        likelihood: Likelihood of training and predictions. Nothing changes for one without a noise (classes, counts).
     """
     learner = make(likelihood)
     knobs = as_knobs({"noise": likelihood.scale}) if isinstance(likelihood, Gaussian) else ()
@@ -26,7 +26,12 @@ def with_noise(make: Callable[[Likelihood], Learner], likelihood: Likelihood) ->
 
 
 def temperature_scaled(learner: Learner, temperature: float | Scalar) -> Learner:
-    """Returns the classifier with its predicted probabilities `tempered`; the classes that it names stay the same."""
+    """Returns a classifier whose predicted probabilities are tempered; the most probable classes stay the same.
+
+    Args:
+        learner: The classifier.
+        temperature: Divides the logarithms of the probabilities.
+    """
 
     def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Categories:
         return learner.predict(params, posterior, x, key).tempered(temperature)
@@ -44,14 +49,14 @@ def temperature_scaled(learner: Learner, temperature: float | Scalar) -> Learner
 
 
 def turned(learner: Learner, knobs: Mapping[str, Any]) -> Learner:
-    """Returns the learner with these values of its knobs; those of other knobs stay.
+    """Returns the learner with new values of some of its knobs.
 
     Args:
-        learner: any learner; a classifier's "softmax_temperature" need not be among its knobs.
-        knobs: values by name; they may be traced.
+        learner: Any learner; a classifier's "softmax_temperature" need not be among its knobs.
+        knobs: Values by name; they may be traced.
 
     Raises:
-        ValueError: A knob that the learner does not have.
+        ValueError: The learner has no such knob.
     """
     own = dict(learner.knobs)
     scale = None if SOFTMAX in own else knobs.get(SOFTMAX)

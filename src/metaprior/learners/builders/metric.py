@@ -1,8 +1,8 @@
-"""What learners share that compare embeddings: the embedding, distances, and classes that the support does not show.
+"""Shared parts of learners that compare embeddings: embeddings, distances, and classes without support examples.
 
-Classes are labels 0..way-1, and `way` is fixed when code is compiled. A class without support examples has probability
-0. So a learner that was trained on 60 ways is judged on 5 without change, and the tasks of a batch may have different
-numbers of classes.
+Classes are labels 0..way-1, where `way` is fixed when the code is compiled. A class without support examples has
+probability 0. A learner trained on 60 ways can therefore be evaluated on 5 unchanged, and the tasks of one batch may
+have different numbers of classes.
 """
 
 from collections.abc import Callable
@@ -17,24 +17,21 @@ from metaprior.core.types import Batch, Learner, Model, Task, counted, known_lab
 from metaprior.learners.builders.gradient import fit_metrics
 from metaprior.learners.builders.knobs import SOFTMAX, temperature_scaled, turned
 
-ABSENT = -1e9  # the logit of a class that is not there: its probability is 0 to the bit, and gradients stay finite
+ABSENT = -1e9  # logit of a class without examples: its probability is exactly 0, and gradients stay finite
 
 Embed = Callable[[PyTree, PyTree], Float[Array, "n d"]]
 
 
 def embed_query(embed: Embed, params: PyTree, x: PyTree, beside: PyTree | None) -> Float[Array, "n d"]:
-    """Returns the embeddings of the queries: in one batch, or each in a batch of its own beside the support's inputs.
+    """Embeds the queries in one batch, or each in a separate batch with the support inputs.
 
-    The second way keeps batch norm from seeing two queries together.
+    Separate batches keep batch norm from mixing queries (Nichol et al. 2018, sec. 6.1).
 
     Args:
-        embed: (params, x) -> [n, d].
-        params: parameters of the embedding.
-        x: inputs of the queries.
-        beside: inputs of the support; None embeds all queries in one batch.
-
-    References:
-        Nichol, Achiam & Schulman 2018, section 6.1.
+        embed: (params, x) -> embeddings.
+        params: Parameters of the embedding.
+        x: The queries' inputs.
+        beside: The support inputs. None embeds all queries in one batch.
     """
     if beside is None:
         return embed(params, x)
@@ -46,10 +43,10 @@ def embed_query(embed: Embed, params: PyTree, x: PyTree, beside: PyTree | None) 
 
 
 def number_of_classes(model: Model, way: int | None, params: PyTree, x: PyTree) -> int:
-    """Returns `way`, or by default the number of outputs of the model.
+    """Returns `way`, or where it is None the number of the model's outputs.
 
     Raises:
-        ValueError: no `way` for a model without features, whose outputs are the embedding.
+        ValueError: `way` is None and the model has no features, so that its outputs are the embedding.
     """
     if way is not None:
         return way
@@ -61,10 +58,10 @@ def number_of_classes(model: Model, way: int | None, params: PyTree, x: PyTree) 
 
 
 def check_classification(name: str, likelihood: Likelihood, way: int | None) -> None:
-    """Checks that a learner of classes is given a categorical likelihood and at least two classes.
+    """Checks the options of a learner that only classifies.
 
     Raises:
-        ValueError: it is not.
+        ValueError: The likelihood is not categorical, or there are fewer than two classes.
     """
     if not isinstance(likelihood, Categorical):
         raise ValueError(
@@ -77,8 +74,8 @@ def check_classification(name: str, likelihood: Likelihood, way: int | None) -> 
 def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
     """Returns each example's weight in the column of its class; columns sum to the classes' numbers of examples.
 
-    An example without a label is in no column. A label that is no class, or a weight below 0, makes everything NaN,
-    because compiled code may turn a row of zeros times NaN into zeros.
+    An example without a label is in no column. A label that is not a class, or a weight below 0, makes the whole matrix
+    NaN: in one row alone the NaN could be lost, since a product of zeros and NaN may be compiled to zeros.
     """
     y, w = counted(support._replace(known=None)).y, weights(support)
     possible = check_labels(known_labels(y), way, w.shape[0])
@@ -87,17 +84,17 @@ def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
 
 
 def present(logits: Float[Array, "n way"], number: Float[Array, " way"]) -> Float[Array, "n way"]:
-    """Returns the logits with classes ruled out of which a support has no weight; NaN where the weight is NaN."""
+    """Returns the logits with classes of weight 0 in the support ruled out; NaN where the weight is NaN."""
     return jnp.where(number > 0, logits, jnp.where(jnp.isnan(number), jnp.nan, ABSENT))
 
 
 def unit(f: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """Returns rows of length one. A row of zeros stays zero, and its derivative stays finite."""
+    """Scales rows to unit length; a row of zeros stays zero, with a finite derivative."""
     return f * jax.lax.rsqrt((f**2).sum(-1, keepdims=True) + 1e-12)
 
 
 def squared_distance(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """Returns |a_i - b_j|^2 by one matrix product, about the mean of b so that digits do not cancel."""
+    """Computes |a_i - b_j|^2 by one matrix product, after subtracting the mean of b to avoid cancellation."""
     centre = b.mean(0)
     a, b = a - centre, b - centre
     cross = jnp.matmul(a, b.T, precision="highest")
@@ -105,7 +102,7 @@ def squared_distance(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Ar
 
 
 def cosine_distance(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """Returns 1 - cos(a_i, b_j)."""
+    """Computes 1 - cos(a_i, b_j)."""
     return 1 - jnp.matmul(unit(a), unit(b).T, precision="highest")
 
 
@@ -117,15 +114,14 @@ def scored_by_query(
     adapt: Callable[[PyTree, Batch, PRNGKeyArray], PyTree],
     logits: Callable[[PyTree, PyTree, PyTree], Float[Array, "n way"]],
 ) -> Learner:
-    """Builds a learner of classes whose loss is the mean nll of the query under its own predictive.
+    """Builds a classifier whose loss is the query's mean nll under its own predictive distribution.
 
-    A query whose label is no class (way or above) makes the loss NaN, which training reports.
+    A query label that is not a class (way or above) makes the loss NaN, which training reports.
 
     Args:
         init: (key, task) -> params.
         adapt: (params, support, key) -> posterior.
-        logits: (params, posterior, x) -> log class probabilities of the queries [n, way], up to a constant for each
-            query.
+        logits: (params, posterior, x) -> [n, way], log class probabilities of each query up to a constant.
     """
 
     def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Categories:
@@ -140,11 +136,11 @@ def scored_by_query(
 
 
 class Shown(NamedTuple):
-    """A posterior, and the weight of the support's examples in each class.
+    """A posterior of a learner made by `with_unseen`.
 
     Attributes:
-        posterior: of the learner inside.
-        number: weight of each class.
+        posterior: The posterior of the learner itself.
+        number: Weight of the support's examples in each class.
     """
 
     posterior: PyTree
@@ -152,18 +148,18 @@ class Shown(NamedTuple):
 
 
 def with_unseen(learner: Learner, way: int, concentration: float = 1.0) -> Learner:
-    """Returns a learner that leaves classes without support examples their prior mass.
+    """Gives classes without support examples their prior probability, in a learner that rules them out.
 
-    The given learner rules them out.
-
-    With n examples of which none is of class c, the probability of c is that of the Dirichlet-multinomial,
-    concentration / (n + way concentration). The learner's own probabilities share the rest. Where every class is shown
-    nothing changes. Use it for problems with a fixed list of classes, not for episodes of fewer classes than `way`.
+    Among n examples with none of class c, the Dirichlet-multinomial probability of c is
+    concentration / (n + way concentration). The learner's own probabilities share the rest. Nothing changes where every
+    class has examples. Use this for problems with a fixed list of classes, not for episodes of fewer classes than
+    `way`.
 
     Args:
-        learner: a learner of classes 0..way-1 that compares queries with the support.
-        way: number of classes.
-        concentration: of the prior over the shares of the classes, above 0. 1 is Laplace's rule of succession.
+        learner: A classifier of labels 0..way-1 that compares queries with the support.
+        way: The number of classes.
+        concentration: Concentration of the Dirichlet prior over the classes' shares, above 0. 1 is Laplace's rule of
+            succession.
     """
 
     def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Shown:
@@ -187,7 +183,7 @@ def with_unseen(learner: Learner, way: int, concentration: float = 1.0) -> Learn
     def again(other: Learner) -> Learner:
         return with_unseen(other, way, concentration)
 
-    # A softmax's temperature comes first: it must not distort the prior mass of classes that are not shown.
+    # A softmax's temperature is applied first: it must not distort the prior mass of classes without examples.
     scaled = learner if SOFTMAX in dict(learner.knobs) else temperature_scaled(learner, 1.0)
     return learner.changed(again, adapt=adapt, predict=predict, loss=loss,
                            transduce=None if learner.transduce is None else transduce, knobs=scaled.knobs,

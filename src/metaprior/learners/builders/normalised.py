@@ -1,7 +1,7 @@
-"""Learners whose batch norm uses statistics of other examples than those at hand.
+"""Learners whose batch norm does not depend on the other queries.
 
-Of the support (`of_support`), of training tasks (`of_training`), or of the support and one query at a time
-(`predicts_alone`).
+Its statistics are those of the support (`of_support`), of training tasks (`of_training`), or of the support and one
+query at a time (`predicts_alone`).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,23 +19,28 @@ from metaprior.networks.statistics import beside, given, statistics_of
 
 
 class Supported(NamedTuple):
-    """A learner's posterior, and the support beside which its queries are normalised."""
+    """A posterior together with the support.
+
+    Attributes:
+        posterior: The posterior of the learner itself.
+        support: The support, by which queries are normalised.
+    """
 
     posterior: PyTree
     support: Batch
 
 
 def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
-    """Returns the learner that `make` builds, with every batch of a task normalised by its support.
+    """Builds a learner that normalises every batch of a task by its support, in training and afterwards.
 
-    This holds in training as well as later, so no prediction depends on another query (MetaBN).
+    No prediction then depends on another query.
 
     Args:
-        make: model -> learner.
-        model: the network.
+        make: (model) -> learner.
+        model: The network.
 
     References:
-        Bronskill, Gordon, Requeima, Nowozin & Turner 2020, section 3.2.
+        Bronskill, Gordon, Requeima, Nowozin & Turner (2020), sec. 3.2 (MetaBN).
     """
 
     def at(support: Batch) -> Learner:
@@ -90,12 +95,12 @@ def _every_step(steps: PyTree, support: Batch) -> Supported:
 
 
 def predicts_alone(learner: Learner, predict: Callable[[Model], Callable[..., PyTree]], model: Model) -> Learner:
-    """Returns a learner that predicts each query in a batch of its own beside the support (`transductive=False`).
+    """Returns a learner that predicts each query in a separate batch with the support (`transductive=False`).
 
     Args:
-        learner: the learner, whose predictions see all queries together.
-        predict: model -> the function `predict` of the learner with that model.
-        model: the learner's model.
+        learner: The learner, whose predictions see all queries together.
+        predict: (model) -> the learner's function `predict` with that model.
+        model: The learner's model.
     """
 
     def alone(params: PyTree, posterior: Supported, x: PyTree, key: PRNGKeyArray) -> PyTree:
@@ -113,14 +118,13 @@ def predicts_alone(learner: Learner, predict: Callable[[Model], Callable[..., Py
 
 
 def of_training(make: Callable[[Model], Learner], model: Model) -> Learner:
-    """Returns the learner that `make` builds, normalised by training tasks once it is trained.
+    """Builds a learner that normalises by the current batch in training, and by training tasks' statistics afterwards.
 
-    During training, the batch at hand gives the statistics. `Learner.settle` gathers those of training tasks
-    afterwards.
+    `Learner.settle` gathers these statistics from trained params.
 
     Args:
-        make: model -> learner.
-        model: the network.
+        make: (model) -> learner.
+        model: The network.
     """
     learner = make(given(model, AT_HAND))
 
@@ -136,24 +140,27 @@ def of_training(make: Callable[[Model], Learner], model: Model) -> Learner:
 def gathered(
     learner: Learner, model: Model, params: PyTree, source: TaskSource, key: PRNGKeyArray, tasks: int = 100
 ) -> dict[str, Statistics]:
-    """Returns the statistics of training tasks in each layer of the network that a task begins with.
+    """Computes the batch norm statistics of training tasks, for each layer of the network before adaptation.
 
-    They are gathered once, after training, and not followed during it. Each task is normalised by itself as in
-    training; the variance is that within tasks plus that between their means.
+    They are computed once after training, instead of a moving average during training. Each task is normalised by its
+    own statistics, as in training. The variance is the sum of the variance within tasks and that between task means.
 
     Args:
-        learner: the trained learner.
-        model: its network.
-        params: its meta-learned parameters.
-        source: training tasks.
-        key: random key.
-        tasks: number of tasks.
+        learner: The learner.
+        model: The network.
+        params: Trained parameters of the learner.
+        source: The training tasks.
+        key: Random key.
+        tasks: Number of tasks.
+
+    Returns:
+        Statistics by the layer's name.
 
     Raises:
-        ValueError: the params do not hold the parameters of one such network.
+        ValueError: The learner's params contain no parameters of this network.
 
     References:
-        Ioffe & Szegedy 2015, Algorithm 2.
+        Ioffe & Szegedy (2015), Algorithm 2.
     """
 
     def one(key: PRNGKeyArray) -> dict[str, Statistics]:
@@ -170,7 +177,16 @@ def gathered(
 
 
 def part_like(model: Model, params: PyTree, x: PyTree) -> PyTree:
-    """Returns the first part of a learner's params that has the form of the model's own."""
+    """Returns the first part of a learner's params with the structure and shapes of the model's parameters.
+
+    Args:
+        model: The network.
+        params: Parameters of the learner.
+        x: Inputs of the model.
+
+    Raises:
+        ValueError: No part has this structure.
+    """
     form = jax.eval_shape(model.init, jax.random.key(0), x)
     structure, shapes = jax.tree.structure(form), [leaf.shape for leaf in jax.tree.leaves(form)]
 

@@ -1,4 +1,4 @@
-"""Builds a learner whose prior is a diagonal Gaussian, from how it is fitted and what it is trained by."""
+"""Builds learners whose prior is a diagonal Gaussian, from their inference and their meta-objective."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ from metaprior.inference.variational import Variational, free_energy, infer
 from metaprior.learners.builders.knobs import with_noise
 from metaprior.learners.builders.normalised import predicts_alone
 
-# What these learners say of themselves (`learners/traits.py`): options under which nothing is drawn (nor blown up by
-# Adam), and those with which they come to their own answer before each referee.
+# Traits of these learners (see `learners/traits.py`). SILENT: options under which they are deterministic; "sgd", since
+# Adam would amplify tiny gradients. BUDGETS: by referee, options with which they converge.
 SILENT = {"kl_weight": 0.0, "log_sd": -15.0, "optimizer": "sgd"}
 _NATURAL = {"steps": 100, "rate": 0.2, "optimizer": "natural", "samples": 16}
 BUDGETS = {
@@ -42,16 +42,16 @@ def variational_learner(
     """Builds a learner whose theta is the prior N(mean, sd^2) and whose posterior is a fitted Gaussian.
 
     Args:
-        model: the network.
-        likelihood: of the support and the query.
-        how: how the Gaussian of a task is fitted.
-        objective: the meta-objective.
-        log_sd: logarithm of the prior's sd before training.
-        draws: number of networks that a prediction averages. 0 gives the linearised predictive in closed form.
-        differentiated: whether the meta-gradient flows through the steps in training.
+        model: The network.
+        likelihood: Likelihood of the support and the query.
+        how: Options of the inference.
+        objective: (theta, task, key) -> the meta-loss and its metrics.
+        log_sd: Logarithm of the prior's standard deviation before training.
+        draws: Number of networks that a prediction averages. 0: the linearised predictive, in closed form.
+        differentiated: Whether the meta-gradient flows through the steps in training.
 
     Raises:
-        ValueError: a log_sd out of range.
+        ValueError: `log_sd` is out of range.
     """
     if not -30 < log_sd < 10:
         raise ValueError(f"log_sd must be between -30 (below, the variance underflows) and 10, got {log_sd}.")
