@@ -70,6 +70,14 @@ def test_a_module_is_found_by_its_former_name(former):
                 assert vars(module)[name] is value, name
 
 
+def test_a_former_name_hides_no_function():
+    """A module that is imported becomes an attribute of its package, in place of whatever has that name there."""
+    for former in MOVED:
+        package, _, name = f"metaprior.{former}".rpartition(".")
+        there = vars(import_module(package)).get(name)
+        assert not callable(there), former
+
+
 def test_former_names_are_in_nobodys_way():
     code = (
         "import metaprior as mp\n"

@@ -9,7 +9,8 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType
 
-# Former public modules, and the modules that have their names today.
+# Former public modules, and the modules that have their names today. Without those that share a name with a function of
+# their package (`tasks.sinusoid`): importing them would hide the function.
 MOVED: dict[str, tuple[str, ...]] = {
     "calibration": ("evaluation.calibration",),
     "checkpoint": ("training.checkpoint",),
@@ -48,13 +49,10 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tasks.explained": ("tasks.synthetic.explained",),
     "tasks.labelled": ("tasks.texts.reading",),
     "tasks.labels": ("tasks.tables.classes",),
-    "tasks.linear_gaussian": ("tasks.synthetic.linear_gaussian", "referees.conjugate"),
-    "tasks.omniglot": ("tasks.images.omniglot",),
     "tasks.pictures": ("tasks.images.decoding",),
     "tasks.preparation": ("tasks.tables.preparation",),
     "tasks.reading": ("tasks.examples",),
     "tasks.scaling": ("tasks.tables.scaling",),
-    "tasks.sinusoid": ("tasks.synthetic.sinusoid",),
     "truth": ("referees.truth", "referees.conjugate"),
     "types": ("core.types",),
     "units": ("core.units",),
