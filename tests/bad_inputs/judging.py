@@ -3,6 +3,7 @@
 import contextlib
 import io
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +59,8 @@ def limited(seconds: int) -> Iterator[None]:
 def judge(case: Case, folder: Path) -> tuple[str, str]:
     """(verdict, what came): 'clear' or 'works' as the case expects, or the fault."""
     try:
-        with limited(LIMIT):
+        with limited(LIMIT), warnings.catch_warnings():
+            warnings.simplefilter("default")  # a warning is no verdict
             result = case.run(folder)
     except TimeoutError as error:
         return "hang", str(error)

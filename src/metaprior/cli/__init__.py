@@ -105,7 +105,10 @@ def main(args: list[str] | None = None) -> None:
     given, show = one_set(sys.argv[1:] if args is None else args), warnings.showwarning
     try:
         warnings.showwarning = lambda message, *rest, **more: _say("warning", "yellow", message)
-        with breaking_in():
+        with breaking_in(), warnings.catch_warnings():
+            # A warning is a sentence for the user, whatever filters the process has.
+            warnings.filterwarnings("default", category=UserWarning)
+            warnings.filterwarnings("default", category=RuntimeWarning)
             sys.exit(tyro.extras.subcommand_cli_from_dict(commands(given), prog="metaprior", args=given) or 0)
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, Ended) else signal.SIGINT

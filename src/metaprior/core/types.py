@@ -261,7 +261,11 @@ def as_knobs(scalars: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     Returns:
         Pairs (name, value). Numbers are converted to float; traced values stay as they are.
     """
-    single = {name: value for name, value in scalars.items() if value is not None and jnp.ndim(value) == 0}
+    single = {
+        name: value
+        for name, value in scalars.items()
+        if isinstance(value, int | float | np.generic | np.ndarray | jax.Array) and jnp.ndim(value) == 0
+    }
     return tuple((name, v if isinstance(v, Tracer) else float(v)) for name, v in single.items())
 
 

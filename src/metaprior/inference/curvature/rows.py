@@ -58,7 +58,7 @@ def as_scale(scale: PyTree, phi: PyTree) -> PyTree:
     """
     if jax.tree.structure(scale) == jax.tree.structure(phi):
         return jax.tree.map(lambda s, p: jnp.broadcast_to(jnp.asarray(s, p.dtype), p.shape), scale, phi)
-    if jnp.ndim(scale) == 0 and not isinstance(scale, (dict, list, tuple)):
+    if not isinstance(scale, (dict, list, tuple)) and jnp.ndim(scale) == 0:
         return jax.tree.map(lambda p: jnp.full(p.shape, scale, p.dtype), phi)
     raise ValueError(
         f"scale must be a scalar or have phi's structure {jax.tree.structure(phi)}, got a pytree of structure "
