@@ -112,7 +112,7 @@ def test_two_devices_share_the_tasks_and_agree_with_one(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "DEVICES 2" in done.stdout
     assert "REDUCED True" in done.stdout  # gradients are averaged over devices, so the tasks were spread over them
-    assert "needs a multiple of 2, or fewer devices" in done.stdout
+    assert "training.meta_batch must be a multiple of 2 for 2 devices" in done.stdout
     fitted = fit(tiny_learner(), tiny_splits(), TINY)
     report = evaluate(tiny_learner(), fitted.params, tiny_splits().test, jax.random.key(5), tasks=6)
     rows = [row["validation/nll"] for row in fitted.history]
