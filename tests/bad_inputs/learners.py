@@ -14,10 +14,11 @@ from metaprior.core.likelihoods import Categorical, Gaussian
 from metaprior.core.named import option_names
 from metaprior.core.types import Attributes, Batch, Learner, Task
 from metaprior.learners import LEARNERS, make_learner
+from metaprior.learners.registry import learners_having
 from metaprior.networks import mlp
 
 WAY, N, KEY = 3, 6, jax.random.key(0)
-CLASSES_ONLY = ("nil", "protonet", "siamese", "zero_shot", "matching", "nearest_neighbour", "gnn")
+CLASSES_ONLY = learners_having("of_classes")
 VALUES = ("maml", "protonet", "gnn")  # whose values are compared, not types alone
 SMALL: dict[str, dict[str, Any]] = {
     "zero_shot": {"way": WAY},

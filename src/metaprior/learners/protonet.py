@@ -24,6 +24,7 @@ from metaprior.learners.builders.amortised import embedding
 from metaprior.learners.builders.metric import (
     DISTANCES,
     check_classification,
+    class_means,
     embed_query,
     memberships,
     number_of_classes,
@@ -75,13 +76,6 @@ class Prototypes(NamedTuple):
     variance: Float[Array, "way d"]
     shots: Float[Array, " way"]
     beside: PyTree
-
-
-def class_means(shares: Float[Array, "n way"], f: Float[Array, "n d"]) -> tuple[Array, Array]:
-    """Returns the classes' weighted means (eq. 1) and variances of 0, each [way, d]."""
-    count = shares.sum(0)
-    mean = shares.T @ f / jnp.where(count > 0, count, 1)[:, None]
-    return mean, jnp.zeros_like(mean)
 
 
 def class_posteriors(params: Gaussians, shares: Float[Array, "n way"], f: Float[Array, "n d"]) -> tuple[Array, Array]:
@@ -156,8 +150,11 @@ def protonet(
     def adapt(params: Metric | Gaussians, support: Batch, key: PRNGKeyArray) -> Prototypes:
         shares = memberships(support, number_of_classes(model, way, params.embedding, support.x))
         f = embed(params.embedding, support.x)
-        around = class_posteriors(params, shares, f) if isinstance(params, Gaussians) else class_means(shares, f)
-        return Prototypes(*around, shares.sum(0), None if transductive else support.x)
+        beside = None if transductive else support.x
+        if isinstance(params, Gaussians):
+            return Prototypes(*class_posteriors(params, shares, f), shares.sum(0), beside)
+        mean = class_means(shares, f)  # eq. 1
+        return Prototypes(mean, jnp.zeros_like(mean), shares.sum(0), beside)
 
     def logits(params: Metric | Gaussians, classes: Prototypes, x: PyTree) -> Float[Array, "n way"]:
         f = embed_query(embed, params.embedding, x, classes.beside)

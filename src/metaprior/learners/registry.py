@@ -31,6 +31,7 @@ from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
 from metaprior.learners.siamese import siamese
 from metaprior.learners.snail import snail
+from metaprior.learners.tapnet import tapnet
 from metaprior.learners.traits import Traits, stated
 from metaprior.learners.zero_shot import zero_shot
 
@@ -55,6 +56,7 @@ LEARNERS = Registry("learner", {
     "platipus": platipus,
     "maml_noise": maml_noise,
     "protonet": protonet,
+    "tapnet": tapnet,
     "zero_shot": zero_shot,
     "matching": matching,
     "siamese": siamese,

@@ -17,13 +17,13 @@ from metaprior.core.types import Attributes, Batch, Learner, Model, Task
 from metaprior.learners.builders.amortised import embedding
 from metaprior.learners.builders.metric import (
     check_classification,
+    class_means,
     memberships,
     present,
     scored_by_query,
     squared_distance,
     unit,
 )
-from metaprior.learners.protonet import class_means
 from metaprior.learners.traits import traits
 from metaprior.networks.mlp import mlp
 
@@ -118,7 +118,7 @@ def zero_shot(
         d = params.attributes["head"]["b"].shape[0]
         g = attribute_map(d).apply(params.attributes, values)
         shares = memberships(support, values.shape[0] if way is None else way)
-        prototypes, _ = class_means(shares, unit(g) if normalise else g)
+        prototypes = class_means(shares, unit(g) if normalise else g)
         return Prototypes(prototypes, shares.sum(0))
 
     def logits(params: Described, classes: Prototypes, x: PyTree) -> Float[Array, "q way"]:

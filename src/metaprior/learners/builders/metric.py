@@ -83,6 +83,17 @@ def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
     return jnp.where(lost, jnp.nan, one_hot(y, way, w.dtype) * w[:, None])
 
 
+def class_means(shares: Float[Array, "n way"], f: Float[Array, "n d"]) -> Float[Array, "way d"]:
+    """Returns the weighted mean of each class's rows; zeros for a class without examples.
+
+    Args:
+        shares: Weights of the rows in each class, such as `memberships`.
+        f: The rows, usually embeddings.
+    """
+    count = shares.sum(0)
+    return shares.T @ f / jnp.where(count > 0, count, 1)[:, None]
+
+
 def present(logits: Float[Array, "n way"], number: Float[Array, " way"]) -> Float[Array, "n way"]:
     """Returns the logits with classes of weight 0 in the support ruled out; NaN where the weight is NaN."""
     return jnp.where(number > 0, logits, jnp.where(jnp.isnan(number), jnp.nan, ABSENT))
