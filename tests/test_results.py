@@ -243,6 +243,34 @@ def test_a_suite_is_reproduced_within_a_budget_and_goes_on(tmp_path, monkeypatch
     assert "†" not in page
 
 
+@pytest.mark.slow
+def test_a_suite_can_give_each_run_minutes_of_a_core(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "timed.toml").write_text(SUITE.replace("[runs", "minutes = 0.0001\n\n[runs", 1))
+    run_cli("reproduce", "timed.toml", "--budget", "1m", code=2)
+    assert "--budget must be left out" in " ".join(capsys.readouterr().err.split())
+    run_cli("reproduce", "timed.toml", "--only", "maml")
+    maml = read_suite(tmp_path / "results" / "timed")["maml"]
+    assert (maml.steps, maml.asked, maml.cut, maml.budget) == (10, 10, False, 0.0001)
+    assert maml.minutes > 0
+    assert maml.milliseconds > 0
+    run_cli("reproduce", "timed.toml", "--only", "maml")
+    assert "already done" in capsys.readouterr().out
+
+
+def test_runs_of_one_budget_are_sorted_by_their_first_figure():
+    def named(name, mean, budget):
+        report = replace(MAML.report, figures={"mse": Figure(mean, 0.1)})
+        return replace(MAML, title=name, report=report, budget=budget, milliseconds=1.5)
+
+    three = {name: named(name, mean, 8.0) for name, mean in (("b", 2.0), ("lost", float("nan")), ("a", 1.0))}
+    rows = result_table(three).splitlines()
+    assert [row.split("|")[1].split()[0] for row in rows[2:5]] == ["a", "b", "lost"]
+    assert "| ms a task |" in rows[0]
+    rows = result_table(three | {"b": named("b", 2.0, None)}).splitlines()
+    assert [row.split("|")[1].split()[0] for row in rows[2:5]] == ["b", "lost", "a"]
+
+
 def test_a_figure_whose_run_is_lost_is_not_written_over(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.toml").write_text(SUITE)

@@ -18,8 +18,10 @@ from metaprior.core.files import check_output, write_atomically
 from metaprior.core.named import lookup
 from metaprior.core.runtime import configure
 from metaprior.evaluation.plots import check_plots
+from metaprior.evaluation.timing import milliseconds_per_task
 from metaprior.experiments.course import environment
 from metaprior.experiments.learner_table import write_learner_tables
+from metaprior.experiments.opened import load
 from metaprior.experiments.pages import headlines as headline_table
 from metaprior.experiments.pages import number, with_headlines, write_pages
 from metaprior.experiments.recipe import Recipe, as_dict, build, training_of
@@ -175,17 +177,27 @@ def _make(job: Job, seconds: float | None) -> tuple[int, float]:
     console, planned, began = screen(), job.planned, time.monotonic()
     training = training_of(job.recipe)
     configure(float64=training.float64)
+    clock = time.monotonic
+    if planned.minutes is not None:
+        if seconds is not None:
+            raise ValueError(
+                f"--budget must be left out for {job.name}, whose suite gives it {planned.minutes:g} minutes of a core."
+            )
+        clock, seconds = time.process_time, 60 * planned.minutes
     console.print(f"{job.name}: up to {seconds:.0f} s of training" if seconds is not None else job.name)
     resume = (job.folder / "recipe.json").is_file()
     with Run.resume(job.folder) if resume else Run.create(job.folder, as_dict(job.recipe), planned.set) as run:
+        if planned.minutes is not None:
+            seconds = max(60 * planned.minutes - sum(row["seconds"] for row in run.metrics()), 0.0)
+        experiment = build(job.recipe, preparation=run.preparation)
         try:
-            fitted = trained_run(run, job.recipe, build(job.recipe, preparation=run.preparation), resume, seconds)
+            fitted = trained_run(run, job.recipe, experiment, resume, seconds, clock)
         finally:
             run.discard()
     spent, done = time.monotonic() - began, int(fitted.state.step)
     if fitted.interrupted:
         return 128 + fitted.interrupted, spent
-    if done < training.steps:
+    if done < training.steps and planned.minutes is None:
         at = f"{done:,} of {training.steps:,} meta-steps"
         console.print(f"{job.name}: cut short by its budget at {at}", soft_wrap=True)
     options = as_options(planned.judge)
@@ -206,9 +218,11 @@ def _make(job: Job, seconds: float | None) -> tuple[int, float]:
         posterior=planned.posterior,
         calibrated=planned.calibrated,
         steps=done,
-        asked=training.steps,
+        asked=training.steps if planned.minutes is None else done,
         seed=training.seed,
         minutes=round(sum(row["seconds"] for row in run.metrics()) / 60, 3),
+        budget=planned.minutes,
+        milliseconds=None if planned.minutes is None else _milliseconds(job, options),
         device=_device(),
         commit=commit(),
         command=_commands(job, options),
@@ -217,6 +231,14 @@ def _make(job: Job, seconds: float | None) -> tuple[int, float]:
     result.save(job.path)
     console.print(f"written: {job.path}", soft_wrap=True)
     return 0, spent
+
+
+def _milliseconds(job: Job, options: tuple[str, ...]) -> float:
+    """The processor time of one test task."""
+    opened, planned = load(job.folder, posterior=job.planned.posterior, settings=options), job.planned
+    source = opened.splits.validation if planned.split == "validation" else opened.splits.test
+    key = jax.random.key(opened.experiment.evaluation.seed)
+    return round(milliseconds_per_task(opened.learner, opened.params, source, key), 3)
 
 
 def as_options(table: dict[str, Any]) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """metaprior train: meta-train a recipe into a run folder."""
 
 import re
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +119,14 @@ def going_on(kept: Run, recipe: str, learner: str | None, overrides: dict[str, A
     return recipe_from_dict(wanted)
 
 
-def trained_run(run: Run, chosen: Recipe, experiment: Experiment, resume: bool, seconds: float | None = None) -> Fitted:
+def trained_run(
+    run: Run,
+    chosen: Recipe,
+    experiment: Experiment,
+    resume: bool,
+    seconds: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Fitted:
     """Trains a run and shows its progress.
 
     Args:
@@ -126,6 +135,7 @@ def trained_run(run: Run, chosen: Recipe, experiment: Experiment, resume: bool, 
         experiment: The parts of the recipe.
         resume: Whether the run continues.
         seconds: The time limit, see `training.fit`.
+        clock: The clock of the time limit, see `training.fit`.
     """
     if experiment.preparation is not None and run.preparation is None:
         run.keep(experiment.preparation)
@@ -143,6 +153,7 @@ def trained_run(run: Run, chosen: Recipe, experiment: Experiment, resume: bool, 
             report=progress.report,
             name=chosen.learner,
             seconds=seconds,
+            clock=clock,
         )
 
 

@@ -88,11 +88,14 @@ def result_tables(results: dict[str, Result]) -> str:
 def result_table(results: dict[str, Result]) -> str:
     """Returns one Markdown table: the runs, how they were evaluated and their figures.
 
-    It has a status if any result has a published figure or was cut short.
+    It has a status if any result has a published figure or was cut short. If all runs had the same budget, the best one
+    comes first.
 
     Args:
         results: The results by name.
     """
+    if len(budgets := {result.budget for result in results.values()}) == 1 and None not in budgets:
+        results = dict(sorted(results.items(), key=lambda item: _rank(item[1])))
     names = dict.fromkeys(n for r in results.values() for n in figures_of(r) if not n.startswith(LEFT_OUT))
     found = {name: statuses(result) for name, result in results.items()}
     compared = any("" not in one for one in found.values())
@@ -103,6 +106,7 @@ def result_table(results: dict[str, Result]) -> str:
     columns["meta-steps"] = lambda name, r: length(r)
     columns["minutes"] = lambda name, r: "" if r.minutes is None else f"{r.minutes:.4g}"
     columns["device"] = lambda name, r: r.device or ""
+    columns["ms a task"] = lambda name, r: "" if r.milliseconds is None else f"{r.milliseconds:.3g}"
     columns["tasks"] = lambda name, r: f"{r.report.tasks:,}"
     for figure in names:
         columns[heading(figure)] = lambda name, r, figure=figure: shown(figure, figures_of(r).get(figure), r)
@@ -116,6 +120,13 @@ def result_table(results: dict[str, Result]) -> str:
     rows = [[make(name, result) for make in columns.values()] for name, result in results.items()]
     text = markdown(list(columns), rows)
     return text if compared else f"{text}\n\nThere are no published figures to compare these with."
+
+
+def _rank(result: Result) -> float:
+    """A sort key by which the best first figure of a report comes first, and one that diverged last."""
+    name, figure = next(iter(result.report.figures.items()))
+    value = figure.mean * (1 if name in LOWER else -1)
+    return value if math.isfinite(value) else math.inf
 
 
 def told(found: dict[str, tuple[Figure, Any]]) -> str:

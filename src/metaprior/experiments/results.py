@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from metaprior.core.files import write_atomically
 from metaprior.core.named import nearest
-from metaprior.core.options import NonNegative, Seed, Whole, accept
+from metaprior.core.options import NonNegative, Positive, Seed, Whole, accept
 from metaprior.evaluation.figures import Figure
 from metaprior.evaluation.report import Report
 from metaprior.experiments.recipe import (
@@ -56,7 +56,9 @@ class Result:
         steps: The number of completed meta-steps.
         asked: The planned number of meta-steps, more than `steps` if training was cut short.
         seed: The seed of training.
-        minutes: The time of the training steps.
+        minutes: The time of the training steps. If the run had a `budget`, minutes of a processor core.
+        budget: The limit of the training in minutes of a processor core, or None.
+        milliseconds: The median time of one compiled adaptation to a task and prediction of its queries.
         device: The device that trained.
         commit: The commit of the code.
         command: The command lines that reproduce the result.
@@ -80,6 +82,8 @@ class Result:
     asked: Whole | None = None
     seed: Seed | None = None
     minutes: NonNegative | None = None
+    budget: Positive | None = None
+    milliseconds: NonNegative | None = None
     device: str | None = None
     commit: str | None = None
     command: list[str] = field(default_factory=list)

@@ -11,8 +11,9 @@
     judge = {"tasks.shot" = 5}
 
 A run may have `recipe`, `learner` (the default is the learner with the run's name, or else the recipe's), `set`
-(options that replace the recipe's), `judge` (options for evaluation only), and `split`, `posterior` and `calibrated`
-(as in `metaprior evaluate`).
+(options that replace the recipe's), `judge` (options for evaluation only), `split`, `posterior` and `calibrated`
+(as in `metaprior evaluate`), and `minutes`, a limit of the training. `recipe` and `minutes` before the runs are the
+defaults of all runs.
 """
 
 import tomllib
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metaprior.core.named import lookup
-from metaprior.core.options import Word, accept, accept_options, check_fields
+from metaprior.core.options import Positive, Word, accept, accept_options, check_fields
 from metaprior.experiments.recipe import Recipe, check_options, check_support, load_recipe, with_overrides
 from metaprior.learners.registry import LEARNERS
 
@@ -39,6 +40,7 @@ class Planned:
         split: The split to evaluate.
         posterior: The posterior to evaluate, or None for the learner's own.
         calibrated: Whether to calibrate on validation tasks first.
+        minutes: The time of training in minutes of a processor core, compiling included. None trains to the end.
     """
 
     recipe: str
@@ -48,6 +50,7 @@ class Planned:
     split: Literal["validation", "test", "one_shot"] = "test"
     posterior: Literal["point", "implicit", "laplace"] | None = None
     calibrated: bool = False
+    minutes: Positive | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "runs.")
@@ -105,9 +108,9 @@ def load_suite(name: str) -> Suite:
 
 def _suite(name: str, table: dict[str, Any]) -> Suite:
     table = dict(table)
-    common, runs = table.pop("recipe", None), {}
+    common, runs = {name: table.pop(name) for name in ("recipe", "minutes") if name in table}, {}
     for run, given in accept(dict, table.pop("runs", {}), "runs").items():
-        options = ({} if common is None else {"recipe": common}) | accept(dict, given, f"runs.{run}")
+        options = common | accept(dict, given, f"runs.{run}")
         options = ({"learner": run} if run in LEARNERS else {}) | options
         planned = Planned(**accept_options(Planned, options, f"runs.{run}."))
         for recipe in (planned.resolved(), with_overrides(planned.resolved(), None, planned.judge)):

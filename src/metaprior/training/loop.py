@@ -509,6 +509,7 @@ def fit(
     report: Callable[[dict[str, float]], None] | None = None,
     name: str = "the learner",
     seconds: NonNegative | None = None,
+    clock: Callable[[], float] = time.monotonic,
     refresh: Callable[[TaskSource, PyTree, int], TaskSource] | None = None,
 ) -> Fitted:
     """Meta-trains a learner: minimises its loss over tasks of `splits.train`.
@@ -527,6 +528,8 @@ def fit(
         name: The learner's name, for error messages.
         seconds: A time limit. Training then ends after the current chunk, is validated and saved, and
             `Fitted.state.step` is the number of completed meta-steps. It can be resumed.
+        clock: The clock of `seconds` and of the reported times, in seconds. `time.process_time` counts the seconds that
+            processors spend on this process, which do not depend on other work of the machine.
         refresh: refresh(source, params, step) is called before each chunk, with the last source and the current
             parameters, and returns the chunk's source of training tasks. Use it where tasks come from data that are
             collected during training, such as a replay buffer or a policy's trajectories. A source with other shapes
@@ -546,7 +549,7 @@ def fit(
     train = splits.train
     for source in (splits.train, splits.validation):
         check_source(source)
-    start = time.monotonic()
+    start = clock()
     state = init_state(learner, splits.train, training)
     best, lowest, history = None, float("inf"), []
     if run is not None:
@@ -557,7 +560,7 @@ def fit(
     interrupted, saved = 0, -SAVE_EVERY
     with interruptible() as asked:
         while (done := int(state.step)) < training.steps:
-            began = time.perf_counter()
+            began = clock()
             # Chunks end at multiples of their size, even if an earlier, shorter training ended in between.
             steps = min(training.chunk - done % training.chunk, training.steps - done)
             if refresh is not None:
@@ -576,12 +579,12 @@ def fit(
                     run.save(state)
                 raise NonFiniteLoss(done + steps, name, state)
             state = after
-            took = time.perf_counter() - began
+            took = max(clock() - began, 1e-9)  # some clocks have a coarse resolution
             row = {"step": done + steps, "seconds": took, "steps_per_second": steps / took}
             row |= {f"train/{k}": float(v[finite].mean()) for k, v in metrics.items() if finite.any()}
             row |= {"train/skipped": float(steps - finite.sum())} if training.skip else {}
             validated = better = False
-            over = seconds is not None and time.monotonic() - start >= seconds
+            over = seconds is not None and clock() - start >= seconds
             if row["step"] % every == 0 or row["step"] == training.steps or over:
                 figures = jax.device_get(validate(state.params, splits.validation, train))
                 row |= {f"validation/{k}": float(v) for k, v in figures.items()}
