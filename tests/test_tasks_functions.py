@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaprior.core.types import TaskSource
-from metaprior.tasks import SOURCES, ambiguous, linear, linear_gaussian, sinusoid, sinusoid_hard
+from metaprior.tasks import SOURCES, ambiguous, linear, linear_gaussian, sinusoid, sinusoid_hard, sinusoid_nme
 
-FAMILIES = [sinusoid, sinusoid_hard, linear, ambiguous, linear_gaussian]
+FAMILIES = [sinusoid, sinusoid_hard, sinusoid_nme, linear, ambiguous, linear_gaussian]
 
 
 @pytest.mark.parametrize("factory", FAMILIES)
@@ -23,7 +23,7 @@ def test_shapes_and_splits(factory):
         assert task.query.y.shape == (5, query, 1)
         assert task.support.x.shape[:2] == (5, 3)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(task))
-    draws = [np.asarray(source.sample(jax.random.key(0), 5).support.x) for source in splits]
+    draws = [np.asarray(source.sample(jax.random.key(0), 5).support.x[..., 0]) for source in splits]
     assert not np.isclose(draws[0], draws[1]).any()
     assert not np.isclose(draws[1], draws[2]).any()
 
@@ -77,6 +77,35 @@ def test_hard_sinusoid_noise_is_on_training_only():
 def test_support_domain():
     task = sinusoid(support_domain=(-5.0, 0.0), query=50).test.sample(jax.random.key(0), 20)
     assert task.support.x.max() <= 0 < task.query.x.max()
+
+
+def test_names_tell_the_amplitude_in_training_only():
+    splits = sinusoid_nme(names=5, amplitude=(1.0, 3.0), trained=4, noise=0.0)
+    for source, given_away in ((splits.train, True), (splits.test, False)):
+        task = source.sample(jax.random.key(0), 400)
+        x = np.concatenate([task.support.x, task.query.x], 1)
+        y = np.concatenate([task.support.y, task.query.y], 1)[..., 0]
+        assert x.shape[2] == 6
+        name = x[:, :, 1:].argmax(-1)
+        np.testing.assert_array_equal(x[:, :, 1:], np.eye(5)[name])
+        assert (name == name[:, :1]).all()
+        wave = np.sin(x[..., 0])
+        amplitude = (y * wave).sum(1) / (wave**2).sum(1)  # of least squares, which is exact without noise
+        np.testing.assert_allclose(y, amplitude[:, None] * wave, atol=1e-4)
+        assert abs(x[:, :10, 0]).max() > 4.9
+        assert (abs(x[:, 10:, 0]).max() > 4.6) == given_away  # test queries are in -4.5..4.5
+        if given_away:
+            np.testing.assert_allclose(amplitude, np.linspace(1, 3, 5)[name[:, 0]], rtol=1e-4)
+            assert set(name.ravel()) == {0, 1, 2, 3}
+        else:
+            assert set(name.ravel()) == {0, 1, 2, 3, 4}
+            assert abs(np.corrcoef(amplitude, name[:, 0])[0, 1]) < 0.2
+            assert len(set(np.round(amplitude, 4))) > 350
+            assert 0.97 < amplitude.min() < 1.1 < 2.9 < amplitude.max() < 3.01
+    noisy = sinusoid_nme(names=2, amplitude=(1.0, 1.0)).train.sample(jax.random.key(0), 400).query
+    assert abs((noisy.y[..., 0] - np.sin(noisy.x[..., 0])).std() - 0.1) < 0.01
+    with pytest.raises(ValueError, match="trained must be at most 5, the number of names, got 6"):
+        sinusoid_nme(names=5, trained=6)
 
 
 @pytest.mark.slow

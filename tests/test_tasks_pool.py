@@ -181,3 +181,38 @@ def test_training_may_have_more_ways_and_labels_of_its_own(turned):
     assert set(np.asarray(sample(splits.test, jax.random.key(0), 9).query.y).ravel()) == {0, 1}
     with pytest.raises(ValueError, match="train_labels must be one of"):
         pool_splits(marked_images(), COUNTS, parts, way=2, shot=1, query=2, test_query=2, train_labels="clas")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turned", [False, True])
+def test_slots_make_the_label_a_function_of_the_image(turned):
+    """Training tasks are not mutually exclusive (Yin et al. 2020): a class has one label in all of them."""
+    splits = pool_splits(
+        marked_images(), COUNTS, ([0, 1, 3, 5], [2], [4]), way=3, shot=1, query=2, test_query=2, rotations=turned,
+        test_rotations=True, train_labels="slot",
+    )  # fmt: skip
+    labels_of = {}
+    for part in (splits.train, splits.test):
+        task, tally = sample(part, jax.random.key(0), 200), {}
+        for batch in task:
+            each = batch.y.shape[1] // 3
+            np.testing.assert_array_equal(np.sort(batch.y, -1), np.tile(np.repeat(np.arange(3), each), (200, 1)))
+            for label, (c, _, turns) in zip(np.asarray(batch.y).ravel(), decode(batch.x), strict=True):
+                tally.setdefault((c, turns), np.zeros(3, int))[label] += 1
+        labels_of[part is splits.train] = tally
+    tally = labels_of[True]
+    assert len(tally) == (16 if turned else 4)  # every class is drawn
+    assert all((seen > 0).sum() == 1 for seen in tally.values())  # under one label
+    members = [[seen[k] for seen in tally.values() if seen[k]] for k in range(3)]
+    sizes = sorted(map(len, members))
+    assert sizes[-1] - sizes[0] <= 1
+    for seen in members:  # as often as the others of its slot: 3 examples of it in a task, within 5 sd
+        assert abs(np.array(seen) / 3 - 200 / len(seen)).max() < 5 * (200 / len(seen)) ** 0.5 * (len(seen) > 1) + 1e-9
+    assert all((seen > 0).all() for seen in labels_of[False].values())  # test classes are labelled anew in each task
+
+
+def test_slots_need_a_class_each():
+    with pytest.raises(DataError, match="way must be at most 6, the number of classes"):
+        class_pool(marked_images(), COUNTS, way=7, query=2, labels="slot")
+    with pytest.raises(ValueError, match="labels must be one of"):
+        class_pool(marked_images(), COUNTS, way=3, query=2, labels="slots")

@@ -83,7 +83,7 @@ def test_a_class_s_row_belongs_to_its_pictures():
     greys = np.arange(1, 7, dtype=np.uint8) * 40
     images = np.zeros((30, 4, 4, 1), np.uint8)
     images[:, 0, 0, 0] = np.repeat(greys, 5)
-    pool = class_pool(images, [5] * 6, way=4, shot=1, query=3, rotations=True, own_labels=True)
+    pool = class_pool(images, [5] * 6, way=4, shot=1, query=3, rotations=True, labels="class")
     grey, turn = np.tile(greys, 4), np.repeat(np.arange(4), 6)
     source = DescribedTasks(pool, jnp.stack([jnp.asarray(grey, float), jnp.asarray(turn, float)], 1))
     task = jax.tree.map(np.asarray, jax.jit(source.sample, static_argnums=1)(KEY, 5))

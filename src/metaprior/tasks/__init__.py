@@ -18,6 +18,7 @@ from metaprior.tasks.synthetic.explained import two_circles, wave_or_line
 from metaprior.tasks.synthetic.linear_gaussian import linear_gaussian
 from metaprior.tasks.synthetic.optimisees import digits, quadratics
 from metaprior.tasks.synthetic.sinusoid import sinusoid, sinusoid_hard
+from metaprior.tasks.synthetic.sinusoid_nme import sinusoid_nme
 from metaprior.tasks.tables.arrays import ArrayTasks, array_tasks
 from metaprior.tasks.tables.classes import check_labels, encode_labels
 from metaprior.tasks.tables.columns import read_columns
@@ -34,6 +35,7 @@ SOURCES = Registry(
     {
         "sinusoid": sinusoid,
         "sinusoid_hard": sinusoid_hard,
+        "sinusoid_nme": sinusoid_nme,
         "linear": linear,
         "ambiguous": ambiguous,
         "wave_or_line": wave_or_line,
@@ -149,6 +151,7 @@ __all__ = [
     "read_texts",
     "sinusoid",
     "sinusoid_hard",
+    "sinusoid_nme",
     "sleepstudy",
     "table",
     "texts",

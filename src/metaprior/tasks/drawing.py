@@ -1,10 +1,16 @@
-"""Drawing episodes: distinct indices, rows of classes, and the task made of them."""
+"""Drawing episodes: distinct indices, classes and their labels, rows of classes, and the task made of them."""
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, Shaped
 
 from metaprior.core.types import Batch, Task
+
+# What the label of a class is: its place in the task, its number, or a slot 0..way-1 that is the same in every task.
+Labels = Literal["task", "class", "slot"]
 
 
 def distinct(key: PRNGKeyArray, population: Int[Array, ""] | int, k: int) -> Int[Array, " k"]:
@@ -37,14 +43,55 @@ def distinct(key: PRNGKeyArray, population: Int[Array, ""] | int, k: int) -> Int
     return chosen[jnp.argsort(order)]
 
 
+def slots(classes: int, way: int) -> list[Int[np.ndarray, " members"]]:
+    """Assigns classes to label slots, at random but always in the same way.
+
+    Args:
+        classes: The number of classes, at least `way`.
+        way: The number of slots.
+
+    Returns:
+        The classes of each slot. The sizes of two slots differ by at most 1.
+    """
+    order = np.random.default_rng(0).permutation(classes)
+    return [order[slot::way] for slot in range(way)]
+
+
+def draw_classes(
+    key: PRNGKeyArray, classes: int, way: int, labels: Labels = "task"
+) -> tuple[Int[Array, " way"], Int[Array, " way"]]:
+    """Draws `way` different classes and gives them labels.
+
+    Args:
+        key: Random key.
+        classes: The number of classes to draw from.
+        way: The number of classes to draw.
+        labels: "task": the label of a class is its place in the task, which is random. "class": it is the number of the
+            class. "slot": each class has one of the labels 0..way-1 in all tasks, and a task has one class of each
+            label. Labels are then a function of the example, so tasks are not mutually exclusive (Yin et al. 2020).
+
+    Returns:
+        The classes, and their labels.
+    """
+    if labels == "slot":
+        members = slots(classes, way)
+        most = max(map(len, members))
+        table = jnp.asarray(np.stack([np.resize(slot, most) for slot in members]), jnp.int32)
+        draw = jax.random.randint(key, (way,), 0, jnp.asarray([len(slot) for slot in members]))
+        return table[jnp.arange(way), draw], jnp.arange(way, dtype=jnp.int32)
+    chosen = distinct(key, classes, way)
+    return chosen, (chosen if labels == "class" else jnp.arange(way)).astype(jnp.int32)
+
+
 def draw_rows(
     key: PRNGKeyArray,
     starts: Int[Array, " classes"],
     counts: Int[Array, " classes"],
     way: int,
     size: int,
+    labels: Labels = "task",
     turns: int = 1,
-) -> tuple[Int[Array, "way size"], Int[Array, " way"]]:
+) -> tuple[Int[Array, "way size"], Int[Array, " way"], Int[Array, " way"]]:
     """Draws `way` different classes, and `size` different rows of each.
 
     Args:
@@ -54,16 +101,17 @@ def draw_rows(
             - 1.
         way: The number of classes to draw.
         size: The number of rows to draw per class.
+        labels: What the label of a class is, see `draw_classes`.
         turns: How many classes each set of rows stands for: i, i + classes, i + 2 classes, ... have the same rows.
 
     Returns:
-        The rows [way, size], and the drawn classes [way], which are below turns * classes.
+        The rows [way, size], the drawn classes [way], which are below turns * classes, and their labels [way].
     """
     key_class, key_row = jax.random.split(key)
-    chosen = distinct(key_class, starts.shape[0] * turns, way)
+    chosen, label = draw_classes(key_class, starts.shape[0] * turns, way, labels)
     place = chosen % starts.shape[0]
     draw = jax.vmap(lambda k, count: distinct(k, count, size))
-    return starts[place, None] + draw(jax.random.split(key_row, way), counts[place]), chosen
+    return starts[place, None] + draw(jax.random.split(key_row, way), counts[place]), chosen, label
 
 
 def as_task(x: Shaped[Array, "way m ..."], labels: Int[Array, " way"], shot: int) -> Task:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from metaprior.core.options import Count, Way, checked
 from metaprior.core.types import Splits, Task
 from metaprior.tasks.checks import DataError, check_count
-from metaprior.tasks.drawing import as_task, draw_rows
+from metaprior.tasks.drawing import Labels, as_task, draw_rows
 
 
 def rotate(images: UInt8[Array, "w m h h c"], turns: Int[Array, " w"]) -> UInt8[Array, "w m h h c"]:
@@ -88,7 +88,7 @@ class ClassPool:
         shot: Support examples per class.
         query: Query examples per class.
         rotations: 1, or 4 if each class rotated by 90, 180 and 270 degrees is a separate class (square images only).
-        own_labels: Whether a label is the number of the class in this source instead of its place in the task.
+        labels: What the label of a class is, "task", "class" or "slot"; see `sample`.
     """
 
     images: UInt8[Array, "total h w c"]
@@ -101,24 +101,25 @@ class ClassPool:
     shot: int = field(metadata={"static": True})
     query: int = field(metadata={"static": True})
     rotations: int = field(metadata={"static": True})
-    own_labels: bool = field(default=False, metadata={"static": True})
+    labels: Labels = field(default="task", metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
         """Draws n tasks.
 
         Returns:
             Support x float32 [n, way * shot, h, w, c] and y int32 [n, way * shot], sorted by class; the query likewise,
-                in the same order of classes. A label is the place of the class in the task, which is random. With
-                `own_labels` it is the number of the class, 0 to classes * rotations - 1, the same in every task;
-                rotated classes come after all unrotated ones. Baselines are pretrained with these labels, by plain
-                classification.
+                in the same order of classes. With the labels "task", a label is the place of the class in the task,
+                which is random. With "class", it is the number of the class, 0 to classes * rotations - 1, the same in
+                every task; rotated classes come after all unrotated ones. Baselines are pretrained with these labels,
+                by plain classification. With "slot", each class (rotated or not) has one of the labels 0..way-1 in all
+                tasks, and a task has a random class of each label.
         """
         return jax.vmap(self._gather)(*jax.vmap(self._draw)(jax.random.split(key, n)))
 
     def _draw(self, key: PRNGKeyArray) -> tuple[Int[Array, "way m"], Int[Array, " way"], Int[Array, " way"]]:
-        rows, chosen = draw_rows(key, self.starts, self.counts, self.way, self.shot + self.query, self.rotations)
-        labels = chosen if self.own_labels else jnp.arange(self.way, dtype=jnp.int32)
-        return rows, chosen // self.starts.shape[0], labels.astype(jnp.int32)
+        size, turns = self.shot + self.query, self.rotations
+        rows, chosen, labels = draw_rows(key, self.starts, self.counts, self.way, size, self.labels, turns)
+        return rows, chosen // self.starts.shape[0], labels
 
     def _gather(self, rows: Int[Array, "way m"], turns: Int[Array, " way"], labels: Int[Array, " way"]) -> Task:
         images = self.images[rows]
@@ -146,7 +147,7 @@ def class_pool(
     shot: Count = 1,
     query: Count = 15,
     rotations: bool = False,
-    own_labels: bool = False,
+    labels: Labels = "task",
     mean: float | Sequence[float] = 0.0,
     deviation: float | Sequence[float] = 1.0,
 ) -> ClassPool:
@@ -161,7 +162,8 @@ def class_pool(
         shot: Support examples per class.
         query: Query examples per class.
         rotations: Whether each class rotated by 90, 180 and 270 degrees is a separate class (square images only).
-        own_labels: Whether a label is the number of the class instead of its place in the task.
+        labels: What the label of a class is: "task" (its place in the task), "class" (its number) or "slot" (one of
+            0..way-1 that the class keeps in all tasks); see `ClassPool.sample`.
         mean: Subtracted from the images scaled to 0..1; one number or one per channel.
         deviation: Divides the images after that; one number or one per channel, above 0.
 
@@ -193,7 +195,7 @@ def class_pool(
     starts = np.cumsum(counts) - counts
     return ClassPool(
         jnp.asarray(images), jnp.asarray(classes), jnp.asarray(starts[classes], jnp.int32),
-        jnp.asarray(counts[classes]), jnp.asarray(scale[0]), jnp.asarray(scale[1]), way, shot, query, turns, own_labels,
+        jnp.asarray(counts[classes]), jnp.asarray(scale[0]), jnp.asarray(scale[1]), way, shot, query, turns, labels,
     )  # fmt: skip
 
 
@@ -210,7 +212,7 @@ def pool_splits(
     rotations: bool = False,
     test_rotations: bool = False,
     train_way: Way | None = None,
-    train_labels: Literal["task", "class"] = "task",
+    train_labels: Labels = "task",
     names: Sequence[str] | None = None,
     mean: float | Sequence[float] = 0.0,
     deviation: float | Sequence[float] = 1.0,
@@ -228,8 +230,8 @@ def pool_splits(
         rotations: Whether rotated classes are separate classes in training; see `class_pool`.
         test_rotations: The same in validation and test.
         train_way: Classes per task in training. By default `way`.
-        train_labels: The labels of training tasks: "task" for the place of the class in the task, "class" for the
-            number of the class (`own_labels` of `class_pool`).
+        train_labels: The labels of training tasks, as `labels` of `class_pool`. Validation and test tasks always have
+            newly assigned labels ("task").
         names: The name of each class, for errors.
         mean: As in `class_pool`.
         deviation: As in `class_pool`.
@@ -241,8 +243,6 @@ def pool_splits(
         DataError: Lists that share a class, or an argument that `class_pool` rejects.
         ValueError: Another word for `train_labels`, or a deviation that is not above 0.
     """
-    if train_labels not in ("task", "class"):
-        raise ValueError(f"train_labels must be 'task' or 'class', got {train_labels!r}.")
     seen: set[int] = set()
     for part in split:
         if seen & set(np.asarray(part).tolist()):
@@ -254,7 +254,7 @@ def pool_splits(
         "way": way if train_way is None else train_way,
         "query": query,
         "rotations": rotations,
-        "own_labels": train_labels == "class",
+        "labels": train_labels,
     }
     judging = {"way": way, "query": test_query, "rotations": test_rotations}
     return Splits(*(

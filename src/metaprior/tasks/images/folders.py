@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from metaprior.core.options import Count, Seed, Way, checked
 from metaprior.core.types import Splits
 from metaprior.tasks.checks import DataError, check_count
+from metaprior.tasks.drawing import Labels
 from metaprior.tasks.images.decoding import check_channels, decode_pictures, find_pictures, fingerprint
 from metaprior.tasks.pool import pool_splits
 from metaprior.tasks.splitting import Split, rows_of, split_groups
@@ -26,7 +27,7 @@ def images(
     query: Count = 15,
     test_query: Count = 15,
     train_way: Way | None = None,
-    train_labels: Literal["task", "class"] = "task",
+    train_labels: Labels = "task",
     size: Count | tuple[int, int] = 84,
     channels: Count = 3,
     split: Split | None = None,
@@ -49,9 +50,10 @@ def images(
         test_query: Query examples per class in validation and test.
         train_way: Classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
             test with.
-        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random, or
+        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random;
             'class' for the number of the class among the training classes, for learners that are pretrained by plain
-            classification.
+            classification; or 'slot' for one of 0..train_way-1 that the class keeps in all tasks, so that a network
+            can memorise the labels (Yin et al. 2020). Validation and test tasks always have newly assigned labels.
         size: The side in pixels, or (height, width). Pictures of another size are resized with antialiasing.
         channels: 1 (grey), 3 (colour) or 4 (with transparency).
         split: How classes are assigned: three fractions, three lists of class names, or a table of 'train',
@@ -110,7 +112,7 @@ def miniimagenet(
     query: Count = 15,
     test_query: Count = 15,
     train_way: Way | None = None,
-    train_labels: Literal["task", "class"] = "task",
+    train_labels: Labels = "task",
     path: str | Path | None = None,
     size: Count = 84,
     normalise: bool = False,
@@ -126,9 +128,10 @@ def miniimagenet(
         test_query: Query examples per class in validation and test.
         train_way: Classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
             test with.
-        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random, or
+        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random;
             'class' for the number of the class among the training classes, for learners that are pretrained by plain
-            classification.
+            classification; or 'slot' for one of 0..train_way-1 that the class keeps in all tasks, so that a network
+            can memorise the labels (Yin et al. 2020). Validation and test tasks always have newly assigned labels.
         path: A folder with train.npz, val.npz and test.npz, or with folders train, val and test of class folders. By
             default METAPRIOR_DATA/miniimagenet.
         size: The side in pixels.

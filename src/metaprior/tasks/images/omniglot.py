@@ -19,6 +19,7 @@ from metaprior.core.extras import extra
 from metaprior.core.options import Count, Seed, Way, checked
 from metaprior.core.types import Splits
 from metaprior.tasks.checks import DataError
+from metaprior.tasks.drawing import Labels
 from metaprior.tasks.limits import open_zip
 from metaprior.tasks.pool import pool_splits
 from metaprior.tasks.store import Arrays, cached, data_folder, download, read_npz, reading, stamp
@@ -48,7 +49,7 @@ def omniglot(
     query: Count = 15,
     test_query: Count = 15,
     train_way: Way | None = None,
-    train_labels: Literal["task", "class"] = "task",
+    train_labels: Labels = "task",
     split: Literal["vinyals", "maml", "lake"] = "vinyals",
     rotations: bool = True,
     test_rotations: bool = True,
@@ -66,9 +67,10 @@ def omniglot(
         test_query: Query examples per class in validation and test.
         train_way: Classes per task in training. By default `way`; Snell et al. 2017 train with more classes than they
             test with.
-        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random, or
+        train_labels: The labels of training tasks: 'task' for the place of the class in the task, which is random;
             'class' for the number of the class among the training classes, for learners that are pretrained by plain
-            classification.
+            classification; or 'slot' for one of 0..train_way-1 that the class keeps in all tasks, so that a network
+            can memorise the labels (Yin et al. 2020). Validation and test tasks always have newly assigned labels.
         split: 'vinyals' (1028 / 172 / 423 characters); 'maml' (1100 / 100 / 423 at random by `seed`); or 'lake' (the
             background set without the validation alphabets of Vinyals et al., those alphabets, and the evaluation set).
             Use 'lake' before `one_shot_runs`, because the other two train on characters of its runs.

@@ -132,7 +132,7 @@ class DescribedTasks:
     """Zero-shot episodes, whose support has one row of attributes per class instead of examples.
 
     Attributes:
-        pool: Draws the queries, with `own_labels`.
+        pool: Draws the queries, with the labels "class".
         attributes: The attributes of each class of the pool.
     """
 
@@ -202,7 +202,7 @@ def omniglot_strokes(
 
     def source(classes: np.ndarray, rows: np.ndarray, **episode: Any) -> DescribedTasks:
         names = [f"{c:04d}" for c in characters]
-        pool = class_pool(images, counts, classes=classes, names=names, shot=1, own_labels=True, **episode)
+        pool = class_pool(images, counts, classes=classes, names=names, shot=1, labels="class", **episode)
         return DescribedTasks(pool, jnp.asarray((rows - mean) / deviation, jnp.float32))
 
     training = {"way": way if train_way is None else train_way, "query": query, "rotations": rotations}

@@ -31,6 +31,32 @@ def uniform(key: PRNGKeyArray, shape: tuple[int, ...], interval: Interval) -> Ar
     return jax.random.uniform(key, shape, minval=interval[0], maxval=interval[1])
 
 
+def observations(
+    key: PRNGKeyArray, family: Family, parameters: Any, points: int, domain: Interval, noisy: bool
+) -> Batch:
+    """Draws observations y = f(x) of n functions at x uniform on an interval.
+
+    Args:
+        key: Random key.
+        family: The family of the functions.
+        parameters: Their parameters, with leaves [n, 1].
+        points: The number of points per function.
+        domain: The interval of x.
+        noisy: Whether y has the family's noise.
+
+    Returns:
+        x and y [n, points, 1].
+    """
+    key_x, key_noise = jax.random.split(key)
+    scale = family.noise(parameters)
+    n = jax.tree.leaves(parameters)[0].shape[0]
+    x = uniform(key_x, (n, points), domain)
+    y = family.evaluate(parameters, x)
+    if noisy:
+        y = y + scale * jax.random.normal(key_noise, (n, points))
+    return Batch(x[..., None], y[..., None])
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FunctionTasks:
@@ -62,19 +88,9 @@ class FunctionTasks:
         """
         key_family, key_support, key_query = jax.random.split(jax.random.fold_in(key, self.stream), 3)
         parameters = self.family.draw(key_family, n)
-        scale = self.family.noise(parameters)
-
-        def observe(key: PRNGKeyArray, points: int, domain: Interval, noisy: bool) -> Batch:
-            key_x, key_noise = jax.random.split(key)
-            x = uniform(key_x, (n, points), domain)
-            y = self.family.evaluate(parameters, x)
-            if noisy:
-                y = y + scale * jax.random.normal(key_noise, (n, points))
-            return Batch(x[..., None], y[..., None])
-
         return Task(
-            observe(key_support, self.shot, self.support_domain, True),
-            observe(key_query, self.query, self.domain, self.noisy_query),
+            observations(key_support, self.family, parameters, self.shot, self.support_domain, True),
+            observations(key_query, self.family, parameters, self.query, self.domain, self.noisy_query),
         )
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from metaprior.core.options import Count, Seed, Way, checked
 from metaprior.core.types import Splits, Task
 from metaprior.tasks.checks import DataError
-from metaprior.tasks.drawing import as_task, draw_rows
+from metaprior.tasks.drawing import Labels, as_task, draw_rows
 from metaprior.tasks.splitting import split_groups
 from metaprior.tasks.store import Arrays, cached, data_folder, stamp
 from metaprior.tasks.texts.words import ABSENT, read_text, rows_of_numbers, sentences_of, words_of
@@ -85,7 +85,7 @@ class ClozePool:
         way: Words per task.
         shot: Support sentences per word.
         query: Query sentences per word.
-        own_labels: Whether a label is the number of the word in this split instead of its place in the task.
+        labels: What the label of a class is, "task", "class" or "slot"; see `draw_classes`.
     """
 
     words: Int[Array, " total"]
@@ -98,7 +98,7 @@ class ClozePool:
     way: int = field(metadata={"static": True})
     shot: int = field(metadata={"static": True})
     query: int = field(metadata={"static": True})
-    own_labels: bool = field(default=False, metadata={"static": True})
+    labels: Labels = field(default="task", metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
         """Draws n tasks.
@@ -112,9 +112,9 @@ class ClozePool:
         """
 
         def one(key: PRNGKeyArray) -> Task:
-            rows, chosen = draw_rows(key, self.starts, self.counts, self.way, self.shot + self.query)
-            labels = chosen if self.own_labels else jnp.arange(self.way)
-            places = as_task(self.places[rows], labels.astype(jnp.int32), self.shot)
+            size = self.shot + self.query
+            rows, _, labels = draw_rows(key, self.starts, self.counts, self.way, size, self.labels)
+            places = as_task(self.places[rows], labels, self.shot)
             seen, asked = (self.sentences[batch.x] for batch in places)
             weight = 1.0 - (asked[:, None] == seen).any(-1)
             support, query = (batch._replace(x=jax.vmap(self._window)(batch.x)) for batch in places)
@@ -139,7 +139,7 @@ def cloze(
     query: Count = 4,
     test_query: Count = 4,
     train_way: Way | None = None,
-    train_labels: Literal["task", "class"] = "task",
+    train_labels: Labels = "task",
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     sentence_split: tuple[float, float, float] = (0.7, 0.15, 0.15),
     hide: bool = True,
@@ -180,8 +180,6 @@ def cloze(
         ValueError: Options out of range.
     """
     train_way = way if train_way is None else train_way
-    if train_labels not in ("task", "class"):
-        raise ValueError(f"train_labels must be 'task' or 'class', got {train_labels!r}.")
     file = _file(path)
     arrays = cached(f"cloze-{file.stem}", {"version": 1, "origin": stamp(file)}, lambda: _parse(file))
     words, sentences, names = (np.asarray(arrays[name]) for name in ("words", "sentences", "names"))
@@ -196,7 +194,7 @@ def cloze(
     encode = Window({name: int(number) for name, number in zip(names, shown, strict=True)}, reach)
     on_device = [jnp.asarray(array) for array in (words, sentences, shown)]
 
-    def pool(k: int, title: str, way: int, query: int, own: bool) -> ClozePool:
+    def pool(k: int, title: str, way: int, query: int, labels: Labels) -> ClozePool:
         here = first[(part_of_sentence[sentences[first]] == k) & np.isin(words[first], parts[k])]
         counts = np.bincount(words[here], minlength=len(names))
         kept = np.flatnonzero(counts >= max(least, shot + query))
@@ -206,12 +204,12 @@ def cloze(
         places = here[np.argsort(words[here], kind="stable")]
         starts = np.cumsum(counts[kept]) - counts[kept]
         own_rows = [jnp.asarray(array, jnp.int32) for array in (places, starts, counts[kept])]
-        return ClozePool(*on_device, *own_rows, encode=encode, way=way, shot=shot, query=query, own_labels=own)
+        return ClozePool(*on_device, *own_rows, encode=encode, way=way, shot=shot, query=query, labels=labels)
 
     return Splits(
-        pool(0, "the training part", train_way, query, train_labels == "class"),
-        pool(1, "the validation part", way, test_query, False),
-        pool(2, "the test part", way, test_query, False),
+        pool(0, "the training part", train_way, query, train_labels),
+        pool(1, "the validation part", way, test_query, "task"),
+        pool(2, "the test part", way, test_query, "task"),
     )
 
 

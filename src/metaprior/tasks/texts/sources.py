@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from metaprior.core.named import passes_options_to
 from metaprior.core.options import Count, Seed, Way, checked
 from metaprior.core.types import Splits, Task
 from metaprior.tasks.checks import DataError
-from metaprior.tasks.drawing import as_task, draw_rows
+from metaprior.tasks.drawing import Labels, as_task, draw_rows
 from metaprior.tasks.images.decoding import fingerprint
 from metaprior.tasks.pool import check_enough
 from metaprior.tasks.splitting import Split, split_groups
@@ -41,7 +41,7 @@ class TextPool:
         way: Classes per task.
         shot: Support texts per class.
         query: Query texts per class.
-        own_labels: Whether a label is the number of the class in this split instead of its place in the task.
+        labels: What the label of a class is, "task", "class" or "slot"; see `draw_classes`.
     """
 
     grams: Int[Array, "total length"]
@@ -53,21 +53,20 @@ class TextPool:
     way: int = field(metadata={"static": True})
     shot: int = field(metadata={"static": True})
     query: int = field(metadata={"static": True})
-    own_labels: bool = field(default=False, metadata={"static": True})
+    labels: Labels = field(default="task", metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
         """Draws n tasks.
 
         Returns:
-            Support x int32 [n, way * shot, length] and y int32 [n, way * shot], sorted by class; the query likewise. A
-                label is the place of the class in the task, which is random. With `own_labels` it is the number of the
-                class in this split.
+            Support x int32 [n, way * shot, length] and y int32 [n, way * shot], sorted by class; the query likewise.
+                The labels are those of `draw_classes`.
         """
 
         def one(key: PRNGKeyArray) -> Task:
-            rows, chosen = draw_rows(key, self.starts, self.counts, self.way, self.shot + self.query)
-            labels = chosen if self.own_labels else jnp.arange(self.way)
-            return as_task(self.grams[rows], labels.astype(jnp.int32), self.shot)
+            size = self.shot + self.query
+            rows, _, labels = draw_rows(key, self.starts, self.counts, self.way, size, self.labels)
+            return as_task(self.grams[rows], labels, self.shot)
 
         return jax.vmap(one)(jax.random.split(key, n))
 
@@ -85,7 +84,7 @@ def text_splits(
     query: Count = 15,
     test_query: Count = 15,
     train_way: Way | None = None,
-    train_labels: Literal["task", "class"] = "task",
+    train_labels: Labels = "task",
     split: Split = (0.64, 0.16, 0.2),
     seed: Seed = 0,
     words: Count = 2,
@@ -121,8 +120,6 @@ def text_splits(
         ValueError: Options out of range.
     """
     train_way = way if train_way is None else train_way
-    if train_labels not in ("task", "class"):
-        raise ValueError(f"train_labels must be 'task' or 'class', got {train_labels!r}.")
     encode = Hashing(words, characters, length)
     identity = {"version": 1, "encode": asdict(encode), "outside": outside, "origin": origin}
     arrays = cached(name, identity, lambda: _by_class(read(), outside, encode))
@@ -135,7 +132,7 @@ def text_splits(
     for part, w, size in zip(parts, ways, sizes, strict=True):
         check_enough(part, counts, names, w, shot, size, "texts")
     grams, starts = jnp.asarray(arrays["grams"]), np.cumsum(counts) - counts
-    own = (train_labels == "class", False, False)
+    own: tuple[Labels, ...] = (train_labels, "task", "task")
     return Splits(*(
         TextPool(grams, jnp.asarray(part, jnp.int32), jnp.asarray(starts[part], jnp.int32),
                  jnp.asarray(counts[part], jnp.int32), apart, encode, w, shot, size, labels)
