@@ -59,6 +59,7 @@ def build(kind: str, name: str, registry: dict[str, Any], option: str, value: An
     likelihood = Categorical() if name in LEARNERS and traits_of(name).of_classes else Gaussian()
     arguments = (mlp(3), likelihood) if registry is LEARNERS else ()
     needed = {"path": "no-such-file"} if name in ("images", "table", "texts") and option != "path" else {}
+    needed |= {"families": {"a": {"name": "sinusoid"}, "b": {"name": "sinusoid"}}} if name == "mixture" else {}
     return construct(kind, name, registry, *arguments, **needed, **{option: value})
 
 

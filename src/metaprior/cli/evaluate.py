@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metaprior.cli.screen import screen
-from metaprior.cli.tables import curve_table, report_table
+from metaprior.cli.tables import curve_table, family_table, report_table
 from metaprior.core.files import write_atomically
 from metaprior.core.runtime import configure
 from metaprior.core.types import Embedded, Learner, OutsideSource, group_count
@@ -135,6 +135,8 @@ def evaluate(
         # Figures can take minutes to compute, so they are shown even if they cannot be written.
         title = f"{recipe.name}, {recipe.learner}, {posterior or 'own'} posterior, {number} {kind}"
         console.print(report_table(report, title))
+        if (kinds := family_table(report)) is not None:
+            console.print(kinds)
     if told:
         console.print(rejection_table(told))
     if (curve := curve_table(report)) is not None:

@@ -26,7 +26,7 @@ from metaprior.experiments.pages import headlines as headline_table
 from metaprior.experiments.pages import number, with_headlines, write_pages
 from metaprior.experiments.recipe import Recipe, as_dict, build, training_of
 from metaprior.experiments.reports import name_of, read_report
-from metaprior.experiments.results import Result, commit, read_result, recipe_hash, statuses
+from metaprior.experiments.results import Result, commit, figures_of, read_result, recipe_hash, statuses
 from metaprior.experiments.runs import Run
 from metaprior.experiments.suite import Planned, load_suite
 from metaprior.training.loop import NonFiniteLoss
@@ -285,7 +285,7 @@ def _summary(title: str, jobs: list[Job]) -> Table:
         result = read_result(job.path)
         for name, (theirs, status) in statuses(result).items():
             name = name or next(iter(result.report.figures))
-            own = result.report.figures.get(name) or result.report.pooled.get(name)
+            own = figures_of(result).get(name)
             published = "" if status.kind == "not comparable" else number(theirs.mean, 4)
             table.add_row(job.name, f"{result.steps:,} of {result.asked:,}", f"{name} {own}", published, str(status))
     return table

@@ -338,6 +338,31 @@ class GroupedSource(TaskSource, Protocol):
 
 
 @runtime_checkable
+class FamilySource(TaskSource, Protocol):
+    """A source whose tasks come from named families with equal probabilities, such as sinusoids and lines.
+
+    Each task is an independent draw. `evaluate` draws all families equally often, and reports the figures of each.
+    """
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The names of the families, different from each other. Empty if this source wraps one without families."""
+        ...
+
+    def of_family(self, key: PRNGKeyArray, family: Int[Array, ""]) -> Task:
+        """Draws a task of one family. The function is pure and traceable.
+
+        Args:
+            key: Random key.
+            family: Index of the family, 0..len(families)-1.
+
+        Raises:
+            ValueError: A concrete index that is out of this range (`check_family`).
+        """
+        ...
+
+
+@runtime_checkable
 class WrappedSource(TaskSource, Protocol):
     """A source that changes the tasks of another one (augmented images, hidden labels, ...).
 
@@ -415,8 +440,34 @@ def group_count(source: Any) -> int | None:
     return source.group_count if isinstance(source, GroupedSource) else None
 
 
+def families_of(source: Any) -> tuple[str, ...]:
+    """Returns the names of the families that a source's tasks come from, or nothing if there is a single one.
+
+    Args:
+        source: A task source.
+    """
+    return tuple(source.families) if isinstance(source, FamilySource) else ()
+
+
+def check_family(family: Any, families: tuple[str, ...]) -> None:
+    """Checks the index of a family; a traced one passes.
+
+    Args:
+        family: The index.
+        families: The names of the families.
+
+    Raises:
+        ValueError: It is not an integer from 0 to len(families) - 1.
+    """
+    if isinstance(family, Tracer):
+        return
+    if jnp.ndim(family) or not jnp.issubdtype(jnp.result_type(family), jnp.integer) or not 0 <= family < len(families):
+        known = ", ".join(f"{i} {name}" for i, name in enumerate(families)) or "this source has none"
+        raise ValueError(f"family must be the index of a family ({known}), got {family!r}.")
+
+
 def group_order(source: Any, key: PRNGKeyArray, n: int) -> Int[Array, " n"]:
-    """Returns the groups of n tasks: every group once, in random order, before any group comes again.
+    """Returns the groups or families of n tasks: each of them once, in random order, before any of them comes again.
 
     Args:
         source: A task source.
@@ -424,9 +475,9 @@ def group_order(source: Any, key: PRNGKeyArray, n: int) -> Int[Array, " n"]:
         n: Number of tasks.
 
     Returns:
-        Indices of groups; for a source without groups, a permutation of 0..n-1.
+        Indices of groups; of families if the source has these and no groups; else a permutation of 0..n-1.
     """
-    groups = group_count(source) or n
+    groups = group_count(source) or len(families_of(source)) or n
     rounds = [jax.random.permutation(k, groups) for k in jax.random.split(key, -(-n // groups))]
     return jnp.concatenate(rounds)[:n]
 
@@ -437,10 +488,13 @@ def draw_task(source: Any, key: PRNGKeyArray, group: Int[Array, ""]) -> Task:
     Args:
         source: A task source.
         key: Random key.
-        group: The group to draw from. It is ignored if the source has no groups.
+        group: The group to draw from, as `group_order` returns it: a family if the source has families and no groups.
+            It is ignored if the source has neither.
     """
     if group_count(source) is not None:
         return source.of_group(key, group)
+    if families_of(source):
+        return source.of_family(key, group)
     return jax.tree.map(lambda leaf: leaf[0], source.sample(key, 1))
 
 
@@ -631,10 +685,11 @@ def examples(batch: Batch) -> int:
 
 
 __all__ = [
-    "PLAIN", "Array", "Attributes", "Batch", "Bool", "Call", "Float", "GroupedSource", "Learner", "Model",
-    "PRNGKeyArray", "Predictive", "PyTree", "Scalar", "Splits", "Task", "TaskSource", "check_known", "check_numbers",
-    "check_rows", "check_settled", "check_source", "check_weight", "counted", "draw_task", "examples", "group_count",
-    "group_order", "known_labels", "labelled", "settled", "weighted_mean", "weights",
+    "PLAIN", "Array", "Attributes", "Batch", "Bool", "Call", "FamilySource", "Float", "GroupedSource", "Learner",
+    "Model", "PRNGKeyArray", "Predictive", "PyTree", "Scalar", "Splits", "Task", "TaskSource", "check_family",
+    "check_known", "check_numbers", "check_rows", "check_settled", "check_source", "check_weight", "counted",
+    "draw_task", "examples", "families_of", "group_count", "group_order", "known_labels", "labelled", "settled",
+    "weighted_mean", "weights",
 ]  # fmt: skip
 
 

@@ -41,21 +41,25 @@ def title_of(name: str) -> str:
     """Returns a figure's name as it is printed.
 
     Args:
-        name: Its key in a report, e.g. 'nll'.
+        name: Its key in a report, e.g. 'nll', or that of a family's figure, e.g. 'mse of line'.
     """
     special = {"nll": "NLL", "mse": "MSE", "rmse": "RMSE", "ece": "ECE", "mce": "MCE"}
-    return special.get(name, name.replace("_", " "))
+    figure, of, family = name.partition(" of ")
+    return special.get(figure, figure.replace("_", " ")) + of + family
 
 
-def figure_of(per_task: np.ndarray, groups: np.ndarray | None = None) -> Figure:
+def figure_of(per_task: np.ndarray, groups: np.ndarray | None = None, families: np.ndarray | None = None) -> Figure:
     """Computes the mean of one number per task, and the half-width t_{g-1} sd / sqrt(g) of its 95 % interval.
 
     Without groups, g is the number of tasks. With groups, g is the number of groups, and the mean and the sd are those
-    of the groups' means, so each group counts once however often it was drawn.
+    of the groups' means, so each group counts once however often it was drawn. With F families that were drawn equally
+    often, the sd is the one within families, and t has g - F degrees of freedom, since how many tasks each family has
+    is not random.
 
     Args:
         per_task: The numbers [tasks].
         groups: The group of each task [tasks].
+        families: The family of each task [tasks], where each family has the same number of tasks up to one.
 
     Returns:
         The figure. It is infinite or NaN if a task diverged, and has no interval if there is one task or group.
@@ -70,4 +74,9 @@ def figure_of(per_task: np.ndarray, groups: np.ndarray | None = None) -> Figure:
         g = values.size
         if g < 2:
             return Figure(float(values.mean()), None)
-        return Figure(float(values.mean()), float(stdtrit(g - 1, 0.975) * values.std(ddof=1) / np.sqrt(g)))
+        within, strata = values, 1
+        if families is not None and len(np.unique(families)) < g:
+            names, place = np.unique(families, return_inverse=True)
+            within, strata = values - (np.bincount(place, values) / np.bincount(place))[place], len(names)
+        deviation = within.std(ddof=strata)
+        return Figure(float(values.mean()), float(stdtrit(g - strata, 0.975) * deviation / np.sqrt(g)))

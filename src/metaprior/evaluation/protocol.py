@@ -3,6 +3,7 @@
 Intervals are t sd / sqrt(g) with Student's t of g - 1 degrees of freedom. g counts independent observations. Where
 tasks are independent draws, g is the number of tasks; with hundreds of tasks this is the field's 1.96 sd / sqrt(tasks).
 Where tasks come from a fixed number of groups, g is the number of groups, and the observations are the groups' means.
+Where tasks come from families, which are drawn equally often, the sd is the one within families.
 Episodes from a pool of classes are independent draws given the pool, so their intervals hold for these classes, not for
 other ones. ECE, MCE and PIT pool all query examples.
 """
@@ -29,6 +30,7 @@ from metaprior.core.types import (
     check_weight,
     counted,
     draw_task,
+    families_of,
     group_count,
     group_order,
     weighted_mean,
@@ -108,7 +110,8 @@ def evaluate(
 ) -> Report:
     """Adapts a learner to new tasks and evaluates its predictions of their queries.
 
-    The figures of a table are in the units of its target.
+    The figures of a table are in the units of its target. If the source has families (`FamilySource`), the report also
+    has the figures of each of them.
 
     Args:
         learner: The learner.
@@ -116,7 +119,8 @@ def evaluate(
         source: The test tasks.
         key: The random key of the tasks and of the adaptation.
         tasks: The number of tasks. The default is one task per group if the source has groups, and 600 otherwise.
-            A source with groups draws each group once before any group is drawn again.
+            A source with groups draws each group once before any group is drawn again; one with families draws all
+            families equally often, up to one task.
         chunk: The number of tasks at once in memory.
         course: The learner whose `path` gives the figures after each inner step. The default is `learner` itself, if
             it has a `path`. Give one with a cheaper posterior to save time.
@@ -178,9 +182,10 @@ def evaluate(
     found = jax.device_get(run(shared, (jax.random.split(key, tasks), place)))
     scores, steps, weight, others, (support, query) = found
     check_targets(kind := kinds[0], support, query, bool(np.isnan(scores["nll"][weight > 0]).any()))
-    members = None if groups is None else np.asarray(place)
-    report = summarise(units.scaled(scores), units.scaled(steps), weight, members)
-    own_figures = {name: figure_of(values, members) for name, values in others.items()}
+    names = () if groups else families_of(source)
+    members, kin = (np.asarray(place) if of else None for of in (groups, names))
+    report = summarise(units.scaled(scores), units.scaled(steps), weight, members, kin, names)
+    own_figures = {name: figure_of(values, members, kin) for name, values in others.items()}
     if learner.transduce is not None:
         note = "transductive: each prediction may depend on the other queries of its task"
         report = replace(report, notes=[*report.notes, note])
@@ -297,6 +302,8 @@ def summarise(
     steps: dict[str, np.ndarray],
     weight: np.ndarray,
     groups: np.ndarray | None = None,
+    families: np.ndarray | None = None,
+    names: Sequence[str] = (),
 ) -> Report:
     """Summarises the scores of many tasks in a report.
 
@@ -307,6 +314,8 @@ def summarise(
         steps: Means after 0, 1, ..., k inner steps by name, [tasks, k + 1].
         weight: The weights of the query examples [tasks, n].
         groups: The group of each task [tasks], or None if tasks are independent draws.
+        families: The family of each task [tasks], or None if there is a single family.
+        names: The names of the families.
 
     Returns:
         The report.
@@ -319,24 +328,28 @@ def summarise(
         raise ValueError("query: no task has an example with a weight above 0, so there is nothing to judge.")
     lost = int((~kept).sum())
     scores, steps = ({name: values[kept] for name, values in of.items()} for of in (scores, steps))
-    weight, groups = weight[kept], None if groups is None else groups[kept]
+    weight, (groups, families) = weight[kept], (None if of is None else of[kept] for of in (groups, families))
     total = weight.sum(-1)
     counts = weight > 0
     means = {
         name: (np.where(counts, values, 0) * weight).sum(-1) / total
         for name, values in scores.items() if values.ndim == 2
     }  # fmt: skip
-    names = [n for n in ("accuracy", "mse", "nll", "brier") if n in scores]
-    names += [n for n in scores if n.startswith(("coverage_", "width_"))]
-    figures = {name: figure_of(means[name], groups) for name in names}
+    shown = [n for n in ("accuracy", "mse", "nll", "brier") if n in scores]
+    shown += [n for n in scores if n.startswith(("coverage_", "width_"))]
+    figures = {name: figure_of(means[name], groups, families) for name in shown}
+    of_family = {
+        family: {name: figure_of(means[name][families == i]) for name in shown}
+        for i, family in enumerate(names) if (families == i).any()
+    }  # fmt: skip
     curve = []
     for step in range(next(iter(steps.values())).shape[1] if steps else 0):
-        curve.append({name: figure_of(values[:, step], groups) for name, values in steps.items()})
+        curve.append({name: figure_of(values[:, step], groups, families) for name, values in steps.items()})
     number = None if groups is None else len(np.unique(groups))
     notes = _notes(len(weight), number, lost)
     if diverged := int(np.isnan(means["nll"]).sum()):
         notes.append(f"{diverged} of {len(weight)} tasks have predictions of NaN: the learner diverged on them")
-    report = Report("", len(weight), figures, {}, curve, groups=number, notes=notes)
+    report = Report("", len(weight), figures, {}, curve, groups=number, families=of_family, notes=notes)
     flat = {name: values[counts] for name, values in scores.items()}
     of_row = weight[counts]
     if "accuracy" in scores:

@@ -29,6 +29,7 @@ class Report:
         pit: Of a regression, the density of the probability integral transform in equal bins of [0, 1].
         target: The name of the predicted column of a table. Errors, widths and NLL are in its units.
         groups: The number of groups that the tasks come from, or None if tasks are independent draws.
+        families: The figures of each family of tasks by its name; empty if there is a single family.
         notes: Sentences about what the figures do not show.
     """
 
@@ -41,6 +42,7 @@ class Report:
     pit: list[float] = field(default_factory=list)
     target: str | None = None
     groups: int | None = None
+    families: dict[str, dict[str, Figure]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -80,15 +82,25 @@ class Report:
             list(_numbers(dict(enumerate(rows["pit"])), "pit").values()),
             accept(str | None, table.get("target"), "target"),
             accept(Count | None, table.get("groups"), "groups"),
+            {
+                family: _figures(row, f"families.{family}")
+                for family, row in accept(dict, table.get("families", {}), "families").items()
+            },
             list(accept(tuple[str, ...], rows["notes"], "notes")),
         )
 
     def __str__(self) -> str:
         rows = [(title_of(name), str(figure)) for name, figure in self.figures.items()]
         rows += [(title_of(n), "-" if v is None else f"{v:{digits_of(v)}}") for n, v in self.pooled.items()]
+        rows += [(title_of(name), str(figure)) for name, figure in self.of_families().items()]
         width = max(len(name) for name, _ in rows) if rows else 0
         lines = [self.heading(), *(f"{name:{width}}  {value}" for name, value in rows)]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def of_families(self) -> dict[str, Figure]:
+        """Returns the main figure (accuracy or mse) of each family, by names such as 'accuracy of blur'."""
+        main = next(iter(self.figures), "")
+        return {f"{main} of {family}": row[main] for family, row in self.families.items() if main in row}
 
     def heading(self, title: str = "") -> str:
         """Returns the title of the report's table, with the number of groups and the name of the target.

@@ -421,7 +421,11 @@ def most_ways(recipe: Recipe, preparation: Preparation | None = None) -> int | N
         The number, or None if tasks have no classes.
     """
     tasks = own_table(recipe.tasks, recipe.learner)
-    ways = [tasks[name] for name in ("way", "train_way") if name in tasks]
+    families = tasks.get("families")  # a mixture has a table for each of its families
+    tables = [tasks, *(families.values() if isinstance(families, dict) else ())]
+    ways = [
+        table[name] for table in tables for name in ("way", "train_way") if isinstance(table, dict) and name in table
+    ]
     ways += [len(preparation.target.classes)] if preparation is not None and preparation.target.classes else []
     return max(ways, default=None)
 

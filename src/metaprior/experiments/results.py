@@ -287,6 +287,15 @@ def option_of(recipe: Recipe, name: str) -> Any:
     return own_table(tables, recipe.learner).get(option)
 
 
+def lower_is_better(name: str) -> bool:
+    """Whether lower values of a figure are better.
+
+    Args:
+        name: The figure's name, e.g. 'mse', or that of a family's figure, e.g. 'mse of line'.
+    """
+    return name.partition(" of ")[0] in LOWER
+
+
 def status_of(ours: Figure, published: Figure, *, lower: bool = False) -> str:
     """Compares a figure with a published one.
 
@@ -327,7 +336,7 @@ def statuses(result: Result) -> dict[str, tuple[Figure, Status]]:
         return {"": (nothing, Status("not comparable", str(found), result.cut))}
     report, less = figures_of(result), how_much_less(result, base)
     compared = {
-        name: (theirs, Status(status_of(report[name], theirs, lower=name in LOWER), less, result.cut))
+        name: (theirs, Status(status_of(report[name], theirs, lower=lower_is_better(name)), less, result.cut))
         for name, theirs in found.figures.items()
         if name in report and not (result.calibrated and name in OF_CALIBRATION)
     }
@@ -336,12 +345,13 @@ def statuses(result: Result) -> dict[str, tuple[Figure, Status]]:
 
 
 def figures_of(result: Result) -> dict[str, Figure]:
-    """Returns all figures of a result's report, including those without an interval.
+    """Returns all figures of a result's report, including those without an interval and those of families.
 
     Args:
         result: The result.
     """
-    return result.report.figures | {n: Figure(v, None) for n, v in result.report.pooled.items() if v is not None}
+    pooled = {n: Figure(v, None) for n, v in result.report.pooled.items() if v is not None}
+    return result.report.figures | pooled | result.report.of_families()
 
 
 def how_much_less(result: Result, base: Recipe) -> str:

@@ -12,9 +12,11 @@ from metaprior.tasks.images.folders import images, miniimagenet
 from metaprior.tasks.images.omniglot import omniglot
 from metaprior.tasks.images.oneshot import one_shot_runs, one_shot_source
 from metaprior.tasks.images.strokes import DescribedTasks, omniglot_strokes
+from metaprior.tasks.mixture import MixtureTasks, mixture, mixture_of
 from metaprior.tasks.pool import ClassPool, class_pool, pool_splits
 from metaprior.tasks.synthetic.ambiguous import ambiguous, linear, three_families
 from metaprior.tasks.synthetic.explained import two_circles, wave_or_line
+from metaprior.tasks.synthetic.families_2d import families_2d
 from metaprior.tasks.synthetic.linear_gaussian import linear_gaussian
 from metaprior.tasks.synthetic.optimisees import digits, quadratics
 from metaprior.tasks.synthetic.sinusoid import sinusoid, sinusoid_hard
@@ -42,6 +44,8 @@ SOURCES = Registry(
         "two_circles": two_circles,
         "linear_gaussian": linear_gaussian,
         "three_families": three_families,
+        "families_2d": families_2d,
+        "mixture": mixture,
         "omniglot": omniglot,
         "omniglot_strokes": omniglot_strokes,
         "miniimagenet": miniimagenet,
@@ -113,6 +117,7 @@ __all__ = [
     "Examples",
     "FixedTasks",
     "HiddenLabels",
+    "MixtureTasks",
     "Preparation",
     "Scaling",
     "TextPool",
@@ -132,11 +137,14 @@ __all__ = [
     "eight_schools",
     "eight_schools_reference",
     "encode_labels",
+    "families_2d",
     "hide_labels",
     "images",
     "linear",
     "linear_gaussian",
     "miniimagenet",
+    "mixture",
+    "mixture_of",
     "omniglot",
     "omniglot_strokes",
     "one_shot_runs",

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from metaprior.core.options import Fraction, checked
-from metaprior.core.types import Batch, Splits, Task, TaskSource, check_source, draw_task, group_count
+from metaprior.core.types import (
+    Batch,
+    Splits,
+    Task,
+    TaskSource,
+    check_family,
+    check_source,
+    draw_task,
+    families_of,
+    group_count,
+)
 
 UNKNOWN = -1  # the value of a hidden label
 KINDS = ("shown", "askable", "left_out")
@@ -83,6 +93,16 @@ class HiddenLabels:
         key_task, key_hide = jax.random.split(key)
         task = draw_task(self.source, key_task, group)
         return Task(self._hide(key_hide, task.support), task.query)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families of the source's tasks, empty if it has none."""
+        return families_of(self.source)
+
+    def of_family(self, key: PRNGKeyArray, family: Int[Array, ""]) -> Task:
+        """Draws a task of one of the source's families and hides labels of its support."""
+        check_family(family, self.families)
+        return self.of_group(key, family)
 
     def _hide(self, key: PRNGKeyArray, support: Batch) -> Batch:
         if jnp.issubdtype(support.y.dtype, jnp.inexact) or support.y.ndim != 1:
