@@ -35,7 +35,7 @@ WITHOUT = {
     "l2l": {"optimizer", "remat"},
     "meta_lstm": {"optimizer", "first_order", "remat"},
 }
-DESCENDING = ["maml", "anil", "nil", "cavia", "amortized_bml", "bmaml", "platipus", "maml_noise", *WITHOUT]
+DESCENDING = ["maml", "taml", "anil", "nil", "cavia", "amortized_bml", "bmaml", "platipus", "maml_noise", *WITHOUT]
 
 
 def learner_of(name, **options):

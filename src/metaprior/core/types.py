@@ -187,6 +187,25 @@ class ClassPredictive(Predictive, Protocol):
         ...
 
 
+class Joint(NamedTuple):
+    """A term of the training objective that is a function of all tasks of a meta-batch.
+
+    The objective is mean_j loss_j + measure(s_1, ..., s_J), where s_j is the score of task j. Training computes all
+    scores first, on all devices, and then adds weight_j s_j to the loss of task j, where weight_j is the derivative of
+    the measure by s_j. This gives the exact gradient, also where only some of the tasks are in memory at once.
+
+    Attributes:
+        name: The name of the term among the training metrics.
+        score: Function (params, task, key) -> scalar. The key is that of the task's loss.
+        measure: Function (scores [J]) -> scalar, which `jax.grad` differentiates. It raises a ValueError if it is not
+            defined for this number of tasks or, outside compiled code, for these scores; in compiled code it is NaN.
+    """
+
+    name: str
+    score: Callable[[PyTree, Task, PRNGKeyArray], Scalar]
+    measure: Callable[[Float[Array, " J"]], Scalar]
+
+
 class Learner(NamedTuple):
     """A meta-learning algorithm: four pure functions and a few optional ones.
 
@@ -210,6 +229,7 @@ class Learner(NamedTuple):
         transduce: Function (params, support, query, key) -> posterior, which may use all query inputs of the task.
             The query is a batch with weights and without targets. A learner with this function is evaluated by it
             instead of `adapt`.
+        joint: A term of the training objective that is a function of all tasks of a meta-batch, or None.
     """
 
     init: Callable[[PRNGKeyArray, Task], PyTree]
@@ -222,6 +242,7 @@ class Learner(NamedTuple):
     knobs: tuple[tuple[str, float], ...] = ()
     turn: Callable[[Mapping[str, Any]], "Learner"] | None = None
     transduce: Callable[[PyTree, Batch, Batch, PRNGKeyArray], PyTree] | None = None
+    joint: Joint | None = None
 
     def posterior(self, params: PyTree, support: Batch, query: Batch, key: PRNGKeyArray) -> PyTree:
         """Returns the posterior that predicts the queries: that of `transduce` if there is one, else that of `adapt`.

@@ -31,6 +31,7 @@ from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
 from metaprior.learners.siamese import siamese
 from metaprior.learners.snail import snail
+from metaprior.learners.taml import taml
 from metaprior.learners.tapnet import tapnet
 from metaprior.learners.traits import Traits, stated
 from metaprior.learners.zero_shot import zero_shot
@@ -38,6 +39,7 @@ from metaprior.learners.zero_shot import zero_shot
 LEARNERS = Registry("learner", {
     "maml": maml,
     "fomaml": fomaml,
+    "taml": taml,
     "anil": anil,
     "nil": nil,
     "cavia": cavia,

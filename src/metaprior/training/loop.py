@@ -22,7 +22,7 @@ from metaprior.core.likelihoods import Counts
 from metaprior.core.options import Count, NonNegative, OuterOptimizer, Positive, Seed, Whole, check_fields, checked
 from metaprior.core.runtime import shared
 from metaprior.core.signals import interruptible
-from metaprior.core.types import Learner, Splits, Task, TaskSource, check_source, counted, settled, weighted_mean
+from metaprior.core.types import Joint, Learner, Splits, Task, TaskSource, check_source, counted, settled, weighted_mean
 from metaprior.evaluation.protocol import check_targets
 
 BLOCK_BYTES = 2**23  # the size of tasks that are drawn in advance, which fits in a processor's cache
@@ -260,7 +260,12 @@ def init_state(learner: Learner, source: TaskSource, training: Training) -> Trai
 
 
 def meta_gradient(
-    learner: Learner, params: PyTree, tasks: Task, keys: PRNGKeyArray, task_chunk: int | None
+    learner: Learner,
+    params: PyTree,
+    tasks: Task,
+    keys: PRNGKeyArray,
+    task_chunk: int | None,
+    axis: str | None = None,
 ) -> tuple[dict[str, Array], PyTree]:
     """Computes the mean metrics and the mean meta-gradient over tasks.
 
@@ -270,30 +275,64 @@ def meta_gradient(
         tasks: A stack of tasks.
         keys: A random key for each task.
         task_chunk: The number of tasks in memory at once, a divisor of their number. None means all.
+        axis: The name of the axis of devices that hold the other tasks of the meta-batch. None means that these are
+            all. It matters for learners with a `joint` term only.
 
     Returns:
         The metrics by name, with the loss, and the gradient.
     """
+    n, joint = keys.shape[0], learner.joint
+    weight, value = (jnp.zeros(n), None) if joint is None else _joint(joint, params, tasks, keys, task_chunk, axis)
 
-    def mean_loss(params: PyTree, tasks: Task, keys: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
+    def mean_loss(params: PyTree, tasks: Task, keys: PRNGKeyArray, weight: Array) -> tuple[Array, dict[str, Array]]:
         losses, metrics = jax.vmap(learner.loss, in_axes=(None, 0, 0))(params, tasks, keys)
-        return losses.mean(), jax.tree.map(jnp.mean, metrics | {"loss": losses})
+        metrics = jax.tree.map(jnp.mean, metrics | {"loss": losses})
+        if joint is None:
+            return losses.mean(), metrics
+        scores = jax.vmap(joint.score, in_axes=(None, 0, 0))(params, tasks, keys)
+        return (losses + weight * scores).mean(), metrics
 
     grad = jax.grad(mean_loss, has_aux=True)
-    n = keys.shape[0]
     if task_chunk is None or task_chunk == n:
-        gradient, metrics = grad(params, tasks, keys)
-        return metrics, gradient
-    groups = jax.tree.map(lambda leaf: leaf.reshape(n // task_chunk, task_chunk, *leaf.shape[1:]), (tasks, keys))
+        gradient, metrics = grad(params, tasks, keys, weight)
+    else:
+        groups = _grouped((tasks, keys, weight), task_chunk)
 
-    def add(total: PyTree, group: tuple[Task, PRNGKeyArray]) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, grad(params, *group)), None
+        def add(total: PyTree, group: tuple[Task, PRNGKeyArray, Array]) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, grad(params, *group)), None
 
-    shapes = jax.eval_shape(grad, params, *jax.tree.map(lambda leaf: leaf[0], groups))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total = jax.lax.scan(add, zero, groups)[0]
-    gradient, metrics = jax.tree.map(lambda leaf: leaf * task_chunk / n, total)
+        shapes = jax.eval_shape(grad, params, *jax.tree.map(lambda leaf: leaf[0], groups))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total = jax.lax.scan(add, zero, groups)[0]
+        gradient, metrics = jax.tree.map(lambda leaf: leaf * task_chunk / n, total)
+    if joint is not None and value is not None:
+        metrics = metrics | {"loss": metrics["loss"] + value, joint.name: value}
     return metrics, gradient
+
+
+def _grouped(tree: PyTree, size: int) -> PyTree:
+    """Splits the leading axis of all leaves into groups of equal size."""
+    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // size, size, *leaf.shape[1:]), tree)
+
+
+def _joint(
+    joint: Joint, params: PyTree, tasks: Task, keys: PRNGKeyArray, task_chunk: int | None, axis: str | None
+) -> tuple[Array, Array]:
+    """Computes the joint term of a meta-batch, without a gradient.
+
+    Returns:
+        The weight of each of these tasks' scores beside its loss, and the term's value.
+    """
+    n = keys.shape[0]
+    groups = _grouped((tasks, keys), task_chunk or n)
+    score = jax.vmap(joint.score, in_axes=(None, 0, 0))
+    scores = jax.lax.map(lambda group: score(params, *group), groups).reshape(n)
+    every = scores if axis is None else jax.lax.all_gather(scores, axis, tiled=True)
+    value, slope = jax.value_and_grad(joint.measure)(every)
+    start = 0 if axis is None else jax.lax.axis_index(axis) * n
+    # Each task's loss counts 1/J in the mean, so a score that should count `slope` gets the weight J * slope.
+    own = every.shape[0] * jax.lax.dynamic_slice_in_dim(slope, start, n)
+    return jax.lax.stop_gradient(own), jax.lax.stop_gradient(value)
 
 
 def step_mesh(training: Training) -> Mesh | None:
@@ -335,11 +374,13 @@ def mean_gradient(learner: Learner, training: Training) -> Callable[..., tuple[d
         learner: The learner.
         training: The settings.
     """
+    mesh = step_mesh(training)
+    axis = None if mesh is None else mesh.axis_names[0]
 
     def own_mean(params: PyTree, drawn: tuple[Task, PRNGKeyArray]) -> tuple[dict[str, Array], PyTree]:
-        return meta_gradient(learner, params, *drawn, training.at_once)
+        return meta_gradient(learner, params, *drawn, training.at_once, axis)
 
-    return mean_over_tasks(own_mean, step_mesh(training))
+    return mean_over_tasks(own_mean, mesh)
 
 
 def outer_update(training: Training) -> Callable[..., TrainState]:
@@ -466,7 +507,8 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
 def likely_cause(learner: Learner, source: TaskSource, training: Training, state: TrainState, step: int) -> str | None:
     """Returns the likely cause of a loss that is not finite, if the meta-step's tasks reveal it.
 
-    Causes are targets that are not possible (labels, counts or numbers), and counts whose rate overflowed.
+    Causes are targets that are not possible (labels, counts or numbers), counts whose rate overflowed, and a term of
+    the whole meta-batch (`Learner.joint`) that is not defined for its tasks.
 
     Args:
         learner: The learner.
@@ -475,7 +517,7 @@ def likely_cause(learner: Learner, source: TaskSource, training: Training, state
         state: The last good state.
         step: The meta-step.
     """
-    tasks = draw_tasks(training)(jnp.asarray(step), source)[0]
+    tasks, keys = draw_tasks(training)(jnp.asarray(step), source)
 
     def predicted(params: PyTree, task: Task, key: PRNGKeyArray) -> PyTree:
         return learner.predict(params, learner.posterior(params, task.support, task.query, key), task.query.x, key)
@@ -491,6 +533,12 @@ def likely_cause(learner: Learner, source: TaskSource, training: Training, state
             "a rate exp(output) that overflowed. Counts need small steps. Lower the inner and outer rates (--set "
             "learner.rate=..., --set training.rate=...), or clip gradients (--set training.clip_norm=1)."
         )
+    if learner.joint is not None:
+        scores = jax.jit(jax.vmap(learner.joint.score, in_axes=(None, 0, 0)))(state.params, tasks, keys)
+        try:
+            learner.joint.measure(scores)
+        except ValueError as error:
+            return str(error)
     return None
 
 

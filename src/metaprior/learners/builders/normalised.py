@@ -61,6 +61,11 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         return at(task.support).loss(params, task, key)
 
+    def score(params: PyTree, task: Task, key: PRNGKeyArray) -> Scalar:
+        joint = at(task.support).joint
+        assert joint is not None
+        return joint.score(params, task, key)
+
     def path(params: PyTree, support: Batch, key: PRNGKeyArray) -> Supported:
         course = at(support).path
         assert course is not None
@@ -81,6 +86,7 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
         knobs=plain.knobs,
         turn=None if plain.turn is None else turned,
         transduce=None if plain.transduce is None else transduce,
+        joint=None if plain.joint is None else plain.joint._replace(score=score),
     )
 
 
