@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
 from metaprior.core.named import lookup
-from metaprior.core.options import Positive, Way, checked
-from metaprior.core.types import Batch, Learner, Model, Task
+from metaprior.core.options import Positive, Way, Whole, checked
+from metaprior.core.types import Batch, Learner, Model, Task, weights
 from metaprior.learners.builders.amortised import embedding
 from metaprior.learners.builders.metric import (
     DISTANCES,
@@ -108,6 +108,7 @@ def protonet(
     temperature: Positive = 1.0,
     learn_temperature: bool = False,
     bayes: bool = False,
+    refine: Whole = 0,
     way: Way | None = None,
     transductive: bool = True,
 ) -> Learner:
@@ -121,15 +122,20 @@ def protonet(
         learn_temperature: Whether the temperature is meta-learned.
         bayes: Whether prototypes carry their uncertainty. The learned v starts at 1/2 (with a flat prior this is the
             squared distance), m at 0 and u at 1. Cannot be combined with the three options above.
+        refine: Number of steps of soft k-means in which the queries refine the prototypes: a query counts in each class
+            by its probability. The learner is then transductive. It needs no training of its own, so that a trained
+            learner can be evaluated with it. Cannot be combined with `bayes`.
         way: The largest number of classes in a task, in training or later. None: the number of the model's outputs.
         transductive: Whether queries are embedded as one batch. False embeds each query in a separate batch with
             the support, which matters under batch norm.
 
     Raises:
-        ValueError: The likelihood is not categorical, or `bayes` is combined with a distance or a temperature.
+        ValueError: The likelihood is not categorical, or `bayes` is combined with a distance, a temperature or
+            `refine`.
 
     References:
-        Snell, Swersky & Zemel (2017), Algorithm 1.
+        Snell, Swersky & Zemel (2017), Algorithm 1. `refine`: Ren et al. (2018), soft k-means, with the queries as
+        unlabelled examples.
     """
     check_classification("protonet", likelihood, way)
     if bayes and (distance != "euclidean" or learn_temperature or temperature != 1):
@@ -137,6 +143,8 @@ def protonet(
             "bayes must be False with a distance or a temperature, got True: its learned variances replace them. Leave "
             "them out."
         )
+    if bayes and refine:
+        raise ValueError(f"refine must be 0 with bayes, got {refine}. Leave one out.")
     measure: Callable = lookup("distance", distance, DISTANCES)
     embed = embedding(model)
 
@@ -156,6 +164,16 @@ def protonet(
         mean = class_means(shares, f)  # eq. 1
         return Prototypes(mean, jnp.zeros_like(mean), shares.sum(0), beside)
 
+    def refined(params: Metric, support: Batch, query: Batch, key: PRNGKeyArray) -> Prototypes:
+        """Returns the prototypes after `refine` steps of soft k-means on support and queries."""
+        classes = adapt(params, support, key)
+        shares, f = memberships(support, classes.shots.shape[0]), embed(params.embedding, support.x)
+        both = jnp.concatenate([f, embed_query(embed, params.embedding, query.x, classes.beside)])
+        for _ in range(refine):
+            soft = jax.nn.softmax(logits(params, classes, query.x)) * weights(query)[:, None]
+            classes = classes._replace(mean=class_means(jnp.concatenate([shares, soft]), both))
+        return classes
+
     def logits(params: Metric | Gaussians, classes: Prototypes, x: PyTree) -> Float[Array, "n way"]:
         f = embed_query(embed, params.embedding, x, classes.beside)
         if isinstance(params, Gaussians):
@@ -163,4 +181,4 @@ def protonet(
         scale = temperature if params.log_temperature is None else jnp.exp(params.log_temperature)
         return present(-measure(f, classes.mean) / scale, classes.shots)
 
-    return scored_by_query(init, adapt, logits)
+    return scored_by_query(init, adapt, logits, refined if refine else None)

@@ -30,10 +30,12 @@ from metaprior.learners.protonet import protonet
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
 from metaprior.learners.reptile import reptile
 from metaprior.learners.siamese import siamese
+from metaprior.learners.sib import sib
 from metaprior.learners.snail import snail
 from metaprior.learners.taml import taml
 from metaprior.learners.tapnet import tapnet
 from metaprior.learners.traits import Traits, stated
+from metaprior.learners.versa import versa
 from metaprior.learners.zero_shot import zero_shot
 
 LEARNERS = Registry("learner", {
@@ -62,6 +64,8 @@ LEARNERS = Registry("learner", {
     "zero_shot": zero_shot,
     "matching": matching,
     "siamese": siamese,
+    "versa": versa,
+    "sib": sib,
     "nearest_neighbour": nearest_neighbour,
     "fine_tune": fine_tune,
     "cnp": cnp,

@@ -15,7 +15,7 @@ from metaprior.networks.norm import batch_norm
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu, "leaky_relu": jax.nn.leaky_relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid,
-    "gelu": jax.nn.gelu,
+    "gelu": jax.nn.gelu, "elu": jax.nn.elu,
 }  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def mlp(
     Args:
         outputs: Number of outputs.
         hidden: Widths of the hidden layers.
-        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "gelu".
+        activation: "relu", "leaky_relu", "tanh", "sigmoid", "gelu" or "elu".
         norm: Whether batch norm follows each hidden layer.
         init_scale: Standard deviation of normal initial weights, truncated at two standard deviations (0.01 in MAML's
             code). None draws weights from Glorot's uniform distribution.

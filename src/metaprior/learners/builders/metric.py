@@ -124,6 +124,7 @@ def scored_by_query(
     init: Callable[[PRNGKeyArray, Task], PyTree],
     adapt: Callable[[PyTree, Batch, PRNGKeyArray], PyTree],
     logits: Callable[[PyTree, PyTree, PyTree], Float[Array, "n way"]],
+    transduce: Callable[[PyTree, Batch, Batch, PRNGKeyArray], PyTree] | None = None,
 ) -> Learner:
     """Builds a classifier whose loss is the query's mean nll under its own predictive distribution.
 
@@ -133,17 +134,19 @@ def scored_by_query(
         init: (key, task) -> params.
         adapt: (params, support, key) -> posterior.
         logits: (params, posterior, x) -> [n, way], log class probabilities of each query up to a constant.
+        transduce: (params, support, query, key) -> posterior, see `Learner.transduce`. The loss then uses it.
     """
 
     def predict(params: PyTree, posterior: PyTree, x: PyTree, key: PRNGKeyArray) -> Categories:
         return Categories(jax.nn.log_softmax(logits(params, posterior, x))[None])
 
     def loss(params: PyTree, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
-        predictive = predict(params, adapt(params, task.support, key), task.query.x, key)
+        predictive = predict(params, learner.posterior(params, *task, key), task.query.x, key)
         score = weighted_mean(-predictive.log_prob(counted(task.query).y), task.query)
         return score, fit_metrics(Categorical(), predictive.log_probs[0], task.query) | {"nll": score}
 
-    return Learner(init, adapt, predict, loss)
+    learner = Learner(init, adapt, predict, loss, transduce=transduce)  # whose posterior the loss is of
+    return learner
 
 
 class Shown(NamedTuple):
