@@ -34,6 +34,7 @@ WITHOUT = {
     "kl_chaser": {"first_order"},
     "l2l": {"optimizer", "remat"},
     "meta_lstm": {"optimizer", "first_order", "remat"},
+    "sib": {"optimizer", "first_order", "remat", "transductive"},
 }
 DESCENDING = ["maml", "taml", "anil", "nil", "cavia", "amortized_bml", "bmaml", "platipus", "maml_noise", *WITHOUT]
 

@@ -13,7 +13,7 @@ the logits are s (cos(z, theta_k) + b).
 xi is N-8N-8N-N for N classes, with ReLU and then batch norm over the queries of the task, in training and afterwards.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,11 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
-from metaprior.core.options import NonNegative, Positive, Way, Whole, checked
+from metaprior.core.named import passes_options_to
+from metaprior.core.options import NonNegative, Way
 from metaprior.core.types import Batch, Learner, Model, Task, weights
 from metaprior.inference.descent import half_square
+from metaprior.inference.inner_loop import InnerLoop
 from metaprior.learners.builders.amortised import embedding
 from metaprior.learners.builders.metric import (
     check_classification,
@@ -87,16 +89,9 @@ def synthetic_gradient(
 
 
 @traits(of_classes=True, reads_names=True, rules_out_unseen=True)
-@checked
+@passes_options_to(InnerLoop, without=("optimizer", "first_order", "remat", "transductive"), steps=3, rate=1e-3)
 def sib(
-    model: Model,
-    likelihood: Likelihood,
-    *,
-    steps: Whole = 3,
-    test_steps: Whole | None = None,
-    rate: Positive = 1e-3,
-    decay: NonNegative = 5e-4,
-    way: Way | None = None,
+    model: Model, likelihood: Likelihood, *, decay: NonNegative = 5e-4, way: Way | None = None, **inner: Any
 ) -> Learner:
     """Meta-learns a synthetic gradient by which the inputs of all queries improve a task's cosine classifier.
 
@@ -108,11 +103,10 @@ def sib(
     Args:
         model: The network; its features are compared (its outputs where it has none).
         likelihood: Must be `Categorical`.
-        steps: Number K of steps. With at least one, a task needs two queries or more.
-        test_steps: Number of steps on a new task. None: `steps`. 0 makes the learner inductive.
-        rate: Learning rate of the steps. They sum over the queries.
         decay: Weight of decay / 2 |params|^2, without the model's parameters, in the loss.
         way: The number of classes N, which fixes the size of xi. None: the number of the model's outputs.
+        inner: Options of the steps, see `InnerLoop`. They sum over the queries, of which each task needs at least two.
+            `test_steps=0` makes the learner inductive.
 
     Raises:
         ValueError: The likelihood is not categorical, or (when adapting) there is only one query, for which batch norm
@@ -122,7 +116,7 @@ def sib(
         Hu et al. (2020), "Empirical Bayes transductive meta-learning with synthetic gradients", Algorithm 1.
     """
     check_classification("sib", likelihood, way)
-    features = embedding(model)
+    features, loop = embedding(model), InnerLoop(**inner)
 
     def embed(params: PyTree, x: PyTree) -> Float[Array, "n d"]:
         return unit(features(params, x))
@@ -152,7 +146,7 @@ def sib(
         def step(theta: Float[Array, "way d"], _: None) -> tuple[Float[Array, "way d"], None]:
             logits, pull = jax.vjp(lambda theta: cosines(params, theta, z), theta)
             xi = synthetic_gradient(params.gradient, jnp.where(there, logits, 0), weight)
-            return theta - rate * pull(jnp.where(there, xi, 0) * weight[:, None])[0], None
+            return theta - loop.rate * pull(jnp.where(there, xi, 0) * weight[:, None])[0], None
 
         return start._replace(theta=jax.lax.scan(step, start.theta, length=k)[0])
 
@@ -165,7 +159,7 @@ def sib(
 
         return scored_by_query(init, adapt, logits, transduce if k else None)
 
-    trained, judged = stepping(steps), stepping(steps if test_steps is None else test_steps)
+    trained, judged = stepping(loop.steps), stepping(loop.on_new_task)
 
     def loss(params: Synthetic, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
         score, metrics = trained.loss(params, task, key)
