@@ -81,8 +81,7 @@ def test_unlabelled_examples_are_news_to_the_graph_and_left_out_ones_are_not():
 @pytest.mark.slow
 def test_learners_that_compare_embeddings_ignore_unlabelled_examples(name):
     on = {"on": "pixels"} if name == "nearest_neighbour" else {}
-    wide = BARE._replace(features=lambda params, x: jnp.concatenate([x, x**2], -1))  # more features than classes
-    learner = make_learner(name, wide, Categorical(), way=3, **on)
+    learner = make_learner(name, mlp(3, (8,), "tanh"), Categorical(), way=3, **on)
     params = learner.init(KEY, TASK)
     keep = np.array([0, 1, 5, 6, 10])
 

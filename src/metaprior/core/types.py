@@ -230,6 +230,8 @@ class Learner(NamedTuple):
             The query is a batch with weights and without targets. A learner with this function is evaluated by it
             instead of `adapt`.
         joint: A term of the training objective that is a function of all tasks of a meta-batch, or None.
+        schedule: Function (progress) -> the learner whose loss training uses when this share of the meta-steps is done,
+            from 0 to 1, a traced scalar. None if the loss does not change during training.
     """
 
     init: Callable[[PRNGKeyArray, Task], PyTree]
@@ -243,6 +245,7 @@ class Learner(NamedTuple):
     turn: Callable[[Mapping[str, Any]], "Learner"] | None = None
     transduce: Callable[[PyTree, Batch, Batch, PRNGKeyArray], PyTree] | None = None
     joint: Joint | None = None
+    schedule: Callable[[Scalar], "Learner"] | None = None
 
     def posterior(self, params: PyTree, support: Batch, query: Batch, key: PRNGKeyArray) -> PyTree:
         """Returns the posterior that predicts the queries: that of `transduce` if there is one, else that of `adapt`.
@@ -261,15 +264,17 @@ class Learner(NamedTuple):
         """Returns this learner with some functions replaced.
 
         Args:
-            change: Makes the same replacement in another learner. It is applied to the learners that `settle` and
-                `turn` return.
+            change: Makes the same replacement in another learner. It is applied to the learners that `settle`, `turn`
+                and `schedule` return.
             functions: The new functions, by name.
         """
-        settle, turn = self.settle, self.turn
+        settle, turn, schedule = self.settle, self.turn, self.schedule
         if settle is not None:
             functions["settle"] = lambda params, source, key: change(settle(params, source, key))
         if turn is not None:
             functions.setdefault("turn", lambda knobs: change(turn(knobs)))
+        if schedule is not None:
+            functions.setdefault("schedule", lambda progress: change(schedule(progress)))
         return self._replace(**functions)
 
 

@@ -18,6 +18,7 @@ from metaprior.core.options import Count
 from metaprior.core.types import Call, Learner, Model, Task
 from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.posteriors import PosteriorRule, point
+from metaprior.learners.builders.amortised import modulated_layers
 from metaprior.learners.builders.gradient import Adaptation, query_learner
 from metaprior.learners.traits import traits
 from metaprior.networks.layers import flat
@@ -89,30 +90,14 @@ def cavia(
                 ) from error
         key_theta, key_film = jax.random.split(key)
         theta = model.init(key_theta, x)
-        width = layer_width(model, layer, theta, x)
-        return Told(theta, jax.nn.initializers.glorot_uniform()(key_film, (context, 2 * width)))
+        widths = modulated_layers(model, theta, x)
+        if layer not in widths:
+            known = ", ".join(widths) or "none: the model has no norm"
+            raise ValueError(f"layer must be one of {known}, got {layer!r}.")
+        return Told(theta, jax.nn.initializers.glorot_uniform()(key_film, (context, 2 * widths[layer])))
 
     def start(params: Told) -> Float[Array, " k"]:
         return jnp.zeros(context, jax.tree.leaves(params.theta)[0].dtype)
 
     adaptation = Adaptation(model, init, start, network, lambda params: optimizer)
     return query_learner(adaptation, likelihood, loop, posterior)
-
-
-def layer_width(model: Model, layer: str, theta: PyTree, x: PyTree) -> int:
-    """Returns the number of channels of a layer that can be modulated.
-
-    Raises:
-        ValueError: The model has no such layer.
-    """
-    widths: dict[str, int] = {}
-
-    def modulate(name: str, s: Array) -> Array:
-        widths[name] = s.shape[-1]
-        return s
-
-    by = jnp.ones(jax.tree.leaves(x)[0].shape[0])
-    jax.eval_shape(lambda p, x: model.outputs(p, x, Call(by=by, modulate=modulate)), theta, x)
-    if layer not in widths:
-        raise ValueError(f"layer must be one of {', '.join(widths) or 'none: the model has no norm'}, got {layer!r}.")
-    return widths[layer]

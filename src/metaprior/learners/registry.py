@@ -32,6 +32,7 @@ from metaprior.learners.reptile import reptile
 from metaprior.learners.siamese import siamese
 from metaprior.learners.sib import sib
 from metaprior.learners.snail import snail
+from metaprior.learners.tadam import tadam
 from metaprior.learners.taml import taml
 from metaprior.learners.tapnet import tapnet
 from metaprior.learners.traits import Traits, stated
@@ -61,6 +62,7 @@ LEARNERS = Registry("learner", {
     "maml_noise": maml_noise,
     "protonet": protonet,
     "tapnet": tapnet,
+    "tadam": tadam,
     "zero_shot": zero_shot,
     "matching": matching,
     "siamese": siamese,

@@ -405,6 +405,8 @@ def outer_update(training: Training) -> Callable[..., TrainState]:
 def meta_step(learner: Learner, training: Training) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Returns one outer step, (state, (tasks, keys)) -> (state, metrics): `mean_gradient`, then `outer_update`.
 
+    A learner with a `schedule` receives the share of meta-steps that are done.
+
     Args:
         learner: The learner.
         training: The settings.
@@ -412,7 +414,11 @@ def meta_step(learner: Learner, training: Training) -> Callable[..., tuple[Train
     mean, update = mean_gradient(learner, training), outer_update(training)
 
     def step(state: TrainState, drawn: tuple[Task, PRNGKeyArray]) -> tuple[TrainState, dict[str, Array]]:
-        metrics, gradient = mean(state.params, drawn)
+        if learner.schedule is None:
+            metrics, gradient = mean(state.params, drawn)
+        else:
+            now = learner.schedule(state.step / training.steps)
+            metrics, gradient = mean_gradient(now, training)(state.params, drawn)
         after = update(state, gradient, metrics)
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradient))
         return after, metrics

@@ -12,22 +12,43 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Categorical, Likelihood, one_hot
-from metaprior.core.types import Batch, Learner, Model, Task
+from metaprior.core.types import PLAIN, Batch, Call, Learner, Model, Task
 from metaprior.inference.descent import mean_nll
 from metaprior.learners.builders.gradient import fit_metrics
 from metaprior.learners.builders.knobs import with_noise
 
 
-def embedding(model: Model) -> Callable[[PyTree, PyTree], Float[Array, "n d"]]:
-    """Returns (params, x) -> the model's flat features, or its outputs where it has no features; x may be empty."""
-    see = model.apply if model.features is None else model.features
+def embedding(model: Model) -> Callable[..., Float[Array, "n d"]]:
+    """Returns (params, x, call=PLAIN) -> the model's flat features, else its outputs; x may be empty."""
+    see = model if model.features is None else model._replace(apply=model.features)
 
-    def embed(params: PyTree, x: PyTree) -> Float[Array, "n d"]:
+    def embed(params: PyTree, x: PyTree, call: Call = PLAIN) -> Float[Array, "n d"]:
         n = jax.tree.leaves(x)[0].shape[0]
-        f = see(params, x if n else jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), x))[:n]
+        some = x if n else jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), x)
+        f = see.outputs(params, some, call)[:n]
         return f.reshape(n, prod(f.shape[1:]))
 
     return embed
+
+
+def modulated_layers(model: Model, params: PyTree, x: PyTree) -> dict[str, int]:
+    """Returns the number of channels of each layer that the `modulate` of a `Call` can change.
+
+    Args:
+        model: The network. One that takes no `Call` has no such layer.
+        params: Its parameters.
+        x: Inputs of the network.
+    """
+    widths: dict[str, int] = {}
+
+    def modulate(name: str, s: Array) -> Array:
+        widths[name] = s.shape[-1]
+        return s
+
+    if model.calls:
+        by = jnp.ones(jax.tree.leaves(x)[0].shape[0])
+        jax.eval_shape(lambda p, x: model.outputs(p, x, Call(by=by, modulate=modulate)), params, x)
+    return widths
 
 
 def output_width(model: Model, params: PyTree, x: PyTree) -> int:

@@ -77,6 +77,9 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
     def turned(knobs: Mapping[str, Any]) -> Learner:
         return of_support(lambda network: _turned(make(network), knobs), model)
 
+    def scheduled(progress: Scalar) -> Learner:
+        return of_support(lambda network: _scheduled(make(network), progress), model)
+
     return Learner(
         init,
         adapt,
@@ -87,12 +90,18 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
         turn=None if plain.turn is None else turned,
         transduce=None if plain.transduce is None else transduce,
         joint=None if plain.joint is None else plain.joint._replace(score=score),
+        schedule=None if plain.schedule is None else scheduled,
     )
 
 
 def _turned(learner: Learner, knobs: Mapping[str, Any]) -> Learner:
     assert learner.turn is not None
     return learner.turn(knobs)
+
+
+def _scheduled(learner: Learner, progress: Scalar) -> Learner:
+    assert learner.schedule is not None
+    return learner.schedule(progress)
 
 
 def _every_step(steps: PyTree, support: Batch) -> Supported:
