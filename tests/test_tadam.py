@@ -166,16 +166,16 @@ def test_places_are_no_labels_for_co_training():
         tadam(Model(lambda key, x: jnp.eye(D), lambda w, x: x @ w), Categorical(), way=WAY).init(KEY, task_of())
 
 
-def pool(own):
+def pool(labels):
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8)
-    return class_pool(images, [3] * 20, way=5, shot=1, query=2, own_labels=own)
+    return class_pool(images, [3] * 20, way=5, shot=1, query=2, labels=labels)
 
 
 @pytest.mark.parametrize("norm", ["batch", "task"])
 @pytest.mark.slow
 def test_a_meta_step_knows_how_much_of_the_training_is_done(norm):
     """The update at step 5 of 10 is that of the scheduled learner at one half, not of the learner at the start."""
-    source, training = pool(True), Training(steps=10, meta_batch=2, optimizer="sgd", rate=1.0)
+    source, training = pool("class"), Training(steps=10, meta_batch=2, optimizer="sgd", rate=1.0)
     model = conv4(5, filters=4, blocks=2, norm=norm)
     learner = make_learner("tadam", model, Categorical(), auxiliary=20)
     state = init_state(learner, source, training)._replace(step=jnp.asarray(5))

@@ -125,7 +125,7 @@ def check_class_numbers(task: Task, classes: int) -> None:
         raise ValueError(
             f"auxiliary must be None for training tasks whose labels are the places of their classes, 0..{y[-1]}, got "
             f"{classes}: co-training needs labels that mean the same in every task. Use tasks.train_labels='class', or "
-            "own_labels=True of a pool of classes."
+            "labels='class' of a pool of classes."
         )
 
 
