@@ -291,9 +291,9 @@ def test_renaming_the_classes_renames_the_answers(name):
 
 
 def _is_weight(path):
-    """Of theta, not of the rates or spreads beside it."""
+    """Of theta, not of the rates, spreads or encoders beside it."""
     names = [getattr(k, "name", None) for k in path]
-    return not {"rule", "log_sd", "log_sd_q"} & set(names)
+    return not {"rule", "log_sd", "log_sd_q", "bottleneck"} & set(names)
 
 
 @pytest.mark.parametrize("name", LEARNERS)

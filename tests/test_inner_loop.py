@@ -36,7 +36,8 @@ WITHOUT = {
     "meta_lstm": {"optimizer", "first_order", "remat"},
     "sib": {"optimizer", "first_order", "remat", "transductive"},
 }
-DESCENDING = ["maml", "taml", "anil", "nil", "cavia", "amortized_bml", "bmaml", "platipus", "maml_noise", *WITHOUT]
+DESCENDING = ["maml", "taml", "anil", "nil", "cavia", "mr_maml", "amortized_bml", "bmaml", "platipus", "maml_noise"]
+DESCENDING += WITHOUT
 
 
 def learner_of(name, **options):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from metaprior.core.likelihoods import LIKELIHOODS, Likelihood
 from metaprior.core.named import construct, lookup, nearest, option_names
@@ -181,6 +181,8 @@ def check_options(recipe: Recipe, *, tasks: bool = True) -> None:
     lookup("learner", recipe.learner, LEARNERS)
     for learner, options in recipe.learners.items():
         given = {name: value for name, value in options.items() if name != "posterior"}
+        for option in network_options(learner) & given.keys():
+            named(f"learner.{option}", accept(dict, given.pop(option), f"learner.{option}"), NETWORKS)
         accept_options(lookup("learner", learner, LEARNERS), given, "learner.", taken=2)
     parts = {"network": NETWORKS, "likelihood": LIKELIHOODS} | ({"tasks": SOURCES} if tasks else {})
     for kind, registry in parts.items():
@@ -474,8 +476,22 @@ def recipe_learner(
         )
     elif "posterior" in options:
         options["posterior"] = posterior_rule(options["posterior"])
+    for option in network_options(recipe.learner) & options.keys():
+        options[option] = component(f"learner.{option}", options[option], NETWORKS)
     learner = make_learner(recipe.learner, model, likelihood, **options)
     return with_unseen(learner, way) if way is not None and keeps_unseen(recipe) else learner
+
+
+def network_options(learner: str) -> set[str]:
+    """Returns the names of a learner's options that take a network.
+
+    A recipe gives a table for each, with the network's name and options, e.g. {name = "mlp", outputs = 5}.
+
+    Args:
+        learner: The learner's name.
+    """
+    parameters = parameters_of(lookup("learner", learner, LEARNERS))
+    return {name for name, parameter in parameters.items() if Model in get_args(parameter.annotation)}
 
 
 def keeps_unseen(recipe: Recipe) -> bool:

@@ -23,6 +23,7 @@ from metaprior.learners.maml import fomaml, maml
 from metaprior.learners.mann import lstm, mann, ntm
 from metaprior.learners.matching import matching
 from metaprior.learners.meta_lstm import meta_lstm
+from metaprior.learners.meta_regularised import mr_cnp, mr_maml
 from metaprior.learners.mixture import gem_mixture
 from metaprior.learners.nearest_neighbour import nearest_neighbour
 from metaprior.learners.platipus import maml_noise, platipus
@@ -70,6 +71,8 @@ LEARNERS = Registry("learner", {
     "sib": sib,
     "nearest_neighbour": nearest_neighbour,
     "fine_tune": fine_tune,
+    "mr_maml": mr_maml,
+    "mr_cnp": mr_cnp,
     "cnp": cnp,
     "anp": anp,
     "snail": snail,

@@ -111,7 +111,7 @@ def sinusoid_nme(
         ValueError: A size below 1, an interval that is not (low, high), a negative noise, or `trained` above `names`.
 
     References:
-        Yin, Tucker, Zhou, Levine & Finn 2020, "Meta-learning without memorization", sec. 6.1.
+        Yin, Tucker, Zhou, Levine & Finn 2020, "Meta-learning without memorization".
     """
     trained = names if trained is None else trained
     if trained > names:
