@@ -24,7 +24,7 @@ from metaprior.experiments.learner_table import write_learner_tables
 from metaprior.experiments.opened import load
 from metaprior.experiments.pages import headlines as headline_table
 from metaprior.experiments.pages import number, with_headlines, write_pages
-from metaprior.experiments.recipe import Recipe, as_dict, build, training_of
+from metaprior.experiments.recipe import Recipe, as_dict, build, training_of, with_overrides
 from metaprior.experiments.reports import name_of, read_report
 from metaprior.experiments.results import Result, commit, figures_of, read_result, recipe_hash, statuses
 from metaprior.experiments.runs import Run
@@ -43,6 +43,7 @@ class Job(NamedTuple):
         recipe: The resolved recipe.
         folder: The run's folder.
         path: The file of its result.
+        set: The options that replace those of its recipe, by dotted name.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Job(NamedTuple):
     recipe: Recipe
     folder: Path
     path: Path
+    set: dict[str, Any]
 
 
 def reproduce(
@@ -81,7 +83,7 @@ def reproduce(
     check_output(results, "--results")
     check_plots(out, "--out")
     console, codes = screen(), []
-    jobs = [_job(name, chosen.runs[name], results / chosen.name, out) for name in names]
+    jobs = [_job(name, chosen.runs, results / chosen.name, out) for name in names]
     waiting = []
     for job in jobs:
         if _done(job):
@@ -148,10 +150,14 @@ def duration(text: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
-def _job(name: str, planned: Planned, results: Path, out: Path) -> Job:
-    recipe = planned.resolved()
+def _job(name: str, runs: dict[str, Planned], results: Path, out: Path) -> Job:
+    planned = runs[name]
+    options = dict(planned.set)
+    if planned.start is not None:
+        options["start.run"] = str(_job(planned.start, runs, results, out).folder)
+    recipe = with_overrides(planned.resolved(), None, options)
     folder = out / one_name(f"{recipe.name}-{recipe.learner}-{recipe_hash(recipe)[:8]}")
-    return Job(name, planned, recipe, folder, results / f"{one_name(name)}.json")
+    return Job(name, planned, recipe, folder, results / f"{one_name(name)}.json", options)
 
 
 def _done(job: Job) -> bool:
@@ -186,7 +192,7 @@ def _make(job: Job, seconds: float | None) -> tuple[int, float]:
         clock, seconds = time.process_time, 60 * planned.minutes
     console.print(f"{job.name}: up to {seconds:.0f} s of training" if seconds is not None else job.name)
     resume = (job.folder / "recipe.json").is_file()
-    with Run.resume(job.folder) if resume else Run.create(job.folder, as_dict(job.recipe), planned.set) as run:
+    with Run.resume(job.folder) if resume else Run.create(job.folder, as_dict(job.recipe), job.set) as run:
         if planned.minutes is not None:
             seconds = max(60 * planned.minutes - sum(row["seconds"] for row in run.metrics()), 0.0)
         experiment = build(job.recipe, preparation=run.preparation)
@@ -212,7 +218,7 @@ def _make(job: Job, seconds: float | None) -> tuple[int, float]:
         recipe=planned.recipe,
         report=kept.report,
         recipe_hash=recipe_hash(job.recipe),
-        overrides=planned.set,
+        overrides=job.set,
         judged=planned.judge,
         split=planned.split,
         posterior=planned.posterior,
@@ -252,7 +258,7 @@ def as_options(table: dict[str, Any]) -> tuple[str, ...]:
 
 def _commands(job: Job, judged: tuple[str, ...]) -> list[str]:
     """The command lines that reproduce the run and its report."""
-    options, folder = as_options(job.planned.set), f"runs/{job.folder.name}"
+    options, folder = as_options(job.set), f"runs/{job.folder.name}"
     train = ["metaprior", "train", job.planned.recipe, "--learner", job.recipe.learner, "--out", folder]
     judge = ["metaprior", "evaluate", folder]
     judge += ["--posterior", job.planned.posterior] if job.planned.posterior else []

@@ -29,6 +29,7 @@ from metaprior.experiments.recipe import (
     with_overrides,
 )
 from metaprior.experiments.runs import Run
+from metaprior.experiments.start import begun
 from metaprior.training.loop import Fitted, fit
 
 
@@ -39,6 +40,8 @@ def train(
     out: Path | None = None,
     steps: int | None = None,
     seed: int | None = None,
+    start_from: str | None = None,
+    freeze: bool = False,
     resume: bool = False,
     devices: int = 1,
     threads: int | None = None,
@@ -52,6 +55,10 @@ def train(
         out: The run's folder. None means runs/RECIPE-LEARNER.
         steps: The number of meta-steps. None means the recipe's.
         seed: The seed of everything random. None means the recipe's.
+        start_from: The folder of a run whose network this one starts from, such as one that `fine_tune` pretrained. Its
+            head is taken only if it has the same number of outputs. The same as --set start.run=RUN.
+        freeze: Leave that network as it is, and train only what the learner has besides. The same as --set
+            start.freeze=true.
         resume: Continue the run in the folder, as if it had never stopped. It keeps its settings: only --steps may
             change (if the learning rate's schedule is constant), and any other difference is an error.
         devices: The number of devices that the cores are divided into. Each device computes a share of the tasks: on
@@ -66,6 +73,9 @@ def train(
     for option, value in {"steps": steps, "seed": seed}.items():
         if value is not None and (other := overrides.setdefault(f"training.{option}", value)) != value:
             raise ValueError(f"--{option} must agree with --set training.{option}={other}, got {value}. Leave one out.")
+    for option, value in {"run": start_from, "freeze": freeze or None}.items():
+        if value is not None:
+            overrides[f"start.{option}"] = value
     chosen = with_overrides(load_recipe(recipe), learner, overrides)
     folder = out or Path("runs") / one_name(f"{chosen.name}-{chosen.learner}")
     if resume:
@@ -137,6 +147,8 @@ def trained_run(
         seconds: The time limit, see `training.fit`.
         clock: The clock of the time limit, see `training.fit`.
     """
+    experiment, record = begun(chosen, experiment)
+    run.keep_start(record)
     if experiment.preparation is not None and run.preparation is None:
         run.keep(experiment.preparation)
     console, training = screen(), experiment.training

@@ -125,7 +125,7 @@ def result_table(results: dict[str, Result]) -> str:
 def _rank(result: Result) -> float:
     """A sort key by which the best first figure of a report comes first, and one that diverged last."""
     name, figure = next(iter(result.report.figures.items()))
-    value = figure.mean * (1 if name in LOWER else -1)
+    value = figure.mean * (1 if lower_is_better(name) else -1)
     return value if math.isfinite(value) else math.inf
 
 

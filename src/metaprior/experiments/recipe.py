@@ -2,8 +2,9 @@
 
 A recipe has `learner` (the default one) and the tables [tasks], [network] and [likelihood] (a `name` and the factory's
 options), [learners.NAME] (the options of each learner in this experiment), [augmentation] (of training images),
-[training], [evaluation] and [[published.NAME]] (papers' figures, see `results.published_in`). [tasks.NAME],
-[likelihood.NAME] and [training.NAME] hold the options that differ for the learner NAME.
+[start] (the run whose network training starts from), [training], [evaluation] and [[published.NAME]] (papers' figures,
+see `results.published_in`). [tasks.NAME], [likelihood.NAME], [start.NAME] and [training.NAME] hold the options that
+differ for the learner NAME.
 """
 
 import re
@@ -25,7 +26,15 @@ from metaprior.networks import NETWORKS
 from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, Preparation, augmented, preparation_of, with_hidden_labels
 from metaprior.training.loop import Training
 
-TABLES = ("tasks", "network", "likelihood", "augmentation", "training", "evaluation")  # options of these can be set
+TABLES = (
+    "tasks",
+    "network",
+    "likelihood",
+    "augmentation",
+    "start",
+    "training",
+    "evaluation",
+)  # options of these can be set
 
 NUMBERS = ("number", "count")
 # The kinds of target that a likelihood accepts, for likelihoods that do not accept all numbers.
@@ -58,6 +67,22 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where the parameters of the network come from before training.
+
+    Attributes:
+        run: The folder of a run with the same network, except perhaps for its head. None draws the parameters.
+        freeze: Whether training leaves the network as it is, and trains what the learner has besides.
+    """
+
+    run: str | None = None
+    freeze: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "start.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """An experiment as data. `build` makes its parts.
 
@@ -70,6 +95,7 @@ class Recipe:
         likelihood: The likelihood's `name` and options.
         learners: The options of each learner, by its name.
         augmentation: The options of `augmented`.
+        start: The fields of `Start`.
         training: The fields of `Training`.
         evaluation: The fields of `Evaluation`.
         published: Papers' figures by the learner's name (see `results.published_in`).
@@ -83,6 +109,7 @@ class Recipe:
     likelihood: dict[str, Any] = field(default_factory=dict)
     learners: dict[str, dict[str, Any]] = field(default_factory=dict)
     augmentation: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     published: dict[str, Any] = field(default_factory=dict)
@@ -176,6 +203,7 @@ def check_options(recipe: Recipe, *, tasks: bool = True) -> None:
     Raises:
         OptionError: An option is unknown, or has a wrong type or range.
     """
+    start_of(recipe)
     training_of(recipe)
     evaluation_of(recipe)
     lookup("learner", recipe.learner, LEARNERS)
@@ -236,7 +264,7 @@ def with_overrides(recipe: Recipe, learner: str | None = None, overrides: dict[s
     learner = recipe.learner if learner is None else learner
     lookup("learner", learner, LEARNERS)
     tables: dict[str, Any] = asdict(recipe) | {"learner": learner}
-    for table in ("tasks", "likelihood", "training"):
+    for table in ("tasks", "likelihood", "start", "training"):
         tables[table] = own_table(tables[table], learner)
     for name, value in (overrides or {}).items():
         table, _, option = name.partition(".")
@@ -293,6 +321,17 @@ def own_table(table: dict[str, Any], learner: str) -> dict[str, Any]:
     """
     own = accept(dict, table.get(learner, {}), f"the subtable of {learner}")
     return {k: v for k, v in table.items() if not (isinstance(v, dict) and k in LEARNERS)} | own
+
+
+def start_of(recipe: Recipe) -> Start:
+    """Returns where the parameters of the network come from before training.
+
+    Args:
+        recipe: The recipe.
+    """
+    table = own_table(recipe.start, recipe.learner)
+    _check("start", table, [f.name for f in fields(Start)])
+    return Start(**table)
 
 
 def training_of(recipe: Recipe) -> Training:

@@ -210,7 +210,9 @@ def recipe_hash(recipe: Recipe) -> str:
     """
     table = {name: value for name, value in as_dict(recipe).items() if name not in ("description", "published")}
     table["learners"] = table["learners"].get(recipe.learner, {})
-    table |= {name: own_table(table[name], recipe.learner) for name in ("tasks", "likelihood", "training")}
+    table |= {name: own_table(table[name], recipe.learner) for name in ("tasks", "likelihood", "start", "training")}
+    start = table.pop("start")  # its run is known by the name of its folder, wherever that lies
+    table |= {"start": start | ({"run": Path(start["run"]).name} if start.get("run") else {})} if start else {}
     return sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -247,6 +247,24 @@ class Run:
         """
         write_atomically(self.folder / "preparation.json", preparation.to_json())
 
+    def keep_start(self, record: dict[str, Any]) -> None:
+        """Saves from which other run's network this run starts, and checks on resuming that it is the same.
+
+        Args:
+            record: The record that `start.begun` returns; empty if training starts from drawn parameters.
+
+        Raises:
+            OtherSettings: The other run holds another network now.
+        """
+        started = self.started
+        if "start" not in started and record:
+            write_atomically(self.folder / "training.json", json.dumps(started | {"start": record}, indent=2) + "\n")
+        elif started.get("start", {}).get("network") != record.get("network"):
+            raise OtherSettings(
+                f"--resume: {self.folder} was started from the network of {started['start']['run']}, which holds "
+                "another one now. Restore that run, or train again in another folder."
+            )
+
     def metrics(self) -> list[Row]:
         """Returns the rows of metrics.jsonl in the order of meta-steps.
 

@@ -12,8 +12,8 @@
 
 A run may have `recipe`, `learner` (the default is the learner with the run's name, or else the recipe's), `set`
 (options that replace the recipe's), `judge` (options for evaluation only), `split`, `posterior` and `calibrated`
-(as in `metaprior evaluate`), and `minutes`, a limit of the training. `recipe` and `minutes` before the runs are the
-defaults of all runs.
+(as in `metaprior evaluate`), `start`, an earlier run whose network this one starts from, and `minutes`, a limit of the
+training. `recipe` and `minutes` before the runs are the defaults of all runs.
 """
 
 import tomllib
@@ -40,6 +40,7 @@ class Planned:
         split: The split to evaluate.
         posterior: The posterior to evaluate, or None for the learner's own.
         calibrated: Whether to calibrate on validation tasks first.
+        start: The name of an earlier run of the suite whose network this one starts from. None: as the recipe states.
         minutes: The time of training in minutes of a processor core, compiling included. None trains to the end.
     """
 
@@ -50,6 +51,7 @@ class Planned:
     split: Literal["validation", "test", "one_shot"] = "test"
     posterior: Literal["point", "implicit", "laplace"] | None = None
     calibrated: bool = False
+    start: str | None = None
     minutes: Positive | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +118,10 @@ def _suite(name: str, table: dict[str, Any]) -> Suite:
         for recipe in (planned.resolved(), with_overrides(planned.resolved(), None, planned.judge)):
             check_options(recipe)
             check_support(recipe)
+        if planned.start is not None and planned.start not in runs:
+            raise ValueError(
+                f"runs.{run}.start must be an earlier run of the suite, {', '.join(runs)}, got {planned.start}."
+            )
         runs[run] = planned
     if not runs:
         raise ValueError("runs is missing: a suite needs a table [runs.NAME] for each of its runs.")

@@ -191,6 +191,22 @@ def gathered(
     return {name: Statistics(s.mean.mean(0), s.variance.mean(0) + s.mean.var(0)) for name, s in each.items()}
 
 
+def like(model: Model, x: PyTree) -> Callable[[PyTree], bool]:
+    """Returns whether a pytree has the structure and shapes of the model's parameters, as a function of it.
+
+    Args:
+        model: The network.
+        x: Inputs of the model.
+    """
+    form = jax.eval_shape(model.init, jax.random.key(0), x)
+    structure, shapes = jax.tree.structure(form), [leaf.shape for leaf in jax.tree.leaves(form)]
+
+    def same(node: PyTree) -> bool:
+        return jax.tree.structure(node) == structure and [jnp.shape(leaf) for leaf in jax.tree.leaves(node)] == shapes
+
+    return same
+
+
 def part_like(model: Model, params: PyTree, x: PyTree) -> PyTree:
     """Returns the first part of a learner's params with the structure and shapes of the model's parameters.
 
@@ -202,12 +218,7 @@ def part_like(model: Model, params: PyTree, x: PyTree) -> PyTree:
     Raises:
         ValueError: No part has this structure.
     """
-    form = jax.eval_shape(model.init, jax.random.key(0), x)
-    structure, shapes = jax.tree.structure(form), [leaf.shape for leaf in jax.tree.leaves(form)]
-
-    def same(node: PyTree) -> bool:
-        return jax.tree.structure(node) == structure and [jnp.shape(leaf) for leaf in jax.tree.leaves(node)] == shapes
-
+    same = like(model, x)
     for node in jax.tree.leaves(params, is_leaf=same):
         if same(node):
             return node
