@@ -381,6 +381,55 @@ def untrained(folder, recipe):
     return folder
 
 
+@pytest.mark.slow
+def test_study_reuse(tmp_path, capsys):
+    small = {"learner.steps": 1, "network.hidden": [8], "tasks.test_query": 12}
+    first = untrained(tmp_path / "maml", with_overrides(load_recipe("sinusoid"), "maml", small))
+    second = untrained(tmp_path / "anil", with_overrides(load_recipe("sinusoid"), "anil", small))
+    run_cli("study", "reuse", first, second, "--out", tmp_path, "--tasks", 3, "--steps", 2)
+    shown = capsys.readouterr().out
+    assert "first layers frozen" in shown
+    assert "fewer than ten rows per column" in shown
+    found = json.loads((tmp_path / "reuse.json").read_text())
+    assert list(found) == ["maml", "anil", "maml | anil"]
+    layers = found["anil"]["layers"]
+    assert layers["layer1"]["cka"]["mean"] == pytest.approx(1, abs=1e-9)
+    assert layers["layer1"]["change"] == {"mean": 0.0, "interval": 0.0}
+    assert (layers["layer1"]["cosine"]["mean"], layers["head"]["cosine"]["mean"] < 1) == (1, True)
+    assert (layers["layer1"]["rows"], layers["layer1"]["columns"]) == (12, 8)
+    assert found["anil"]["frozen"][0] == found["anil"]["frozen"][1] != found["anil"]["frozen"][2]
+    assert len({str(figure) for figure in found["maml"]["frozen"]}) == 3
+    assert list(found["maml | anil"]["before"]) == ["layer1", "head"]
+    assert (tmp_path / "reuse.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_study_universality(tmp_path, capsys):
+    small = {"network.hidden": [4], "tasks.shot": 5}
+    runs = [
+        untrained(tmp_path / name, with_overrides(load_recipe("cubics"), learner, small | options))
+        for name, learner, options in (
+            ("maml", "maml", {}),
+            ("deep", "maml", {"network.hidden": [4, 4]}),
+            ("oracle", "maml", {"tasks.given": True, "learner.steps": 0}),
+            ("cnp", "cnp", {}),
+        )
+    ]
+    moved = "tasks.coefficients=[1.0,2.0]"
+    run_cli("study", "universality", *runs, "--out", tmp_path, "--tasks", 3, "--steps", 0, 2, "--elsewhere", moved)
+    assert "by depth, 3 tasks" in capsys.readouterr().out
+    found = json.loads((tmp_path / "universality.json").read_text())
+    assert list(found) == ["maml", "deep", "oracle", "cnp"]
+    assert [it["hidden"] for it in found.values()] == [1, 2, 1, 1]
+    assert [it["steps"] for it in found.values()] == [1, 1, None, None]
+    assert [it["oracle"] for it in found.values()] == [False, False, True, False]
+    assert list(found["maml"]["tasks"]) == ["as trained", moved]
+    course = found["maml"]["tasks"][moved]
+    assert course["trained"]["steps"] == course["random"]["steps"] == [0, 1, 2]
+    assert found["cnp"]["tasks"][moved]["random"] is None
+    assert (tmp_path / "universality.png").stat().st_size > 10_000
+
+
 def test_study_ambiguity_and_active(tmp_path, capsys):
     recipe = with_overrides(load_recipe("ambiguous"), "maml", {"learner.steps": 1, "network.hidden": [8]})
     ambiguous_run, twin = untrained(tmp_path / "ambiguous", recipe), tmp_path / "twin"

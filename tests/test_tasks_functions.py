@@ -8,9 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaprior.core.types import TaskSource
-from metaprior.tasks import SOURCES, ambiguous, linear, linear_gaussian, sinusoid, sinusoid_hard, sinusoid_nme
+from metaprior.tasks import (
+    SOURCES,
+    ambiguous,
+    linear,
+    linear_gaussian,
+    polynomial,
+    sinusoid,
+    sinusoid_hard,
+    sinusoid_nme,
+)
 
-FAMILIES = [sinusoid, sinusoid_hard, sinusoid_nme, linear, ambiguous, linear_gaussian]
+FAMILIES = [sinusoid, sinusoid_hard, sinusoid_nme, linear, ambiguous, linear_gaussian, polynomial]
 
 
 @pytest.mark.parametrize("factory", FAMILIES)

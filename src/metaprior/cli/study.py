@@ -1,6 +1,7 @@
 """metaprior study: compare trained learners on one question, see docs/studies.md."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
@@ -11,15 +12,19 @@ from rich.table import Table
 from metaprior.cli.screen import screen
 from metaprior.core.files import write_atomically
 from metaprior.core.named import option_names
+from metaprior.core.options import parameters_of
 from metaprior.core.types import Learner
 from metaprior.evaluation.figures import Figure
 from metaprior.evaluation.plots import check_plots, save
 from metaprior.experiments.opened import load
-from metaprior.experiments.recipe import recipe_of
+from metaprior.experiments.recipe import own_table, parse_overrides, recipe_of, with_overrides
 from metaprior.experiments.runs import Run, told_apart
 from metaprior.learners import LEARNERS
-from metaprior.studies import active, ambiguity, novelty, referee
-from metaprior.studies.plots import acquisitions, explanations, novelty_bars
+from metaprior.studies import active, alike, ambiguity, novelty, referee, reuse, universality
+from metaprior.studies.plots import acquisitions, courses, explanations, novelty_bars, reuse_panels
+from metaprior.studies.reuse import Reuse
+from metaprior.studies.reuse import Subject as Made
+from metaprior.studies.universality import Course, Transfer, size_of
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Posterior = Literal["point", "implicit", "laplace"] | None
@@ -147,10 +152,181 @@ def study_novelty(
     return _keep(out, "novelty", {n: row._asdict() for n, row in found.items()}, novelty_bars(found), table)
 
 
+def study_reuse(
+    runs: Runs,
+    /,
+    out: Path = Path("study"),
+    tasks: int = 200,
+    steps: int | None = None,
+    seed: int = 1234,
+    set: tuple[str, ...] = (),
+) -> int:
+    """Does the inner loop learn new features, or reuse those of theta? Needs runs of learners with inner steps.
+
+    Several runs are also compared with each other, layer by layer, on the test tasks of the first.
+
+    Args:
+        runs: The folders that `train` wrote.
+        out: The folder for reuse.json and reuse.png.
+        tasks: The number of new tasks.
+        steps: The number of inner steps on a new task.
+        seed: The seed of tasks and adaptation.
+        set: Options of the tasks or the learners by name, e.g. --set tasks.test_query=50
+    """
+    check_plots(out, "--out")
+    key, found, made = jax.random.key(seed), {}, {}
+    for name, run in _runs(runs).items():
+        opened = load(run.folder, steps=steps, settings=set)
+        made[name] = Made(lambda model, opened=opened: opened.made(model=model), opened.experiment.model, opened.params)
+        source = opened.splits.test
+        untrained = opened.recipe.network.get("norm") != "running"  # its statistics are those of the trained network
+        found[name] = reuse(made[name], source, key, tasks=tasks, untrained=untrained)
+        made[name] = made[name], source
+    pairs = {
+        f"{a} | {b}": alike(made[a][0], made[b][0], made[a][1], key, tasks=tasks) for a, b in combinations(made, 2)
+    }
+    tables = [_similarities(found, tasks), _with_frozen(found, tasks)]
+    if pairs:
+        table = _table(f"debiased CKA of two networks, {tasks} tasks", "layer", "before", "after")
+        for name, both in pairs.items():
+            for layer in both.before:
+                table.add_row(name, layer, _shown(both.before[layer]), _shown(both.after[layer]))
+        tables.append(table)
+    return _keep(out, "reuse", {n: row._asdict() for n, row in (found | pairs).items()}, reuse_panels(found), *tables)
+
+
+def _similarities(found: dict[str, Reuse], tasks: int) -> Table:
+    controls = list(next(iter(found.values())).controls)
+    columns = ("layer", "CKA", "CCA", "change", "cosine", *(f"CKA, {name}" for name in controls))
+    table = _table(f"layers before and after the inner loop, {tasks} tasks", *columns)
+    for name, result in found.items():
+        for layer, it in result.layers.items():
+            row = (it.cka, it.cca, it.change, it.cosine, *(of[layer] for of in result.controls.values()))
+            shown = [_shown(figure) for figure in row]
+            shown[1] += "" if it.enough else " *"
+            table.add_row(name, layer, *shown)
+    if not all(it.enough for result in found.values() for it in result.layers.values()):
+        table.caption = "* fewer than ten rows per column: near 1 for unrelated layers, too"
+    return table
+
+
+def _with_frozen(found: dict[str, Reuse], tasks: int) -> Table:
+    result = next(iter(found.values()))
+    columns = [*(f"{n} frozen" for n in range(max(len(r.frozen) for r in found.values()))), "NIL", "NIL, adapted"]
+    table = _table(f"{result.metric} with the first layers frozen, {tasks} tasks", *columns)
+    for name, result in found.items():
+        missing = len(columns) - 2 - len(result.frozen)
+        nil = [_shown(result.nil[end]) if result.nil else "-" for end in ("theta", "phi")]
+        table.add_row(name, *map(_shown, result.frozen), *["-"] * missing, *nil)
+    return table
+
+
+def study_universality(
+    runs: Runs,
+    /,
+    out: Path = Path("study"),
+    tasks: int = 600,
+    steps: tuple[int, ...] = (0, 1, 5, 10, 50, 100),
+    elsewhere: tuple[str, ...] = (),
+    seed: int = 1234,
+    set: tuple[str, ...] = (),
+) -> int:
+    """Errors after further inner steps, on other tasks, and by the depth of the network.
+
+    Runs whose inputs contain the parameters of their tasks (tasks.given) are oracles: the error of each other run is
+    divided by that of the oracle with as many hidden layers.
+
+    Args:
+        runs: The folders that `train` wrote.
+        out: The folder for universality.json and universality.png.
+        tasks: The number of new tasks.
+        steps: The numbers of inner steps on a new task. The number of training is added.
+        elsewhere: Options of other tasks to test on, one option each, e.g. --elsewhere tasks.amplitude=[5,10]
+            tasks.phase=[3.14,6.28]
+        seed: The seed of tasks and adaptation.
+        set: Options of the tasks or the learners by name, e.g. --set tasks.shot=5
+    """
+    check_plots(out, "--out")
+    key, found = jax.random.key(seed), {}
+    for name, run in _runs(runs).items():
+        own = _own_steps(run, set)
+        at = sorted({*steps, own}) if own else [0]
+        kept: dict[str, Any] = {"steps": own}
+        transfers = {}
+        for other in ("", *elsewhere):
+            settings = (*set, other) if other else set
+            opened = load(run.folder, steps=at[-1] if own else None, settings=settings)
+            source = opened.splits.test
+            if not other:
+                kept |= size_of(opened.experiment.model, source)._asdict()
+                kept["oracle"] = bool(own_table(opened.recipe.tasks, opened.recipe.learner).get("given"))
+            chunk = 10 if opened.experiment.training.at_once is None else opened.experiment.training.at_once
+            transfers[other or TRAINED] = universality(
+                opened.learner, opened.params, source, key, steps=at, tasks=tasks, chunk=chunk
+            )
+        found[name] = kept | {"tasks": transfers}
+    tables = [_courses(found, steps, tasks), _by_depth(found, tasks)]
+    return _keep(out, "universality", found, courses(found), *tables)
+
+
+TRAINED = "as trained"
+
+
+def _own_steps(run: Run, settings: tuple[str, ...]) -> int | None:
+    """Returns the inner steps of a run's training, or None if its learner takes none."""
+    recipe = with_overrides(recipe_of(run), None, parse_overrides(settings))
+    options = parameters_of(LEARNERS[recipe.learner])
+    if "steps" not in options:
+        return None
+    return recipe.learners.get(recipe.learner, {}).get("steps", options["steps"].default) or None
+
+
+def _courses(found: dict[str, dict[str, Any]], steps: tuple[int, ...], tasks: int) -> Table:
+    every = sorted({*steps, *(it["steps"] for it in found.values() if it["steps"])})
+    first: Transfer = next(iter(next(iter(found.values()))["tasks"].values()))
+    title = f"{first.metric} by inner steps, median in brackets, {tasks} tasks"
+    table = _table(title, "tasks", "start", *map(str, every))
+    for name, it in found.items():
+        for where, transfer in it["tasks"].items():
+            for start, course in (("learned", transfer.trained), ("random", transfer.random)):
+                if course is not None and (it["steps"] or start == "learned"):
+                    cells = {k: _cell(course, i) for i, k in enumerate(course.steps)}
+                    last = cells.get(None, cells.get(0)) if not it["steps"] else None
+                    table.add_row(name, where, start, *(cells.get(k, "") if it["steps"] else last for k in every))
+    return table
+
+
+def _by_depth(found: dict[str, dict[str, Any]], tasks: int) -> Table:
+    """Shows the error after the steps of training, and how many times the oracle's it is."""
+
+    def error(it: dict[str, Any]) -> tuple[Figure, float]:
+        course: Course = it["tasks"][TRAINED].trained
+        i = course.steps.index(it["steps"]) if it["steps"] else 0
+        return course.query[i], course.median[i]
+
+    oracles = {it["hidden"]: error(it)[0].mean for it in found.values() if it["oracle"]}
+    metric = next(iter(found.values()))["tasks"][TRAINED].metric
+    table = _table(f"by depth, {tasks} tasks", "hidden layers", "parameters", "steps", metric, "median", "over oracle")
+    for name, it in found.items():
+        figure, median = error(it)
+        ratio = figure.mean / oracles[it["hidden"]] if it["hidden"] in oracles and metric == "mse" else None
+        shown = "oracle" if it["oracle"] else "" if ratio is None else f"{ratio:.3g}"
+        table.add_row(
+            name, str(it["hidden"]), str(it["parameters"]), str(it["steps"]), _shown(figure), f"{median:.3f}", shown
+        )
+    return table
+
+
+def _cell(course: Course, i: int) -> str:
+    return f"{course.query[i]:.3f} ({course.median[i]:.3f})"
+
+
 Study = Union[  # noqa: UP007 (a union of subcommands, which tyro reads at run time)
     Annotated[Any, tyro.conf.subcommand(name="ambiguity", constructor=study_ambiguity)],
     Annotated[Any, tyro.conf.subcommand(name="active", constructor=study_active)],
     Annotated[Any, tyro.conf.subcommand(name="novelty", constructor=study_novelty)],
+    Annotated[Any, tyro.conf.subcommand(name="reuse", constructor=study_reuse)],
+    Annotated[Any, tyro.conf.subcommand(name="universality", constructor=study_universality)],
 ]
 
 
@@ -173,6 +349,10 @@ class Subject(NamedTuple):
     source: Any
 
 
+def _runs(folders: tuple[Path, ...]) -> dict[str, Run]:
+    return told_apart([Run.open(folder) for folder in folders])
+
+
 def _open(
     runs: tuple[Path, ...],
     overrides: tuple[str, ...],
@@ -185,7 +365,7 @@ def _open(
     if draws is not None and posterior not in (None, "point"):
         options["draws"] = draws
     opened = {}
-    for name, run in told_apart([Run.open(folder) for folder in runs]).items():
+    for name, run in _runs(runs).items():
         learner = recipe_of(run).learner
         alone = transductive is not None and "transductive" in option_names(LEARNERS[learner])
         settings = (*overrides, f"learner.transductive={str(transductive).lower()}") if alone else overrides
@@ -198,7 +378,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("learner")
     for column in columns:
-        table.add_column(column, justify="left" if column == "score" else "right")
+        table.add_column(column, justify="left" if column in ("score", "layer", "tasks", "start") else "right")
     return table
 
 
@@ -206,14 +386,22 @@ def _shown(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, Figure) else str(value)
 
 
-def _keep(out: Path, name: str, found: dict[str, Any], plot: Any, table: Table) -> int:
+def _keep(out: Path, name: str, found: dict[str, Any], plot: Any, *tables: Table) -> int:
     console = screen()
-    console.print(table)
+    for table in tables:
+        console.print(table)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / f"{name}.json", json.dumps(found, indent=2, default=_plain) + "\n")
+    write_atomically(out / f"{name}.json", json.dumps(_by_name(found), indent=2, default=_plain) + "\n")
     save(plot, out / f"{name}.png")
     console.print(f"written: {out / name}.json and {out / name}.png", soft_wrap=True)
     return 0
+
+
+def _by_name(value: Any) -> Any:
+    """Returns tables with the fields of named tuples by name."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    return {name: _by_name(part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
 def _plain(value: Any) -> Any:

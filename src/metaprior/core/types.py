@@ -72,11 +72,14 @@ class Call(NamedTuple):
             current examples in their statistics. None uses the current examples with equal weights.
         modulate: Function (name, s [n, ..., c]) -> s, applied to each hidden layer after its norm and before its
             activation.
+        layer: Function (name, s [n, ..., c]) -> s, applied to the outputs of each layer: those of a hidden layer or
+            block after its activation and pooling, and those of the head.
     """
 
     tap: Callable[[str, Array, Array], Array] | None = None
     by: Any = None
     modulate: Callable[[str, Array], Array] | None = None
+    layer: Callable[[str, Array], Array] | None = None
 
 
 PLAIN = Call()
@@ -206,6 +209,18 @@ class Joint(NamedTuple):
     measure: Callable[[Float[Array, " J"]], Scalar]
 
 
+class AtMean(NamedTuple):
+    """The mean of a posterior over phi, and the network there.
+
+    Attributes:
+        phi: The mean, a pytree. Its leaves are named as the network's parameters where they are some of these.
+        network: Function (x, call) -> outputs [n, ...].
+    """
+
+    phi: PyTree
+    network: Callable[..., Array]
+
+
 class Learner(NamedTuple):
     """A meta-learning algorithm: four pure functions and a few optional ones.
 
@@ -232,6 +247,8 @@ class Learner(NamedTuple):
         joint: A term of the training objective that is a function of all tasks of a meta-batch, or None.
         schedule: Function (progress) -> the learner whose loss training uses when this share of the meta-steps is done,
             from 0 to 1, a traced scalar. None if the loss does not change during training.
+        at_mean: Function (params, posterior) -> `AtMean`, the posterior's mean and the network there, which sees all of
+            its inputs in one batch. None for learners that infer no parameters of one network.
     """
 
     init: Callable[[PRNGKeyArray, Task], PyTree]
@@ -246,6 +263,7 @@ class Learner(NamedTuple):
     transduce: Callable[[PyTree, Batch, Batch, PRNGKeyArray], PyTree] | None = None
     joint: Joint | None = None
     schedule: Callable[[Scalar], "Learner"] | None = None
+    at_mean: Callable[[PyTree, PyTree], AtMean] | None = None
 
     def posterior(self, params: PyTree, support: Batch, query: Batch, key: PRNGKeyArray) -> PyTree:
         """Returns the posterior that predicts the queries: that of `transduce` if there is one, else that of `adapt`.
@@ -711,11 +729,11 @@ def examples(batch: Batch) -> int:
 
 
 __all__ = [
-    "PLAIN", "Array", "Attributes", "Batch", "Bool", "Call", "FamilySource", "Float", "GroupedSource", "Learner",
-    "Model", "PRNGKeyArray", "Predictive", "PyTree", "Scalar", "Splits", "Task", "TaskSource", "check_family",
-    "check_known", "check_numbers", "check_rows", "check_settled", "check_source", "check_weight", "counted",
-    "draw_task", "examples", "families_of", "group_count", "group_order", "known_labels", "labelled", "settled",
-    "weighted_mean", "weights",
+    "PLAIN", "Array", "AtMean", "Attributes", "Batch", "Bool", "Call", "FamilySource", "Float", "GroupedSource",
+    "Learner", "Model", "PRNGKeyArray", "Predictive", "PyTree", "Scalar", "Splits", "Task", "TaskSource",
+    "check_family", "check_known", "check_numbers", "check_rows", "check_settled", "check_source", "check_weight",
+    "counted", "draw_task", "examples", "families_of", "group_count", "group_order", "known_labels", "labelled",
+    "settled", "weighted_mean", "weights",
 ]  # fmt: skip
 
 

@@ -75,14 +75,14 @@ class Opened:
         return self.experiment.preparation
 
     def made(self, **options: Any) -> Learner:
-        """Makes the recipe's learner for the run's network.
+        """Makes the recipe's learner for the run's network, or for another one.
 
         Args:
-            **options: Options of `recipe_learner` that replace the run's.
+            **options: Options of `recipe_learner` that replace the run's; `model` replaces its network.
         """
-        own = {"likelihood": self.experiment.likelihood, "steps": self.steps}
+        own = {"model": self.experiment.model, "likelihood": self.experiment.likelihood, "steps": self.steps}
         own |= {"way": most_ways(self.recipe, self.experiment.preparation)} | options
-        return recipe_learner(self.recipe, self.experiment.model, own.pop("likelihood"), **own)
+        return recipe_learner(self.recipe, own.pop("model"), own.pop("likelihood"), **own)
 
     def knobs(self) -> set[str]:
         """Returns the names of the scalars that `calibrate` fits."""

@@ -70,6 +70,25 @@ def anil(
     return query_learner(adaptation, likelihood, loop, posterior)
 
 
+def unit(features: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Returns features of length 1, whose products are cosines.
+
+    Args:
+        features: The features.
+    """
+    return features / (jnp.linalg.norm(features, axis=-1, keepdims=True) + 1e-8)
+
+
+def class_means(cosine: Float[Array, "q n"], hot: Float[Array, "n way"]) -> Float[Array, "q way"]:
+    """Computes the mean cosine of each query to the support examples of each class; 0 for a class without examples.
+
+    Args:
+        cosine: Cosines of queries to support examples.
+        hot: The labels of the support one-hot, times their weights.
+    """
+    return cosine @ hot / jnp.where((total := hot.sum(0)) == 0, 1, total)
+
+
 class Memory(NamedTuple):
     """The posterior of NIL.
 
@@ -114,25 +133,20 @@ def nil(
         raise ValueError("model must have features, which NIL compares. Give Model(init, apply, features).")
     embed = embedding(model)
 
-    def unit(params: PyTree, x: PyTree) -> Float[Array, "n d"]:
-        f = embed(params, x)
-        return f / (jnp.linalg.norm(f, axis=-1, keepdims=True) + 1e-8)
-
     def adapt(params: PyTree, support: Batch, key: PRNGKeyArray) -> Memory:
         way = output_width(model, params, support.x)
-        features = unit(params, support.x)
+        features = unit(embed(params, support.x))
         labels = counted(support).y
         weight = weights(support) * check_labels(labels, way, features.shape[0])
         # NaN for all examples: a product of zeros and NaN may be compiled to zeros.
         return Memory(features, labels, jnp.where(jnp.isnan(weight).any(), jnp.nan, weight), jnp.zeros(way))
 
     def predict(params: PyTree, memory: Memory, x: PyTree, key: PRNGKeyArray) -> Categories:
-        cosine = temperature * unit(params, x) @ memory.features.T
+        cosine = temperature * unit(embed(params, x)) @ memory.features.T
         hot = one_hot(memory.labels, memory.way.shape[0]) * memory.weight[:, None]
         if softmax:
             attention = jax.nn.softmax(jnp.where(memory.weight > 0, cosine, ABSENT))
             return Categories(jax.nn.log_softmax(jnp.log(attention @ hot + 1e-12))[None])
-        shots = jnp.where((total := hot.sum(0)) == 0, 1, total)
-        return Categories(jax.nn.log_softmax(cosine @ hot / shots)[None])
+        return Categories(jax.nn.log_softmax(class_means(cosine, hot))[None])
 
     return Learner(trained.init, adapt, predict, trained.loss)

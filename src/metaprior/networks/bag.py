@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metaprior.core.options import Count, Way, checked
 from metaprior.core.types import PLAIN, Call, Model
-from metaprior.networks.layers import dense, dense_init, modulated
+from metaprior.networks.layers import dense, dense_init, modulated, shown
 
 
 def check_tokens(x: Array) -> None:
@@ -88,11 +88,11 @@ def bag(
         scale = jax.lax.rsqrt((weight**2).sum(-1, keepdims=True) + jnp.finfo(weight.dtype).tiny)
         f = jnp.einsum("nl,nld->nd", weight * scale, seen)
         for name in names:
-            f = jax.nn.relu(modulated(name, dense(name, params[name], f, call), call))
+            f = shown(name, jax.nn.relu(modulated(name, dense(name, params[name], f, call), call)), call)
         return f
 
     def apply(params: dict, x: Int[Array, "n length"], call: Call = PLAIN) -> Array:
         f = features(params, x, call)
-        return dense("head", params["head"], f, call) if head else f
+        return shown("head", dense("head", params["head"], f, call), call) if head else f
 
     return Model(init, apply, features, calls=True)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from metaprior.core.options import Count, Whole, checked
 from metaprior.core.types import PLAIN, Call, Model
 from metaprior.kernels.conv import max_pool
-from metaprior.networks.layers import check_images, convolve, dense, dense_init, flat, modulated
+from metaprior.networks.layers import check_images, convolve, dense, dense_init, flat, modulated, shown
 from metaprior.networks.norm import check_norm, norm_init, normalise, source_of
 
 
@@ -53,7 +53,7 @@ def conv4(
         stride = 2 if downsample == "stride" and name in halving else 1
         s = normalise(norm, name, layer, convolve(name, layer, x, call, stride), call.by)
         s = jax.nn.relu(modulated(name, s, call))
-        return max_pool(s) if downsample == "max_pool" and name in halving else s
+        return shown(name, max_pool(s) if downsample == "max_pool" and name in halving else s, call)
 
     def features(params: dict, x: Array, call: Call = PLAIN) -> Float[Array, "n d"]:
         check_images(x)
@@ -63,7 +63,7 @@ def conv4(
 
     def apply(params: dict, x: Array, call: Call = PLAIN) -> Array:
         f = features(params, x, call)
-        return dense("head", params["head"], f, call) if head else f
+        return shown("head", dense("head", params["head"], f, call), call) if head else f
 
     def init(key: PRNGKeyArray, x: Array) -> dict:
         keys = jax.random.split(key, blocks + 1)

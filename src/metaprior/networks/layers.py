@@ -1,4 +1,4 @@
-"""Layers of the networks. The `tap` of a `Call` is called at each linear map."""
+"""Layers of the networks. The `tap` of a `Call` is called at each linear map, its `layer` after each layer."""
 
 from collections.abc import Mapping
 from math import prod
@@ -21,6 +21,17 @@ def modulated(name: str, s: Float[Array, "n *space c"], call: Call) -> Float[Arr
         call: The call; without `modulate` the outputs stay as they are.
     """
     return s if call.modulate is None else call.modulate(name, s)
+
+
+def shown(name: str, s: Float[Array, "n *rest"], call: Call) -> Float[Array, "n *rest"]:
+    """Applies the call's `layer` to the outputs of a layer.
+
+    Args:
+        name: The layer's name.
+        s: Its outputs [n, ...].
+        call: The call; without `layer` the outputs stay as they are.
+    """
+    return s if call.layer is None else call.layer(name, s)
 
 
 def flat(x: Float[Array, "n *rest"]) -> Float[Array, "n d"]:

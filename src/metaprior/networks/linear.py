@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.core.options import Count, NonNegative, checked
 from metaprior.core.types import PLAIN, Call, Model
+from metaprior.networks.layers import shown
 
 
 @checked
@@ -23,6 +24,6 @@ def linear(outputs: Count = 1, init_scale: NonNegative = 0.01) -> Model:
     def apply(params: dict, x: Array, call: Call = PLAIN) -> Float[Array, "n o"]:
         x = x.reshape(x.shape[0], -1)
         s = x @ params["head"]["w"]
-        return s if call.tap is None else call.tap("head", x, s)
+        return shown("head", s if call.tap is None else call.tap("head", x, s), call)
 
     return Model(init, apply, lambda params, x, call=PLAIN: x.reshape(x.shape[0], -1), calls=True)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from metaprior.core.options import Count, checked
 from metaprior.core.types import PLAIN, Call, Model
 from metaprior.kernels.conv import max_pool
-from metaprior.networks.layers import check_images, convolve, dense, dense_init, modulated
+from metaprior.networks.layers import check_images, convolve, dense, dense_init, modulated, shown
 from metaprior.networks.norm import check_norm, norm_init, normalise, source_of
 
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
@@ -59,12 +59,12 @@ def resnet12(
     def features(params: dict, x: Array, call: Call = PLAIN) -> Float[Array, "n d"]:
         check_images(x)
         for name in blocks:
-            x = block(params, name, x, call)
+            x = shown(name, block(params, name, x, call), call)
         return x.mean((1, 2))
 
     def apply(params: dict, x: Array, call: Call = PLAIN) -> Array:
         f = features(params, x, call)
-        return dense("head", params["head"], f, call) if head else f
+        return shown("head", dense("head", params["head"], f, call), call) if head else f
 
     def init(key: PRNGKeyArray, x: Array) -> dict:
         check_images(x)

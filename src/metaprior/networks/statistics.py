@@ -67,8 +67,8 @@ def by_support(network: Network, support: Batch | None) -> Network:
     """Returns the network with a batch norm that uses the support's statistics.
 
     The support goes through the network together with the current examples, but only the support counts in the
-    statistics. So they are right however the network transforms its inputs and layers. A tap sees only the current
-    examples. Without a support, or if the call gives statistics, nothing changes.
+    statistics. So they are right however the network transforms its inputs and layers. The call's `tap` and `layer` see
+    only the current examples. Without a support, or if the call gives statistics, nothing changes.
 
     Args:
         network: Function (x, call) -> outputs.
@@ -94,16 +94,17 @@ def by_support(network: Network, support: Batch | None) -> Network:
             )
         both = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), support.x, x)
         by = jnp.concatenate([weight, jnp.zeros(jax.tree.leaves(x)[0].shape[0], weight.dtype)])
-        return network(both, call._replace(tap=_of_rows_from(n, call.tap), by=by))[n:]
+        seen = {name: _of_rows_from(n, getattr(call, name)) for name in ("tap", "layer")}
+        return network(both, call._replace(by=by, **seen))[n:]
 
     return beside
 
 
-def _of_rows_from(n: int, tap: Callable | None) -> Callable | None:
-    """Returns the tap applied to the examples from the n-th on only."""
-    if tap is None:
+def _of_rows_from(n: int, function: Callable | None) -> Callable | None:
+    """Returns a tap or layer function that is applied to the examples from the n-th on only."""
+    if function is None:
         return None
-    return lambda name, inputs, s: jnp.concatenate([s[:n], tap(name, inputs[n:], s[n:])])
+    return lambda name, *seen: jnp.concatenate([seen[-1][:n], function(name, *(rows[n:] for rows in seen))])
 
 
 def beside(model: Model, support: Batch) -> Model:

@@ -1,11 +1,27 @@
-"""Studies of a trained learner's posterior: does it cover what is possible, is it useful, does it detect novel inputs?
+"""Studies of trained learners: what their posteriors cover and detect, and what their inner loops change.
 
-Each study is a pure function of (learner, params, source, key) in its own file. The command `metaprior study` runs
-them.
+Each study is a pure function of (learner, params, source, key) in its own file; `reuse` also makes the learner for
+other networks. The command `metaprior study` runs them.
 """
 
 from metaprior.studies.active import Acquisition, active
 from metaprior.studies.ambiguity import Coverage, ambiguity, referee
 from metaprior.studies.novelty import Novelty, novelty
+from metaprior.studies.reuse import Alike, Reuse, alike, reuse
+from metaprior.studies.universality import Transfer, universality
 
-__all__ = ["Acquisition", "Coverage", "Novelty", "active", "ambiguity", "novelty", "referee"]
+__all__ = [
+    "Acquisition",
+    "Alike",
+    "Coverage",
+    "Novelty",
+    "Reuse",
+    "Transfer",
+    "active",
+    "alike",
+    "ambiguity",
+    "novelty",
+    "referee",
+    "reuse",
+    "universality",
+]

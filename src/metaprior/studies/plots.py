@@ -1,4 +1,4 @@
-"""Plots of studies: draws over explanations, error over acquisitions, and AUROC for novel images."""
+"""Plots of studies: draws over explanations, error over acquisitions, AUROC for novel images, and layers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from metaprior.core.types import Batch, Learner, Task
 from metaprior.evaluation.plots import BLUE, GREEN, GREY, ORANGE, SERIES, inputs_over, literal, panels
 from metaprior.studies.active import Acquisition
 from metaprior.studies.novelty import Novelty
+from metaprior.studies.reuse import Reuse
+from metaprior.studies.universality import Course, Transfer
 from metaprior.tasks.synthetic.explained import ExplainedTasks
 
 if TYPE_CHECKING:
@@ -133,3 +135,97 @@ def novelty_bars(found: dict[str, Novelty]) -> Figure:
     ax.set_xticklabels(kinds)
     ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
+
+
+def reuse_panels(found: dict[str, Reuse]) -> Figure:
+    """Plots each layer's similarity before and after the inner loop, and the metric with the first layers frozen.
+
+    Args:
+        found: The results of `reuse`, by name of the learner; a row of panels for each.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    figure, axes = panels(8.4, 3.1 * len(found), 2, len(found), squeeze=False)
+    for (left, right), (name, result) in zip(axes, found.items(), strict=True):
+        names = list(result.layers)
+        lines = {"own task": {layer: it.cka for layer, it in result.layers.items()}} | result.controls
+        for (label, row), colour in zip(lines.items(), SERIES, strict=False):
+            mean, half = (
+                np.array([getattr(row[layer], part) or 0 for layer in names]) for part in ("mean", "interval")
+            )
+            style = "-" if label == "own task" else "--"
+            left.errorbar(names, mean, half, fmt=f"o{style}", color=colour, markersize=4, linewidth=1.4, label=label)
+        left.axhline(0, color=GREY, linewidth=0.8)
+        left.set(ylabel="debiased CKA, before and after")
+        left.set_title(literal(name), loc="left", fontsize=10)
+        left.legend(frameon=False, fontsize=8)
+        mean, half = (np.array([getattr(f, part) or 0 for f in result.frozen]) for part in ("mean", "interval"))
+        label = "inner loop, first n layers frozen"
+        right.errorbar(range(len(mean)), mean, half, fmt="o-", color=BLUE, markersize=4, linewidth=1.4, label=label)
+        for (end, f), colour in zip(result.nil.items(), (GREEN, ORANGE), strict=False):
+            kind = "NIL" if end == "theta" else "NIL with adapted features"
+            right.axhline(f.mean, color=colour, linestyle="--", linewidth=1.2, label=kind)
+        right.set(xlabel="frozen layers n", ylabel=result.metric, xticks=range(len(mean)))
+        right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def courses(found: dict[str, dict[str, Any]]) -> Figure:
+    """Plots the metric over inner steps, a panel for each kind of tasks, and over depth if the depths differ.
+
+    Solid lines start from the learned initialisation, dashed ones from a random network. Learners without inner steps
+    are horizontal lines.
+
+    Args:
+        found: By name of the run: its "tasks" (results of `universality` by name), inner "steps" of training (None
+            without), number of "hidden" layers, and whether it is an "oracle".
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    kinds = list(next(iter(found.values()))["tasks"])
+    depths = {it["hidden"] for it in found.values()} - {None}
+    width = len(kinds) + (len(depths) > 1)
+    figure, axes = panels(4.2 * width, 3.4, width)
+    shown = {name: it for name, it in found.items() if not it["oracle"]} or found
+    for ax, kind in zip(axes, kinds, strict=False):
+        for i, (name, it) in enumerate(shown.items()):
+            transfer: Transfer = it["tasks"][kind]
+            colour = SERIES[i % len(SERIES)]
+            if not it["steps"]:
+                ax.axhline(transfer.trained.query[0].mean, color=colour, linewidth=1.4, label=literal(name))
+                continue
+            _course(ax, transfer.trained, color=colour, label=literal(name))
+            if transfer.random is not None:
+                _course(ax, transfer.random, color=colour, linestyle="--", alpha=0.6)
+        metric = next(iter(shown.values()))["tasks"][kind].metric
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set(xlabel="inner steps", ylabel=metric, yscale="log" if metric == "mse" else "linear")
+        ax.set_title(literal(kind), loc="left", fontsize=10)
+    axes[0].legend(frameon=False, fontsize=8)
+    if len(depths) > 1:
+        for oracle, label, colour in ((False, "learned", BLUE), (True, "oracle", GREY)):
+            rows = [it for it in found.values() if it["oracle"] == oracle and it["hidden"] is not None]
+            rows.sort(key=lambda it: it["hidden"])
+            figures = [_after_training(it) for it in rows]
+            mean, half = (np.array([getattr(f, part) or 0 for f in figures]) for part in ("mean", "interval"))
+            if rows:
+                at = [it["hidden"] for it in rows]
+                axes[-1].errorbar(at, mean, half, fmt="o-", color=colour, markersize=4, linewidth=1.4, label=label)
+        axes[-1].set(xlabel="hidden layers", xticks=sorted(depths), yscale="log")
+        axes[-1].set_title("by depth, steps as in training", loc="left", fontsize=10)
+        axes[-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _after_training(it: dict[str, Any]) -> Any:
+    course = it["tasks"][next(iter(it["tasks"]))].trained
+    return course.query[course.steps.index(it["steps"]) if it["steps"] else 0]
+
+
+def _course(ax: Axes, course: Course, **style: Any) -> None:
+    steps = [k or 0 for k in course.steps]
+    mean, half = (np.array([getattr(f, part) or 0 for f in course.query]) for part in ("mean", "interval"))
+    ax.plot(steps, mean, linewidth=1.4, marker="o", markersize=3, **style)
+    ax.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)

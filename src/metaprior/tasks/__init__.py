@@ -19,6 +19,7 @@ from metaprior.tasks.synthetic.explained import two_circles, wave_or_line
 from metaprior.tasks.synthetic.families_2d import families_2d
 from metaprior.tasks.synthetic.linear_gaussian import linear_gaussian
 from metaprior.tasks.synthetic.optimisees import digits, quadratics
+from metaprior.tasks.synthetic.polynomial import polynomial
 from metaprior.tasks.synthetic.sinusoid import sinusoid, sinusoid_hard
 from metaprior.tasks.synthetic.sinusoid_nme import sinusoid_nme
 from metaprior.tasks.tables.arrays import ArrayTasks, array_tasks
@@ -38,6 +39,7 @@ SOURCES = Registry(
         "sinusoid": sinusoid,
         "sinusoid_hard": sinusoid_hard,
         "sinusoid_nme": sinusoid_nme,
+        "polynomial": polynomial,
         "linear": linear,
         "ambiguous": ambiguous,
         "wave_or_line": wave_or_line,
@@ -149,6 +151,7 @@ __all__ = [
     "omniglot_strokes",
     "one_shot_runs",
     "one_shot_source",
+    "polynomial",
     "pool_splits",
     "preparation_of",
     "quadratics",

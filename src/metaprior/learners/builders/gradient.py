@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Categorical, Gaussian, Likelihood
-from metaprior.core.types import PLAIN, Batch, Call, Learner, Model, Task, joined, weighted_mean
+from metaprior.core.types import PLAIN, AtMean, Batch, Call, Learner, Model, Task, joined, weighted_mean
 from metaprior.inference.descent import Descent, count, descend, inner_rates, mean_nll, trajectory
 from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.posteriors import Implied, PosteriorRule
@@ -195,6 +195,11 @@ def gradient_learner(
         params = begun(params, support, key)
         return partial(adaptation.outputs, params, adaptation.start(params))
 
+    def at_mean(params: PyTree, adapted: Adapted) -> AtMean:
+        params = params if adapted.params is None else adapted.params
+        phi = adapted.posterior.mean
+        return AtMean(phi, partial(adaptation.outputs, params, phi))
+
     def turned(knobs: Mapping[str, Any]) -> Learner:
         rule = posterior.turned(knobs)
         return gradient_learner(
@@ -202,7 +207,10 @@ def gradient_learner(
         )
 
     whole, knobs = loss if adaptation.local is None else begun_loss, posterior.scalars(likelihood)
-    return Learner(adaptation.init, adapt, predict, whole, path, network, knobs=knobs, turn=turned if knobs else None)
+    return Learner(
+        adaptation.init, adapt, predict, whole, path, network,
+        knobs=knobs, turn=turned if knobs else None, at_mean=at_mean,
+    )  # fmt: skip
 
 
 def query_learner(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
-from metaprior.core.types import Batch, Learner, Model, Task, TaskSource, joined
+from metaprior.core.types import AtMean, Batch, Learner, Model, Task, TaskSource, joined
 from metaprior.learners.builders.gradient import one_by_one
 from metaprior.networks.norm import AT_HAND, Statistics
 from metaprior.networks.statistics import beside, given, statistics_of
@@ -72,6 +72,11 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
         steps = course(params, support, key)
         return _every_step(steps, support)
 
+    def at_mean(params: PyTree, posterior: Supported) -> AtMean:
+        inside = at(posterior.support).at_mean
+        assert inside is not None
+        return inside(params, posterior.posterior)
+
     plain = make(model)
 
     def turned(knobs: Mapping[str, Any]) -> Learner:
@@ -91,6 +96,7 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
         transduce=None if plain.transduce is None else transduce,
         joint=None if plain.joint is None else plain.joint._replace(score=score),
         schedule=None if plain.schedule is None else scheduled,
+        at_mean=None if plain.at_mean is None else at_mean,
     )
 
 
@@ -129,7 +135,16 @@ def predicts_alone(learner: Learner, predict: Callable[[Model], Callable[..., Py
         assert learner.path is not None
         return _every_step(learner.path(params, support, key), support)
 
-    return learner._replace(adapt=adapt, predict=alone, path=None if learner.path is None else path)
+    def at_mean(params: PyTree, posterior: Supported) -> AtMean:
+        assert learner.at_mean is not None
+        return learner.at_mean(params, posterior.posterior)
+
+    return learner._replace(
+        adapt=adapt,
+        predict=alone,
+        path=None if learner.path is None else path,
+        at_mean=None if learner.at_mean is None else at_mean,
+    )
 
 
 def of_training(make: Callable[[Model], Learner], model: Model) -> Learner:

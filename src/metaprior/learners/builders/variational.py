@@ -1,6 +1,7 @@
 """Builds learners whose prior is a diagonal Gaussian, from their inference and their meta-objective."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
 from metaprior.core.options import Whole
-from metaprior.core.types import Batch, Learner, Model, Task
+from metaprior.core.types import AtMean, Batch, Learner, Model, Task
 from metaprior.inference.descent import Descent, trajectory
 from metaprior.inference.gaussian import DiagonalGaussian, around
 from metaprior.inference.posteriors import predict
@@ -70,6 +71,9 @@ def variational_learner(
         course: Descent = trajectory(energy, params, inner, how.on_new_task, data=keys)
         return course.phi
 
+    def at_mean(params: DiagonalGaussian, posterior: DiagonalGaussian) -> AtMean:
+        return AtMean(posterior.mean, partial(model.outputs, posterior.mean))
+
     def predicting(shown: Likelihood) -> Learner:
         def predictive(model: Model) -> Callable[..., Any]:
             def predict_by(params: DiagonalGaussian, posterior: DiagonalGaussian, x: PyTree, key: PRNGKeyArray) -> Any:
@@ -77,7 +81,7 @@ def variational_learner(
 
             return predict_by
 
-        learner = Learner(init, adapt, predictive(model), objective, path)
+        learner = Learner(init, adapt, predictive(model), objective, path, at_mean=at_mean)
         return learner if how.transductive else predicts_alone(learner, predictive, model)
 
     return with_noise(predicting, likelihood)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metaprior.core.types import Batch, Splits, Task
@@ -14,7 +15,7 @@ class Family(Protocol):
     """A distribution over functions of one variable. It must be hashable, because it is a constant of compiled code."""
 
     def draw(self, key: PRNGKeyArray, n: int) -> Any:
-        """Draws the parameters of n functions, a pytree with leaves [n, 1]."""
+        """Draws the parameters of n functions, a pytree with leaves [n, k]; k is usually 1."""
         ...
 
     def evaluate(self, parameters: Any, x: Float[Array, "n m"]) -> Float[Array, "n m"]:
@@ -39,7 +40,7 @@ def observations(
     Args:
         key: Random key.
         family: The family of the functions.
-        parameters: Their parameters, with leaves [n, 1].
+        parameters: Their parameters, with leaves [n, k].
         points: The number of points per function.
         domain: The interval of x.
         noisy: Whether y has the family's noise.
@@ -70,6 +71,7 @@ class FunctionTasks:
         domain: The interval of the query's x.
         noisy_query: Whether the query is noisy. The support always is.
         stream: A number that is folded into every key, so that the splits differ.
+        given: Whether the inputs also contain the parameters of f, in the order of its pytree.
     """
 
     family: Family = field(metadata={"static": True})
@@ -79,19 +81,32 @@ class FunctionTasks:
     domain: Interval = field(metadata={"static": True})
     noisy_query: bool = field(metadata={"static": True})
     stream: int = field(metadata={"static": True})
+    given: bool = field(default=False, metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
         """Draws n tasks.
 
         Returns:
-            Support x and y [n, shot, 1], query x and y [n, query, 1].
+            Support x and y [n, shot, 1], query x and y [n, query, 1]; x has more columns if parameters are given.
         """
         key_family, key_support, key_query = jax.random.split(jax.random.fold_in(key, self.stream), 3)
         parameters = self.family.draw(key_family, n)
-        return Task(
+        task = Task(
             observations(key_support, self.family, parameters, self.shot, self.support_domain, True),
             observations(key_query, self.family, parameters, self.query, self.domain, self.noisy_query),
         )
+        return Task(*(beside(batch, parameters) for batch in task)) if self.given else task
+
+
+def beside(batch: Batch, parameters: Any) -> Batch:
+    """Appends the parameters of each function to the inputs of its observations.
+
+    Args:
+        batch: Observations with x [n, points, 1].
+        parameters: Parameters with leaves [n, k].
+    """
+    columns = [jnp.broadcast_to(p[:, None], (*batch.x.shape[:2], p.shape[-1])) for p in jax.tree.leaves(parameters)]
+    return batch._replace(x=jnp.concatenate([batch.x, *columns], -1))
 
 
 def function_splits(
@@ -102,6 +117,7 @@ def function_splits(
     domain: Interval,
     support_domain: Interval | None,
     test_noise: bool,
+    given: bool = False,
 ) -> Splits:
     """Makes the three splits of a family: the same distribution, with disjoint random keys.
 
@@ -113,11 +129,12 @@ def function_splits(
         domain: The interval of x.
         support_domain: The interval of the support's x; None for `domain`.
         test_noise: Whether the validation and test queries are noisy too.
+        given: Whether the inputs also contain the parameters of the function.
     """
     sizes = [query] + 2 * [test_query]
     support_domain = domain if support_domain is None else support_domain
     sources = [
-        FunctionTasks(family, shot, size, support_domain, domain, stream == 0 or test_noise, stream)
+        FunctionTasks(family, shot, size, support_domain, domain, stream == 0 or test_noise, stream, given)
         for stream, size in enumerate(sizes)
     ]
     return Splits(*sources)
