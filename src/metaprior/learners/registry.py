@@ -25,6 +25,8 @@ from metaprior.learners.matching import matching
 from metaprior.learners.meta_lstm import meta_lstm
 from metaprior.learners.meta_regularised import mr_cnp, mr_maml
 from metaprior.learners.mixture import gem_mixture
+from metaprior.learners.mmaml import mmaml
+from metaprior.learners.mt_net import mt_net
 from metaprior.learners.nearest_neighbour import nearest_neighbour
 from metaprior.learners.platipus import maml_noise, platipus
 from metaprior.learners.protonet import protonet
@@ -50,6 +52,8 @@ LEARNERS = Registry("learner", {
     "meta_sgd": meta_sgd,
     "lslr": lslr,
     "preconditioned": preconditioned,
+    "mt_net": mt_net,
+    "mmaml": mmaml,
     "reptile": reptile,
     "imaml": imaml,
     "llama": llama,

@@ -69,8 +69,9 @@ def as_inputs(likelihood: Likelihood, y: Array, outputs: int) -> Float[Array, "n
         ValueError: y does not fit that many outputs (the likelihood's message). Compiled code returns NaN instead.
     """
     lost = jnp.isnan(likelihood.nll(jnp.zeros((y.shape[0], outputs)), y))[:, None]
-    shown = one_hot(y, outputs) if isinstance(likelihood, Categorical) else y.reshape(y.shape[0], -1).astype(float)
-    return jnp.where(lost, jnp.nan, shown)
+    if isinstance(likelihood, Categorical):
+        return jnp.where(lost, jnp.nan, one_hot(y, outputs))
+    return jnp.where(lost, jnp.nan, y.reshape(y.shape[0], prod(y.shape[1:])).astype(float))
 
 
 def amortised_learner(
