@@ -132,7 +132,7 @@ def linear_layers(model: Model, theta: PyTree, x: PyTree) -> dict[str, int]:
     return widths
 
 
-def masked(updates: dict[str, PyTree], mask: dict[str, Float[Array, " o"]]) -> dict[str, PyTree]:
+def masked(updates: Any, mask: dict[str, Float[Array, " o"]]) -> dict[str, PyTree]:
     """Multiplies the updates of each unit's weights, bias and norm by its mask.
 
     Args:
