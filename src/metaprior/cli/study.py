@@ -20,8 +20,8 @@ from metaprior.experiments.opened import load
 from metaprior.experiments.recipe import own_table, parse_overrides, recipe_of, with_overrides
 from metaprior.experiments.runs import Run, told_apart
 from metaprior.learners import LEARNERS
-from metaprior.studies import active, alike, ambiguity, novelty, referee, reuse, universality
-from metaprior.studies.plots import acquisitions, courses, explanations, novelty_bars, reuse_panels
+from metaprior.studies import active, alike, ambiguity, novelty, pac_bayes, referee, reuse, universality
+from metaprior.studies.plots import acquisitions, bounds, courses, explanations, novelty_bars, reuse_panels
 from metaprior.studies.reuse import Reuse
 from metaprior.studies.reuse import Subject as Made
 from metaprior.studies.universality import Course, Transfer, size_of
@@ -269,6 +269,44 @@ def study_universality(
     return _keep(out, "universality", found, courses(found), *tables)
 
 
+def study_bound(
+    runs: Runs,
+    /,
+    out: Path = Path("study"),
+    tasks: int = 1000,
+    scale: float = 1.0,
+    delta: float = 0.05,
+    seed: int = 1234,
+) -> int:
+    """How far may the error on new training tasks exceed that on the old? Needs runs of mr_maml or mr_cnp, on weights.
+
+    Args:
+        runs: The folders that `train` wrote.
+        out: The folder for bound.json and bound.png.
+        tasks: The number of training tasks to compute the mean loss on.
+        scale: For regression, the squared error from which on the loss is 1.
+        delta: The probability that the bound does not hold.
+        seed: The seed of the drawn encoders.
+    """
+    check_plots(out, "--out")
+    key, found = jax.random.key(seed), {}
+    for name, run in _runs(runs).items():
+        opened = load(run.folder)
+        training = opened.experiment.training
+        found[name] = pac_bayes(
+            opened.learner, opened.params, opened.splits.train, key, training, steps=opened.run.newest, tasks=tasks,
+            scale=scale, delta=delta, chunk=training.at_once or 20,
+        )  # fmt: skip
+    title = f"PAC-Bayes bounds of the loss on new tasks of the training distribution, with probability {1 - delta:g}"
+    table = _table(title, "loss", "on training tasks", "KL", "bound", "tasks", "queries each", "weight of the KL")
+    for name, it in found.items():
+        numbers = f"{it.divergence:.4g}", f"{it.bound:.3f}", f"{it.tasks:,}", str(it.queries), f"{it.weight:.3g}"
+        table.add_row(name, it.loss, _shown(it.risk), *numbers)
+    if any(it.bound >= 1 for it in found.values()):
+        table.caption = "A bound of 1 or more says nothing, because no loss is above 1."
+    return _keep(out, "bound", found, bounds(found), table)
+
+
 TRAINED = "as trained"
 
 
@@ -326,6 +364,7 @@ Study = Union[  # noqa: UP007 (a union of subcommands, which tyro reads at run t
     Annotated[Any, tyro.conf.subcommand(name="active", constructor=study_active)],
     Annotated[Any, tyro.conf.subcommand(name="novelty", constructor=study_novelty)],
     Annotated[Any, tyro.conf.subcommand(name="reuse", constructor=study_reuse)],
+    Annotated[Any, tyro.conf.subcommand(name="bound", constructor=study_bound)],
     Annotated[Any, tyro.conf.subcommand(name="universality", constructor=study_universality)],
 ]
 

@@ -6,6 +6,7 @@ other networks. The command `metaprior study` runs them.
 
 from metaprior.studies.active import Acquisition, active
 from metaprior.studies.ambiguity import Coverage, ambiguity, referee
+from metaprior.studies.bound import Bound, kl_weight, pac_bayes
 from metaprior.studies.novelty import Novelty, novelty
 from metaprior.studies.reuse import Alike, Reuse, alike, reuse
 from metaprior.studies.universality import Transfer, universality
@@ -13,6 +14,7 @@ from metaprior.studies.universality import Transfer, universality
 __all__ = [
     "Acquisition",
     "Alike",
+    "Bound",
     "Coverage",
     "Novelty",
     "Reuse",
@@ -20,7 +22,9 @@ __all__ = [
     "active",
     "alike",
     "ambiguity",
+    "kl_weight",
     "novelty",
+    "pac_bayes",
     "referee",
     "reuse",
     "universality",

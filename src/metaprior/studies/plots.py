@@ -12,6 +12,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from metaprior.core.types import Batch, Learner, Task
 from metaprior.evaluation.plots import BLUE, GREEN, GREY, ORANGE, SERIES, inputs_over, literal, panels
 from metaprior.studies.active import Acquisition
+from metaprior.studies.bound import Bound
 from metaprior.studies.novelty import Novelty
 from metaprior.studies.reuse import Reuse
 from metaprior.studies.universality import Course, Transfer
@@ -108,6 +109,26 @@ def acquisitions(found: dict[str, Acquisition]) -> Figure:
         ax.set(xlabel="points seen", ylabel="MSE", ylim=(0, None))
         ax.set_title(literal(name), loc="left", fontsize=10)
     axes[0].legend(frameon=False)
+    return figure
+
+
+def bounds(found: dict[str, Bound]) -> Figure:
+    """Plots the mean loss on training tasks and its PAC-Bayes bound for each learner.
+
+    Args:
+        found: The results of `pac_bayes`, by name of the learner.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    figure, (ax,) = panels(4.8, 3.4)
+    at = np.arange(len(found))
+    ax.bar(at, [it.bound for it in found.values()], 0.6, color=GREY, label="bound")
+    ax.bar(at, [it.risk.mean for it in found.values()], 0.6, color=BLUE, label="on training tasks")
+    ax.axhline(1, color="black", linestyle="--", linewidth=1)  # no loss is above 1
+    ax.set(ylabel="loss from 0 to 1", xticks=at)
+    ax.set_xticklabels([literal(name) for name in found])
+    ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 
 
