@@ -42,15 +42,17 @@ def test_options_set_in_several_places_all_count(tmp_path):
 def test_train_evaluate_plot(sinusoid_run, capsys):
     assert {"recipe.json", "metrics.jsonl", "checkpoints", "tensorboard"} <= {p.name for p in sinusoid_run.iterdir()}
     assert json.loads((sinusoid_run / "recipe.json").read_text())["training"]["steps"] == 60
-    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--steps", 3)
+    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--no-memorisation", "--steps", 3)
     out = capsys.readouterr().out
     assert "MSE" in out
     assert "after each inner step" in out
-    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--steps", 3, "--set", "evaluation.course=false")
+    run_cli(
+        "evaluate", sinusoid_run, "--tasks", 10, "--no-memorisation", "--steps", 3, "--set", "evaluation.course=false"
+    )
     assert "after each inner step" not in (shorter := capsys.readouterr().out)
     mse = next(line for line in out.splitlines() if "MSE" in line)
     assert mse.split()[3] in shorter
-    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--posterior", "implicit", "--calibrated")
+    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--no-memorisation", "--posterior", "implicit", "--calibrated")
     assert "temperature" in capsys.readouterr().out
     report = json.loads((sinusoid_run / "report-implicit-calibrated.json").read_text())
     assert report["tasks"] == 10
@@ -64,10 +66,10 @@ def test_other_tasks_have_a_report_of_their_own_and_no_published_figure(sinusoid
     recipe = json.loads((sinusoid_run / "recipe.json").read_text())
     published = {"maml": [{"mse": 0.5, "source": "A paper"}]}
     (sinusoid_run / "recipe.json").write_text(json.dumps(recipe | {"published": published}))
-    run_cli("evaluate", sinusoid_run, "--tasks", 10)
+    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--no-memorisation")
     assert "published: MSE 0.5000 (A paper)" in capsys.readouterr().out
     before = (sinusoid_run / "report-own.json").read_text()
-    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--set", "tasks.shot=3")
+    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--no-memorisation", "--set", "tasks.shot=3")
     assert "published" not in capsys.readouterr().out
     assert (sinusoid_run / "report-own.json").read_text() == before
     shots = json.loads((sinusoid_run / "report-own-tasks.shot=3.json").read_text())
@@ -78,11 +80,11 @@ def test_other_tasks_have_a_report_of_their_own_and_no_published_figure(sinusoid
 def test_reports_stand_beside_each_other(sinusoid_run, tmp_path, capsys):
     other, out = tmp_path / "other", tmp_path / "compared"
     run_cli("train", "sinusoid", "--learner", "fomaml", "--steps", 20, "--out", other, "--set", *SMALL)
-    run_cli("evaluate", sinusoid_run, "--tasks", 10)
+    run_cli("evaluate", sinusoid_run, "--tasks", 10, "--no-memorisation")
     with pytest.raises(SystemExit):
         main(["compare", str(sinusoid_run), str(other), "--out", str(out)])
     assert "has no report-own.json (its reports: none)" in capsys.readouterr().err.replace("\n", " ")
-    run_cli("evaluate", other, "--tasks", 10)
+    run_cli("evaluate", other, "--tasks", 10, "--no-memorisation")
     capsys.readouterr()
     run_cli("compare", sinusoid_run, other, "--out", out)
     lines = capsys.readouterr().out.splitlines()
@@ -98,8 +100,8 @@ def test_reports_stand_beside_each_other(sinusoid_run, tmp_path, capsys):
 def test_noise_is_fitted_around_a_learners_own_posterior(tmp_path):
     folder = tmp_path / "run"
     run_cli("train", "sinusoid", "--learner", "platipus", "--steps", 20, "--out", folder, "--set", *SMALL)
-    run_cli("evaluate", folder, "--tasks", 10)
-    run_cli("evaluate", folder, "--tasks", 10, "--calibrated")
+    run_cli("evaluate", folder, "--tasks", 10, "--no-memorisation")
+    run_cli("evaluate", folder, "--tasks", 10, "--no-memorisation", "--calibrated")
     own, fitted = (json.loads((folder / f"report-own{kind}.json").read_text()) for kind in ("", "-calibrated"))
     assert fitted["settings"]["fitted"].keys() == {"noise"}
     # The posterior's draws stay: their mean misses by as much as before, and their spread still tells inputs apart.
@@ -152,14 +154,14 @@ def test_cores_divided_into_devices_train_go_on_and_judge(tmp_path):
     for args in (
         ["train", "sinusoid", "--steps", "20", "--out", str(folder), "--set", *SMALL],
         ["train", "sinusoid", "--steps", "40", "--out", str(folder), "--resume"],
-        ["evaluate", str(folder), "--tasks", "10"],
+        ["evaluate", str(folder), "--tasks", "10", "--no-memorisation"],
     ):
         command = [sys.executable, "-m", "metaprior", *args, "--devices", "2"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [20, 40]
-    run_cli("evaluate", folder, "--tasks", 10, "--devices", 0, code=2)
+    run_cli("evaluate", folder, "--tasks", 10, "--no-memorisation", "--devices", 0, code=2)
 
 
 def test_ctrl_c_saves_and_exits(tmp_path):
@@ -231,9 +233,9 @@ def test_omniglot_from_training_to_new_characters(data_dir, tmp_path, capsys):
     folder = tmp_path / "omniglot"
     small = [*SMALL, "network.filters=8", "training.chunk=10", "tasks.test_query=3"]
     run_cli("train", "omniglot-5way-1shot", "--steps", 10, "--out", folder, "--set", *small)
-    run_cli("evaluate", folder, "--tasks", 4)
+    run_cli("evaluate", folder, "--tasks", 4, "--no-memorisation")
     assert "ECE" in capsys.readouterr().out
-    run_cli("evaluate", folder, "--tasks", 2, "--posterior", "laplace", "--draws", 2)
+    run_cli("evaluate", folder, "--tasks", 2, "--no-memorisation", "--posterior", "laplace", "--draws", 2)
     # A user's own drawings: dark ink on white paper, one folder a class.
     shapes = {
         "cross": [(0, 0, 60, 60), (60, 0, 0, 60)],
@@ -257,7 +259,7 @@ def test_omniglot_from_training_to_new_characters(data_dir, tmp_path, capsys):
     again = ("adapt", folder, "--support", tmp_path / "support", "--query", tmp_path / "query", "--calibrated")
     run_cli(*again, code=2)
     assert "metaprior evaluate" in capsys.readouterr().err
-    run_cli("evaluate", folder, "--tasks", 4, "--calibrated")
+    run_cli("evaluate", folder, "--tasks", 4, "--no-memorisation", "--calibrated")
     assert "softmax_temperature" in capsys.readouterr().out
     run_cli(*again, "--out", out)
     scaled = list(csv.DictReader(out.open()))

@@ -54,7 +54,7 @@ def test_what_is_registered_is_known_to_recipes_and_errors(tmp_path):
         "[training]\nsteps = 2\nmeta_batch = 2\nchunk = 2\nvalidation_tasks = 2\n"
     )
     run_cli("train", path, "--out", tmp_path / "run")
-    run_cli("evaluate", tmp_path / "run", "--tasks", 3)
+    run_cli("evaluate", tmp_path / "run", "--tasks", 3, "--no-memorisation")
     experiment = build(load_recipe(str(path)))
     fitted = fit(experiment.learner, experiment.splits, experiment.training)
     assert fitted.params["head"]["w"].shape == (5, 1)

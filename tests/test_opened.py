@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
         '[network]\nname = "mlp"\nhidden = [8]\n[likelihood]\nname = "gaussian"\n[learners.maml]\nrate = 0.05\n'
     )
     run_cli("train", recipe, "--out", folder / "run", "--set", *SETTINGS)
-    run_cli("evaluate", folder / "run", "--tasks", 4, "--posterior", "implicit", "--calibrated")
+    run_cli("evaluate", folder / "run", "--tasks", 4, "--no-memorisation", "--posterior", "implicit", "--calibrated")
     write_csv(folder / "support.csv", [(1, 255), (4, 291), (8, 330)], ("dose", "response"))
     write_csv(folder / "query.csv", [(2,), (9,)], ("dose",))
     return folder

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     """A run of ten meta-steps with its calibrated report, and files to adapt to."""
     folder = tmp_path_factory.mktemp("reports")
     run_cli("train", "sinusoid", "--steps", 10, "--out", folder / "run", "--set", *SMALL)
-    run_cli("evaluate", folder / "run", "--tasks", 4, *CALIBRATED)
+    run_cli("evaluate", folder / "run", "--tasks", 4, "--no-memorisation", *CALIBRATED)
     (folder / "s.csv").write_text("x,y\n0.1,0.3\n0.5,0.1\n1.0,-0.2\n")
     (folder / "q.csv").write_text("x\n0.2\n1.0\n")
     return folder
@@ -62,7 +62,7 @@ def test_scalars_hold_for_their_own_steps_and_draws(run, capsys):
     assert "`metaprior evaluate run --posterior implicit --calibrated --steps 3` first" in capsys.readouterr().err
     adapt(*CALIBRATED, "--draws", 3, code=2)
     assert "--draws must be 0 with --calibrated" in capsys.readouterr().err
-    run_cli("evaluate", "run", "--tasks", 4, *CALIBRATED, "--steps", 3)
+    run_cli("evaluate", "run", "--tasks", 4, "--no-memorisation", *CALIBRATED, "--steps", 3)
     adapt(*CALIBRATED, "--steps", 3)
     # The predictive is the one that was judged: that of the report's steps, draws and scalars.
     path = run / "report-implicit-calibrated.json"

@@ -103,7 +103,7 @@ def test_figures_are_shown_though_they_cannot_be_written(run, capsys, monkeypatc
     monkeypatch.setattr("metaprior.core.files.sync", full)
     before = sorted(p.name for p in run.iterdir())
     with pytest.raises(SystemExit) as end:
-        main(["evaluate", str(run), "--tasks", "10"])
+        main(["evaluate", str(run), "--tasks", "10", "--no-memorisation"])
     out, said = capsys.readouterr()
     assert end.value.code == 1
     assert "MSE" in out
@@ -114,7 +114,7 @@ def test_figures_are_shown_though_they_cannot_be_written(run, capsys, monkeypatc
 def test_a_report_names_the_checkpoint_that_was_judged(tmp_path, capsys):
     folder = tmp_path / "run"
     run_cli("train", "sinusoid", "--steps", 40, "--out", folder, "--set", *SMALL)
-    run_cli("evaluate", folder, "--tasks", 10)
+    run_cli("evaluate", folder, "--tasks", 10, "--no-memorisation")
     report = folder / "report-own.json"
     judged = json.loads(report.read_text())["settings"]["checkpoint"]
     assert (judged["which"], judged["step"]) == ("best", 40)
@@ -122,7 +122,7 @@ def test_a_report_names_the_checkpoint_that_was_judged(tmp_path, capsys):
         if file.is_file():
             file.write_bytes(b"")
     capsys.readouterr()
-    run_cli("evaluate", folder, "--tasks", 10)
+    run_cli("evaluate", folder, "--tasks", 10, "--no-memorisation")
     said = capsys.readouterr().err
     assert said.startswith("warning: ")
     assert "the best checkpoint (meta-step 40) cannot be read" in said

@@ -251,7 +251,7 @@ def test_groups_of_training_stay_where_they_were(prices, capsys):
     try:
         more = [row | {"who": "new"} for row in rows[:4]]
         written(folder / "table.csv", [*more, *rows])
-        run_cli("evaluate", folder / "run", "--tasks", 2)
+        run_cli("evaluate", folder / "run", "--tasks", 2, "--no-memorisation")
         assert "groups: 1 are new since training" in " ".join(capsys.readouterr().err.split())
         written(folder / "table.csv", [row for row in rows if row["who"] != SHARES[2][0]])
         run_cli("evaluate", folder / "run", "--tasks", 2, code=2)
@@ -286,7 +286,7 @@ def test_class_codes_are_those_of_the_run(tmp_path, learner, capsys):
             assert all(float(row["p(churn)"]) == pytest.approx(1 / 7, abs=6e-5) for row in shown)
     if learner == "protonet":
         # A temperature is of the shown classes alone.
-        run_cli("evaluate", tmp_path / "run", "--tasks", 2, "--calibrated")
+        run_cli("evaluate", tmp_path / "run", "--tasks", 2, "--calibrated", "--no-memorisation")
         run_cli("adapt", tmp_path / "run", "--support", tmp_path / "s.csv", "--query", query, "--calibrated",
                 "--out", tmp_path / "p.csv")  # fmt: skip
         assert [line.split(",")[2] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]] == ["0.1429"] * 3

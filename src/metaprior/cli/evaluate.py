@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metaprior.cli.screen import screen
-from metaprior.cli.tables import curve_table, family_table, report_table
+from metaprior.cli.tables import curve_table, family_table, memorisation_table, report_table
 from metaprior.core.files import write_atomically
 from metaprior.core.runtime import configure
 from metaprior.core.types import Embedded, Learner, OutsideSource, group_count
@@ -52,6 +52,7 @@ def evaluate(
     tasks: int | None = None,
     split: Literal["validation", "test", "one_shot"] = "test",
     seed: int | None = None,
+    memorisation: bool = True,
     devices: int = 1,
     set: tuple[str, ...] = (),
 ) -> int:
@@ -70,6 +71,8 @@ def evaluate(
         tasks: The number of tasks. None means the recipe's, or else one per group of a table and 600 of other tasks.
         split: The split of the tasks. one_shot is Omniglot's official 20 runs of 20-way 1-shot classification.
         seed: The seed of the tasks.
+        memorisation: Estimate how much the answers depend on the support, and warn if the learner ignores it. It uses
+            up to 64 of the tasks; --no-memorisation saves its time.
         devices: The number of devices that the cores are divided into. Each device evaluates a share of the tasks.
         set: Options of the tasks or the learner by name, e.g. --set tasks.shot=5. evaluation.metrics names further
             metrics of the learner's loss to report. evaluation.course=false leaves out the figures after each inner
@@ -121,6 +124,7 @@ def evaluate(
         chunk=experiment.training.at_once or 20,
         course=course,
         metrics=settings.metrics,
+        memorisation=memorisation,
     )
     name = f"report-{name_of(posterior, calibrated=bool(fitted), split=split, changed=changed)}"
     told = _outsiders(learner, params, recipe, experiment, split, number, settings.seed if seed is None else seed)
@@ -141,6 +145,9 @@ def evaluate(
         console.print(rejection_table(told))
     if (curve := curve_table(report)) is not None:
         console.print(curve)
+    if report.memorisation is not None:
+        console.print(memorisation_table(report.memorisation))
+        console.print("\n".join(report.memorisation.summary()), soft_wrap=True, highlight=False)
     _compare(console, opened.run, recipe, split, changed)
     folder = opened.run.folder
     console.print(f"written: {folder / name}.json and plots in {folder / 'plots'}", soft_wrap=True)

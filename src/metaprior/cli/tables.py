@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from metaprior.evaluation.figures import digits_of, title_of
-from metaprior.evaluation.report import Report
+from metaprior.evaluation.report import Memorisation, Report
 
 
 def report_table(report: Report, title: str = "") -> Table:
@@ -66,4 +66,19 @@ def curve_table(report: Report) -> Table | None:
     for step, row in enumerate(report.curve):
         if step <= 10 or step % 10 == 0 or step == len(report.curve) - 1:
             table.add_row(str(step), *(str(figure) for figure in row.values()))
+    return table
+
+
+def memorisation_table(found: Memorisation) -> Table:
+    """Returns a table of the queries' scores, with one row per support.
+
+    Args:
+        found: The diagnosis.
+    """
+    titles, rows = found.rows()
+    table = Table(title=found.heading(), title_justify="left", header_style="bold")
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -8,8 +8,8 @@ Episodes from a pool of classes are independent draws given the pool, so their i
 other ones. ECE, MCE and PIT pool all query examples.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ from metaprior.core.likelihoods import Categories, Counts, check_counts, check_l
 from metaprior.core.options import Count, checked
 from metaprior.core.types import (
     Learner,
-    NumericPredictive,
     Task,
     TaskSource,
     check_settled,
@@ -35,65 +34,16 @@ from metaprior.core.types import (
     group_order,
     weighted_mean,
 )
-from metaprior.core.units import in_units
-from metaprior.evaluation.calibration import BINS, brier, expected_error, maximum_error, reliability
+from metaprior.evaluation.calibration import BINS, expected_error, maximum_error, reliability
 from metaprior.evaluation.figures import FEW, figure_of
+from metaprior.evaluation.memorisation import ANSWERED
+from metaprior.evaluation.memorisation import memorisation as diagnosed
 from metaprior.evaluation.report import CORRELATION, Report
-from metaprior.tasks import preparation_of
+from metaprior.evaluation.scores import LEVELS, Units, brief_score, integral_transform, score
 
-LEVELS = (0.5, 0.9, 0.95)  # the central predictive intervals whose coverage is reported
-
+__all__ = ["LEVELS", "TASKS", "Units", "check_targets", "evaluate", "integral_transform", "score", "summarise"]
 
 TASKS = 600  # the default number of tasks, where they are independent draws
-
-
-def score(predictive: Any, y: Array) -> dict[str, Array]:
-    """Computes the scores of each query example.
-
-    Args:
-        predictive: The predictive distribution of n examples.
-        y: Their targets, [n] class labels or [n, d] numbers.
-
-    Returns:
-        Scores [n] by name. For classes: accuracy, nll, brier and confidence. Otherwise: mse, nll, the coverage and
-        width of central intervals at `LEVELS`, and the variance, as means over the d targets (nll: their sum).
-    """
-    nll = -predictive.log_prob(y)
-    if isinstance(predictive, Categories):
-        p = predictive.mean()
-        confidence, choice = p.max(-1), p.argmax(-1)
-        hit = jnp.where(jnp.isnan(nll), jnp.nan, (choice == y).astype(nll.dtype))
-        return {"accuracy": hit, "nll": nll, "brier": brier(p, y), "confidence": confidence}
-    if not isinstance(predictive, NumericPredictive):
-        raise ValueError(
-            f"predictive must have variance, cdf and quantile (`NumericPredictive`), got {type(predictive).__name__}."
-        )
-    rest = tuple(range(1, y.ndim))
-    scores = {"mse": ((predictive.mean() - y) ** 2).mean(rest), "nll": nll}
-    for level in LEVELS:
-        low, high = (predictive.quantile(q) for q in ((1 - level) / 2, (1 + level) / 2))
-        inside = (low <= y) & (y <= high)
-        covered = jnp.where(jnp.isnan(low) | jnp.isnan(high), jnp.nan, inside.astype(nll.dtype))
-        scores[f"coverage_{100 * level:.0f}"] = covered.mean(rest)
-        scores[f"width_{100 * level:.0f}"] = (high - low).mean(rest)
-    scores["variance"] = predictive.variance().mean(rest)
-    return scores
-
-
-def integral_transform(predictive: Any, y: Array, key: PRNGKeyArray) -> dict[str, Array]:
-    """Computes the probability integral transform (PIT) of each target.
-
-    Args:
-        predictive: The predictive distribution of n examples.
-        y: Their targets [n, d].
-        key: The random key for counts, whose PIT is randomised.
-
-    Returns:
-        "pit": [n, d], or nothing for classes.
-    """
-    if isinstance(predictive, Categories):
-        return {}
-    return {"pit": predictive.pit(y, key) if isinstance(predictive, Counts) else predictive.cdf(y)}
 
 
 @checked
@@ -107,6 +57,7 @@ def evaluate(
     chunk: Count = 20,
     course: Learner | None = None,
     metrics: Sequence[str] = (),
+    memorisation: bool = False,
 ) -> Report:
     """Adapts a learner to new tasks and evaluates its predictions of their queries.
 
@@ -126,6 +77,9 @@ def evaluate(
             it has a `path`. Give one with a cheaper posterior to save time.
         metrics: Names of further metrics to report, from those that the learner's loss returns on the test tasks (for
             example of a learner that is judged throughout an episode).
+        memorisation: Whether to estimate how much the answers depend on the support, on up to 64 of the tasks (see
+            `evaluation.memorisation`). It adapts three times to each of these tasks, and predicts their queries with 18
+            supports. The command `evaluate` does so by default.
 
     Returns:
         The report: figures with 95 % intervals, calibration, and the figures after each inner step.
@@ -192,7 +146,13 @@ def evaluate(
     if isinstance(kind, Counts):
         note = "targets are counts, so intervals of a true predictive cover at least their level; the PIT is randomised"
         report = replace(report, notes=[*report.notes, note])
-    return replace(report, target=units.target, figures=report.figures | own_figures)
+    told = None
+    if memorisation:
+        told = diagnosed(learner, params, source, key, tasks=min(tasks, ANSWERED), chunk=chunk)
+        if told is None:
+            note = "there is no estimate of memorisation, as it needs at least two tasks of different groups"
+            report = replace(report, notes=[*report.notes, note])
+    return replace(report, target=units.target, figures=report.figures | own_figures, memorisation=told)
 
 
 def check_targets(kind: Any, support: tuple[Any, Any], query: tuple[Any, Any], lost: bool) -> None:
@@ -224,77 +184,6 @@ def check_targets(kind: Any, support: tuple[Any, Any], query: tuple[Any, Any], l
                 check_real(values)
         except ValueError as error:
             raise ValueError(f"{side}: {error}") from None
-
-
-@dataclass(frozen=True)
-class Units:
-    """The units of a table's target.
-
-    Scores are computed with scales relative to the largest one, so that none is above 1, and then multiplied in
-    float64, in which the square of a scale does not overflow.
-
-    Attributes:
-        target: The name of the target, or None if there is no table.
-        scale: For each target, how many of its units are one standardised unit.
-    """
-
-    target: str | None = None
-    scale: tuple[float, ...] = ()
-
-    @classmethod
-    def of(cls, source: Any) -> "Units":
-        """Returns the units of a source's table, which are empty for classes and where there is no table.
-
-        Args:
-            source: A task source.
-        """
-        preparation = preparation_of(source)
-        if preparation is None or preparation.target.kind == "class":
-            return cls()
-        return cls(preparation.target.name, preparation.target.deviation)
-
-    def score(self, predictive: Any, y: Array, by: Callable[..., dict[str, Array]] | None = None) -> dict[str, Array]:
-        """Computes scores of a predictive of standardised targets, in units relative to the largest scale.
-
-        Args:
-            predictive: The predictive distribution of n examples.
-            y: Their standardised targets [n, d].
-            by: The function that computes the scores. The default is `score`.
-
-        Returns:
-            Scores [n] by name.
-        """
-        if set(self.scale) - {1.0}:
-            relative = np.asarray(self.scale) / max(self.scale)
-            predictive, y = in_units(predictive, 0 * relative, relative), y * relative.astype(y.dtype)
-        return (score if by is None else by)(predictive, y)
-
-    def scaled(self, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Converts the results of `score` to the target's own units.
-
-        Args:
-            scores: The scores by name.
-        """
-        if not set(self.scale) - {1.0}:
-            return scores
-        largest, own = max(self.scale), {name: np.asarray(values, float) for name, values in scores.items()}
-        own |= {name: own[name] * largest**2 for name in ("mse", "variance") if name in own}
-        own |= {name: own[name] * largest for name in own if name.startswith("width_")}
-        return own | ({"nll": own["nll"] + len(self.scale) * float(np.log(largest))} if "nll" in own else {})
-
-
-def brief_score(predictive: Any, y: Array) -> dict[str, Array]:
-    """Computes the scores that are reported after each inner step: accuracy or mse, and nll.
-
-    Args:
-        predictive: The predictive distribution of n examples.
-        y: Their targets.
-
-    Returns:
-        Scores [n] by name.
-    """
-    scores = score(predictive, y)
-    return {name: scores[name] for name in ("accuracy", "mse", "nll") if name in scores}
 
 
 def summarise(

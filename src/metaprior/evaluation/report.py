@@ -13,6 +13,111 @@ from metaprior.evaluation.figures import Figure, digits_of, title_of
 CORRELATION = "variance_error_correlation"  # undefined if all variances are equal
 
 
+NEAR = 0.01  # nats per query; a smaller effect of the support counts as none
+SUPPORTS = {
+    "right": "the right support",
+    "other": "another task's support",
+    "shuffled": "its targets permuted",
+    "empty": "no support",
+}
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """How much the answers depend on the support (see `evaluation.memorisation` for the estimators).
+
+    Attributes:
+        tasks: The number of tasks.
+        others: The number of other tasks whose supports answered each query.
+        figures: For each support, "right", "other" (of another task), "shuffled" (the right one with its targets
+            permuted) and "empty", the accuracy or mse and the nll of the queries. A learner that cannot take an empty
+            support has no "empty".
+        rise: For each support but the right one, its nll minus that of the right one, with the interval of the
+            difference.
+        information: The estimate of I(y; D | x) in nats per query, which is too high on average.
+        information_least: The estimate that is too low on average.
+        notes: Sentences about what the figures do not show.
+    """
+
+    tasks: int
+    others: int
+    figures: dict[str, dict[str, Figure]]
+    rise: dict[str, Figure]
+    information: Figure
+    information_least: Figure
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def warning(self) -> str | None:
+        """The warning that the run ignores its support, or None if there is evidence that it uses it.
+
+        It is given if the 95 % intervals of both the rise of the nll with another task's support and the lower estimate
+        of the information reach down to 0.01 nats per query or less.
+        """
+        rise, least = self.rise["other"], self.information_least
+        low, high = rise.mean - (rise.interval or 0), rise.mean + (rise.interval or 0)
+        if not (low <= NEAR and least.mean - (least.interval or 0) <= NEAR):
+            return None
+        if low >= -NEAR and high <= NEAR:
+            return (
+                f"the learner ignores its support: with another task's support the NLL changes by {rise} nats per query"
+            )
+        return (
+            "there is no evidence that the learner uses its support: with another task's support the NLL changes by "
+            f"{rise} nats per query. Evaluate more tasks, or see docs/learners.md on memorisation"
+        )
+
+    @classmethod
+    def from_table(cls, table: Any) -> "Memorisation":
+        """Reads a diagnosis from a report's table.
+
+        Args:
+            table: What `dataclasses.asdict` returned, from JSON.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        name = "memorisation"
+        part = accept(dict, table, name)
+        if lacking := [f for f in ("tasks", "others", "figures", "rise") if f not in part]:
+            raise ValueError(f"{name} has no {', '.join(lacking)}")
+        both = _figures({n: part.get(n) for n in ("information", "information_least")}, name)
+        return cls(
+            accept(Count, part["tasks"], f"{name}.tasks"),
+            accept(Count, part["others"], f"{name}.others"),
+            {n: _figures(row, f"{name}.{n}") for n, row in accept(dict, part["figures"], f"{name}.figures").items()},
+            _figures(part["rise"], f"{name}.rise"),
+            both["information"],
+            both["information_least"],
+            list(accept(tuple[str, ...], part.get("notes", []), f"{name}.notes")),
+        )
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Returns the titles and the rows of its table, one row per support."""
+        names = list(self.figures["right"])
+        rows = [
+            [SUPPORTS[support], *(str(row[name]) for name in names), str(self.rise.get(support, ""))]
+            for support, row in self.figures.items()
+        ]
+        return ["queries answered with", *map(title_of, names), "rise of the NLL"], rows
+
+    def summary(self) -> list[str]:
+        """Returns the lines below its table: the information, the notes and the warning."""
+        told = f"I(y; D | x), nats per query: {self.information}, biased up; {self.information_least}, biased down"
+        lines = [told, *(f"note: {note}" for note in self.notes)]
+        return lines if self.warning is None else [*lines, f"warning: {self.warning}"]
+
+    def heading(self) -> str:
+        """Returns the title of its table."""
+        return f"how much the answers depend on the support ({self.tasks} tasks, {self.others} other supports each)"
+
+    def __str__(self) -> str:
+        titles, rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+        lines = ["  ".join(f"{v:{w}}" for v, w in zip(row, widths, strict=True)).rstrip() for row in (titles, *rows)]
+        return "\n".join([self.heading(), *lines, *self.summary()])
+
+
 @dataclass(frozen=True)
 class Report:
     """The report of an evaluation.
@@ -31,6 +136,7 @@ class Report:
         groups: The number of groups that the tasks come from, or None if tasks are independent draws.
         families: The figures of each family of tasks by its name; empty if there is a single family.
         notes: Sentences about what the figures do not show.
+        memorisation: How much the answers depend on the support, or None if that was not estimated.
     """
 
     kind: str
@@ -44,6 +150,7 @@ class Report:
     groups: int | None = None
     families: dict[str, dict[str, Figure]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    memorisation: Memorisation | None = None
 
     def to_json(self) -> str:
         """Returns the report as JSON text."""
@@ -87,6 +194,7 @@ class Report:
                 for family, row in accept(dict, table.get("families", {}), "families").items()
             },
             list(accept(tuple[str, ...], rows["notes"], "notes")),
+            None if table.get("memorisation") is None else Memorisation.from_table(table["memorisation"]),
         )
 
     def __str__(self) -> str:
@@ -95,7 +203,8 @@ class Report:
         rows += [(title_of(name), str(figure)) for name, figure in self.of_families().items()]
         width = max(len(name) for name, _ in rows) if rows else 0
         lines = [self.heading(), *(f"{name:{width}}  {value}" for name, value in rows)]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines if self.memorisation is None else [*lines, "", str(self.memorisation)])
 
     def of_families(self) -> dict[str, Figure]:
         """Returns the main figure (accuracy or mse) of each family, by names such as 'accuracy of blur'."""
