@@ -10,14 +10,21 @@ import tyro
 from rich.table import Table
 
 from metaprior.cli.screen import screen
-from metaprior.core.files import write_atomically
+from metaprior.core.files import check_output, write_atomically
 from metaprior.core.named import option_names
 from metaprior.core.options import parameters_of
 from metaprior.core.types import Learner
-from metaprior.evaluation.figures import Figure
+from metaprior.evaluation.figures import Figure, figure_of
 from metaprior.evaluation.plots import check_plots, save
 from metaprior.experiments.opened import load
-from metaprior.experiments.recipe import own_table, parse_overrides, recipe_of, with_overrides
+from metaprior.experiments.recipe import (
+    load_recipe,
+    own_table,
+    parse_overrides,
+    recipe_of,
+    task_sources,
+    with_overrides,
+)
 from metaprior.experiments.runs import Run, told_apart
 from metaprior.learners import LEARNERS
 from metaprior.studies import active, alike, ambiguity, novelty, pac_bayes, referee, reuse, universality
@@ -25,6 +32,7 @@ from metaprior.studies.plots import acquisitions, bounds, courses, explanations,
 from metaprior.studies.reuse import Reuse
 from metaprior.studies.reuse import Subject as Made
 from metaprior.studies.universality import Course, Transfer, size_of
+from metaprior.tasks.images.clusters import Clustering, embedding_accuracy, partitions
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Posterior = Literal["point", "implicit", "laplace"] | None
@@ -359,6 +367,53 @@ def _cell(course: Course, i: int) -> str:
     return f"{course.query[i]:.3f} ({course.median[i]:.3f})"
 
 
+def study_clusters(
+    recipe: Annotated[str, tyro.conf.Positional],
+    /,
+    out: Path = Path("study"),
+    tasks: int = 600,
+    seed: int = 1234,
+    set: tuple[str, ...] = (),
+) -> int:
+    """How good are the clusters that a recipe trains on, and what does their embedding reach without meta-learning?
+
+    True labels are used here for the comparison, never in training.
+
+    Args:
+        recipe: A recipe with [clusters], such as omniglot-cactus.
+        out: The folder for clusters.json.
+        tasks: The number of test tasks for the embedding itself.
+        seed: The seed of these tasks.
+        set: Options of the recipe by name, e.g. --set clusters.embedding=orientation tasks.shot=5
+    """
+    check_output(out, "--out")
+    chosen = with_overrides(load_recipe(recipe), None, parse_overrides(set))
+    if not chosen.clusters:
+        raise ValueError(f"recipe must have [clusters], such as omniglot-cactus, got {recipe}.")
+    splits = task_sources(own_table(chosen.tasks, chosen.learner))
+    how, console = Clustering(**chosen.clusters), screen()
+    parts = partitions(splits, how)
+    table = _table(f"{recipe}: partitions", "clusters left", "purity", "pair precision", "NMI", "ARI")
+    table.columns[0].header = "partition"
+    for place, row in enumerate(parts, 1):
+        shares = (f"{row[name]:.3f}" for name in ("purity", "pair_precision", "nmi", "ari"))
+        table.add_row(str(place), str(row["left"]), *shares)
+    console.print(table)
+    found: dict[str, Any] = {"partitions": parts}
+    if how.partition not in ("random", "classes"):
+        hits = embedding_accuracy(splits, how, jax.random.key(seed), tasks)
+        found["embedding"] = {rule: figure_of(values) for rule, values in hits.items()}
+        own = _table(f"the embedding itself, {tasks} test tasks", "accuracy")
+        own.columns[0].header = "rule"
+        for rule, figure in found["embedding"].items():
+            own.add_row(rule, _shown(figure))
+        console.print(own)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "clusters.json", json.dumps(found, indent=2, default=_plain) + "\n")
+    console.print(f"written: {out / 'clusters.json'}", soft_wrap=True)
+    return 0
+
+
 Study = Union[  # noqa: UP007 (a union of subcommands, which tyro reads at run time)
     Annotated[Any, tyro.conf.subcommand(name="ambiguity", constructor=study_ambiguity)],
     Annotated[Any, tyro.conf.subcommand(name="active", constructor=study_active)],
@@ -366,6 +421,7 @@ Study = Union[  # noqa: UP007 (a union of subcommands, which tyro reads at run t
     Annotated[Any, tyro.conf.subcommand(name="reuse", constructor=study_reuse)],
     Annotated[Any, tyro.conf.subcommand(name="bound", constructor=study_bound)],
     Annotated[Any, tyro.conf.subcommand(name="universality", constructor=study_universality)],
+    Annotated[Any, tyro.conf.subcommand(name="clusters", constructor=study_clusters)],
 ]
 
 

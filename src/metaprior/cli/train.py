@@ -30,6 +30,7 @@ from metaprior.experiments.recipe import (
 )
 from metaprior.experiments.runs import Run
 from metaprior.experiments.start import begun
+from metaprior.tasks.images.clusters import clusters_of
 from metaprior.training.loop import Fitted, fit
 
 
@@ -154,6 +155,8 @@ def trained_run(
     console, training = screen(), experiment.training
     named = Text.assemble((chosen.name, "bold"), " with ", (chosen.learner, "bold"), f": {chosen.description}")
     console.print(named, soft_wrap=True)
+    if (clusters := clusters_of(experiment.splits.train)) is not None:
+        console.print(f"training tasks of clusters: {clusters}", soft_wrap=True)
     prepared = experiment.preparation
     with Progress(training.steps, console, prepared and prepared.standardised) as progress:
         return fit(

@@ -25,4 +25,4 @@ def one_shot_runs_for(recipe: Recipe) -> FixedTasks:
             f"--split one_shot: the run must be trained with at least 20 classes per task, got {way}. Train with "
             "--set tasks.way=20 (or tasks.train_way=20)."
         )
-    return one_shot_source(size=tasks.get("size", 28))
+    return one_shot_source(size=tasks.get("size", 28), moments=tasks.get("moments", False))

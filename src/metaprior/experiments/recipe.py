@@ -1,10 +1,10 @@
 """Recipes: a complete experiment as data. There is one TOML file per published experiment in `recipes/`.
 
 A recipe has `learner` (the default one) and the tables [tasks], [network] and [likelihood] (a `name` and the factory's
-options), [learners.NAME] (the options of each learner in this experiment), [augmentation] (of training images),
-[start] (the run whose network training starts from), [training], [evaluation] and [[published.NAME]] (papers' figures,
-see `results.published_in`). [tasks.NAME], [likelihood.NAME], [start.NAME] and [training.NAME] hold the options that
-differ for the learner NAME.
+options), [learners.NAME] (the options of each learner in this experiment), [clusters] (in place of the training
+classes, see `tasks.clustered`), [augmentation] (of training images), [start] (the run whose network training starts from),
+[training], [evaluation] and [[published.NAME]] (papers' figures, see `results.published_in`). [tasks.NAME],
+[likelihood.NAME], [start.NAME] and [training.NAME] hold the options that differ for the learner NAME.
 """
 
 import re
@@ -23,13 +23,22 @@ from metaprior.inference.posteriors import POSTERIORS
 from metaprior.learners.builders.metric import with_unseen
 from metaprior.learners.registry import LEARNERS, learners_having, make_learner, traits_of
 from metaprior.networks import NETWORKS
-from metaprior.tasks import DESCRIBED_SOURCES, SOURCES, Preparation, augmented, preparation_of, with_hidden_labels
+from metaprior.tasks import (
+    DESCRIBED_SOURCES,
+    SOURCES,
+    Preparation,
+    augmented,
+    clustered,
+    preparation_of,
+    with_hidden_labels,
+)
 from metaprior.training.loop import Training
 
 TABLES = (
     "tasks",
     "network",
     "likelihood",
+    "clusters",
     "augmentation",
     "start",
     "training",
@@ -94,6 +103,7 @@ class Recipe:
         network: The network's `name` and options.
         likelihood: The likelihood's `name` and options.
         learners: The options of each learner, by its name.
+        clusters: The options of `clustered`, if training tasks are of clusters instead of classes.
         augmentation: The options of `augmented`.
         start: The fields of `Start`.
         training: The fields of `Training`.
@@ -108,6 +118,7 @@ class Recipe:
     network: dict[str, Any] = field(default_factory=dict)
     likelihood: dict[str, Any] = field(default_factory=dict)
     learners: dict[str, dict[str, Any]] = field(default_factory=dict)
+    clusters: dict[str, Any] = field(default_factory=dict)
     augmentation: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -206,6 +217,7 @@ def check_options(recipe: Recipe, *, tasks: bool = True) -> None:
     start_of(recipe)
     training_of(recipe)
     evaluation_of(recipe)
+    accept_options(clustered, recipe.clusters, "clusters.", taken=1)
     lookup("learner", recipe.learner, LEARNERS)
     for learner, options in recipe.learners.items():
         given = {name: value for name, value in options.items() if name != "posterior"}
@@ -402,6 +414,8 @@ def build(
             )
     model = component("network", network, NETWORKS)
     learner = recipe_learner(recipe, model, likelihood, posterior=posterior, steps=steps, way=way, **posterior_options)
+    if recipe.clusters:
+        sources = clustered(sources, **recipe.clusters)
     if recipe.augmentation:
         _check("augmentation", recipe.augmentation, option_names(augmented)[1:])
         sources = augmented(sources, **recipe.augmentation)
@@ -517,7 +531,12 @@ def recipe_learner(
         options["posterior"] = posterior_rule(options["posterior"])
     for option in network_options(recipe.learner) & options.keys():
         options[option] = component(f"learner.{option}", options[option], NETWORKS)
-    learner = make_learner(recipe.learner, model, likelihood, **options)
+    # With other ways in training than at test, some tasks leave outputs without a class.
+    tasks = own_table(recipe.tasks, recipe.learner)
+    fewer = (
+        tasks.get("train_way", way_of := tasks.get("way")) != way_of and "way" not in known and "test_steps" in known
+    )
+    learner = make_learner(recipe.learner, model, likelihood, shown_classes=fewer, **options)
     return with_unseen(learner, way) if way is not None and keeps_unseen(recipe) else learner
 
 

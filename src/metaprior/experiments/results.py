@@ -213,6 +213,8 @@ def recipe_hash(recipe: Recipe) -> str:
     table |= {name: own_table(table[name], recipe.learner) for name in ("tasks", "likelihood", "start", "training")}
     start = table.pop("start")  # its run is known by the name of its folder, wherever that lies
     table |= {"start": start | ({"run": Path(start["run"]).name} if start.get("run") else {})} if start else {}
+    if not table["clusters"]:
+        del table["clusters"]  # hashes from before this table stay valid
     return sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
 """The registry of learners by name. A new algorithm is one file in this folder and one line here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from metaprior.core.likelihoods import Likelihood
@@ -10,7 +10,7 @@ from metaprior.core.types import Learner, Model
 from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil, nil
 from metaprior.learners.bmaml import bmaml
-from metaprior.learners.builders.normalised import of_support, of_training
+from metaprior.learners.builders.normalised import of_support, of_training, shown_alone
 from metaprior.learners.cavia import cavia
 from metaprior.learners.cnp import anp, cnp
 from metaprior.learners.fine_tune import fine_tune
@@ -41,6 +41,7 @@ from metaprior.learners.tapnet import tapnet
 from metaprior.learners.traits import Traits, stated
 from metaprior.learners.versa import versa
 from metaprior.learners.zero_shot import zero_shot
+from metaprior.networks.statistics import beside
 
 LEARNERS = Registry("learner", {
     "maml": maml,
@@ -108,7 +109,9 @@ def learners_before(referee: str) -> dict[str, Mapping[str, Any]]:
     return {name: traits_of(name).referees[referee] for name in LEARNERS if referee in traits_of(name).referees}
 
 
-def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any) -> Learner:
+def make_learner(
+    name: str, model: Model, likelihood: Likelihood, *, shown_classes: bool = False, **options: Any
+) -> Learner:
     """Makes a learner by its registered name.
 
     A model with norm="task" receives the support in every function of the learner. A model with norm="running" makes a
@@ -118,6 +121,9 @@ def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any
         name: Name in the registry.
         model: The network.
         likelihood: Likelihood of the support and the query.
+        shown_classes: Whether outputs of classes that a support does not show are ruled out, in the inner loop too. A
+            network trained with 20 outputs then solves a task of 5 classes with 5 of them. Other learners than those
+            with an inner loop on the model's outputs have `way` for this.
         options: Keyword options of the learner's factory.
 
     Raises:
@@ -128,5 +134,15 @@ def make_learner(name: str, model: Model, likelihood: Likelihood, **options: Any
     def make(network: Model) -> Learner:
         return construct("learner", name, LEARNERS, network, likelihood, **options)
 
+    if shown_classes:
+        return _of_shown_classes(make, model)
     told = {"task": of_support, "running": of_training}.get(model.statistics)
     return make(model) if told is None else told(make, model)
+
+
+def _of_shown_classes(make: Callable[[Model], Learner], model: Model) -> Learner:
+    if model.statistics == "running":
+        return of_training(lambda network: of_support(make, network, shown_alone), model)
+    if model.statistics == "task":
+        return of_support(make, model, lambda network, support: shown_alone(beside(network, support), support))
+    return of_support(make, model, shown_alone)

@@ -8,6 +8,7 @@ from metaprior.tasks.examples import Examples, check_same_form, read_examples
 from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.hidden import HiddenLabels, ask_for, hide_labels
 from metaprior.tasks.images.augment import Augmented, augmented
+from metaprior.tasks.images.clusters import ClusterTasks, clustered
 from metaprior.tasks.images.folders import images, miniimagenet
 from metaprior.tasks.images.omniglot import omniglot
 from metaprior.tasks.images.oneshot import one_shot_runs, one_shot_source
@@ -114,6 +115,7 @@ __all__ = [
     "Augmented",
     "ClassPool",
     "ClozePool",
+    "ClusterTasks",
     "DataError",
     "DescribedTasks",
     "Examples",
@@ -135,6 +137,7 @@ __all__ = [
     "class_pool",
     "clinc150",
     "cloze",
+    "clustered",
     "digits",
     "eight_schools",
     "eight_schools_reference",

@@ -91,6 +91,7 @@ def draw_rows(
     size: int,
     labels: Labels = "task",
     turns: int = 1,
+    among: Int[Array, ""] | None = None,
 ) -> tuple[Int[Array, "way size"], Int[Array, " way"], Int[Array, " way"]]:
     """Draws `way` different classes, and `size` different rows of each.
 
@@ -103,12 +104,17 @@ def draw_rows(
         size: The number of rows to draw per class.
         labels: What the label of a class is, see `draw_classes`.
         turns: How many classes each set of rows stands for: i, i + classes, i + 2 classes, ... have the same rows.
+        among: The number of classes to draw from, if it is not all of them. It may be traced. A label is then the place
+            of the class in the task.
 
     Returns:
         The rows [way, size], the drawn classes [way], which are below turns * classes, and their labels [way].
     """
     key_class, key_row = jax.random.split(key)
-    chosen, label = draw_classes(key_class, starts.shape[0] * turns, way, labels)
+    if among is None:
+        chosen, label = draw_classes(key_class, starts.shape[0] * turns, way, labels)
+    else:
+        chosen, label = distinct(key_class, among, way), jnp.arange(way, dtype=jnp.int32)
     place = chosen % starts.shape[0]
     draw = jax.vmap(lambda k, count: distinct(k, count, size))
     return starts[place, None] + draw(jax.random.split(key_row, way), counts[place]), chosen, label

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from metaprior.core.drawings import ink_of, moment_normalised
 from metaprior.core.options import Count, Way, checked
 from metaprior.core.types import Splits, Task
 from metaprior.tasks.checks import DataError, check_count
@@ -89,6 +90,7 @@ class ClassPool:
         query: Query examples per class.
         rotations: 1, or 4 if each class rotated by 90, 180 and 270 degrees is a separate class (square images only).
         labels: What the label of a class is, "task", "class" or "slot"; see `sample`.
+        moments: Whether position and size of each drawing are normalised (`core.drawings.moment_normalised`) first.
     """
 
     images: UInt8[Array, "total h w c"]
@@ -102,6 +104,7 @@ class ClassPool:
     query: int = field(metadata={"static": True})
     rotations: int = field(metadata={"static": True})
     labels: Labels = field(default="task", metadata={"static": True})
+    moments: bool = field(default=False, metadata={"static": True})
 
     def sample(self, key: PRNGKeyArray, n: int) -> Task:
         """Draws n tasks.
@@ -128,7 +131,9 @@ class ClassPool:
         return as_task(self.normalised(images.astype(jnp.float32) / 255), labels, self.shot)
 
     def normalised(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        """Scales images in 0..1 to what tasks hold: (image - mean) / deviation."""
+        """Scales images in 0..1 to what tasks hold: (image - mean) / deviation, after `moments` if they are on."""
+        if self.moments:
+            x = moment_normalised(ink_of(x.reshape(-1, *x.shape[-3:]))).reshape(x.shape)
         return (x - self.mean) / self.deviation
 
     def restored(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
@@ -150,6 +155,7 @@ def class_pool(
     labels: Labels = "task",
     mean: float | Sequence[float] = 0.0,
     deviation: float | Sequence[float] = 1.0,
+    moments: bool = False,
 ) -> ClassPool:
     """Makes episodes from images that are sorted by class.
 
@@ -166,6 +172,7 @@ def class_pool(
             0..way-1 that the class keeps in all tasks); see `ClassPool.sample`.
         mean: Subtracted from the images scaled to 0..1; one number or one per channel.
         deviation: Divides the images after that; one number or one per channel, above 0.
+        moments: Whether position and size of each drawing, light on dark in one channel, are normalised first.
 
     Returns:
         The source.
@@ -188,6 +195,10 @@ def class_pool(
             f"rotations must be False for images that are not square, got True for {images.shape[1]} x "
             f"{images.shape[2]} pixels."
         )
+    if moments and images.shape[-1] != 1:
+        raise DataError(
+            f"moments must be False for images of several channels, got True for {images.shape[-1]} channels."
+        )
     check_enough(classes, counts, names, way, shot, query, "images", turns)
     scale = [np.broadcast_to(np.asarray(v, np.float32), images.shape[-1]) for v in (mean, deviation)]
     if not (scale[1] > 0).all():
@@ -196,6 +207,7 @@ def class_pool(
     return ClassPool(
         jnp.asarray(images), jnp.asarray(classes), jnp.asarray(starts[classes], jnp.int32),
         jnp.asarray(counts[classes]), jnp.asarray(scale[0]), jnp.asarray(scale[1]), way, shot, query, turns, labels,
+        moments,
     )  # fmt: skip
 
 
@@ -216,6 +228,7 @@ def pool_splits(
     names: Sequence[str] | None = None,
     mean: float | Sequence[float] = 0.0,
     deviation: float | Sequence[float] = 1.0,
+    moments: bool = False,
 ) -> Splits:
     """Makes training, validation and test pools that share one array of images.
 
@@ -235,6 +248,7 @@ def pool_splits(
         names: The name of each class, for errors.
         mean: As in `class_pool`.
         deviation: As in `class_pool`.
+        moments: As in `class_pool`.
 
     Returns:
         The three pools.
@@ -249,7 +263,7 @@ def pool_splits(
             raise DataError("split must be disjoint lists of classes, got lists with a class in common.")
         seen |= set(np.asarray(part).tolist())
     images = jnp.asarray(images)
-    shared: dict[str, Any] = {"names": names, "shot": shot, "mean": mean, "deviation": deviation}
+    shared: dict[str, Any] = {"names": names, "shot": shot, "mean": mean, "deviation": deviation, "moments": moments}
     training = {
         "way": way if train_way is None else train_way,
         "query": query,

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
-from metaprior.core.types import AtMean, Batch, Learner, Model, Task, TaskSource, joined
+from metaprior.core.types import PLAIN, AtMean, Batch, Call, Learner, Model, Task, TaskSource, joined, weights
 from metaprior.learners.builders.gradient import one_by_one
+from metaprior.learners.builders.metric import ABSENT
 from metaprior.networks.norm import AT_HAND, Statistics
 from metaprior.networks.statistics import beside, given, statistics_of
 
@@ -30,7 +31,9 @@ class Supported(NamedTuple):
     support: Batch
 
 
-def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
+def of_support(
+    make: Callable[[Model], Learner], model: Model, within: Callable[[Model, Batch], Model] = beside
+) -> Learner:
     """Builds a learner that normalises every batch of a task by its support, in training and afterwards.
 
     No prediction then depends on another query.
@@ -38,13 +41,14 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
     Args:
         make: (model) -> learner.
         model: The network.
+        within: (model, support) -> the network in a task with this support. `shown_alone` is another one.
 
     References:
         Bronskill, Gordon, Requeima, Nowozin & Turner (2020), sec. 3.2 (MetaBN).
     """
 
     def at(support: Batch) -> Learner:
-        return make(beside(model, support))
+        return make(within(model, support))
 
     def init(key: PRNGKeyArray, task: Task) -> PyTree:
         return at(task.support).init(key, task)
@@ -80,10 +84,10 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
     plain = make(model)
 
     def turned(knobs: Mapping[str, Any]) -> Learner:
-        return of_support(lambda network: _turned(make(network), knobs), model)
+        return of_support(lambda network: _turned(make(network), knobs), model, within)
 
     def scheduled(progress: Scalar) -> Learner:
-        return of_support(lambda network: _scheduled(make(network), progress), model)
+        return of_support(lambda network: _scheduled(make(network), progress), model, within)
 
     return Learner(
         init,
@@ -98,6 +102,26 @@ def of_support(make: Callable[[Model], Learner], model: Model) -> Learner:
         schedule=None if plain.schedule is None else scheduled,
         at_mean=None if plain.at_mean is None else at_mean,
     )
+
+
+def shown_alone(model: Model, support: Batch) -> Model:
+    """Returns the network with the outputs of the classes that a support does not show ruled out.
+
+    A network with 20 outputs then solves a task of 5 classes with 5 of them (Hsu, Levine & Finn 2019).
+
+    Args:
+        model: The network; its outputs are the logits of classes.
+        support: The support.
+    """
+    there = weights(support) > 0
+
+    def apply(params: PyTree, x: PyTree, call: Call = PLAIN) -> PyTree:
+        logits = model.outputs(params, x, call)
+        classes = jnp.arange(logits.shape[-1])
+        shown = ((support.y[:, None] == classes) & there[:, None]).any(0)
+        return jnp.where(shown, logits, ABSENT)
+
+    return model._replace(apply=apply)
 
 
 def _turned(learner: Learner, knobs: Mapping[str, Any]) -> Learner:

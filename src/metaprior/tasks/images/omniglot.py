@@ -55,6 +55,7 @@ def omniglot(
     test_rotations: bool = True,
     size: Count = 28,
     seed: Seed = 0,
+    moments: bool = False,
 ) -> Splits:
     """Makes few-shot classification tasks of characters: x float32 [n, size, size, 1], y int32 [n].
 
@@ -78,6 +79,8 @@ def omniglot(
         test_rotations: The same in validation and test, as in the published protocols.
         size: The side of the images in pixels, at most 105.
         seed: The seed of the split 'maml'.
+        moments: Whether position and size of each drawing are normalised by the moments of its ink, see
+            `core.drawings.moment_normalised`. Published figures are of drawings as they are.
 
     Returns:
         Tasks of the training, validation and test characters.
@@ -96,7 +99,7 @@ def omniglot(
     return pool_splits(
         images, counts, parts, way=way, shot=shot, query=query, test_query=test_query, rotations=rotations,
         test_rotations=test_rotations, train_way=train_way, train_labels=train_labels,
-        names=[f"{code:04d}" for code in range(1, len(counts) + 1)],
+        names=[f"{code:04d}" for code in range(1, len(counts) + 1)], moments=moments,
     )  # fmt: skip
 
 

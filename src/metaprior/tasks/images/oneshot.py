@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
+from metaprior.core.drawings import ink_of, moment_normalised
 from metaprior.core.options import Count, checked
 from metaprior.core.types import Batch, Task
 from metaprior.tasks.checks import DataError
@@ -58,17 +59,24 @@ def one_shot_runs(*, size: int = 28) -> Task:
 
 
 @checked
-def one_shot_source(*, size: Count = 28) -> FixedTasks:
+def one_shot_source(*, size: Count = 28, moments: bool = False) -> FixedTasks:
     """Returns the 20 runs as a task source.
 
     Args:
         size: As in `one_shot_runs`.
+        moments: Whether position and size of each drawing are normalised, as in `omniglot`.
 
     Raises:
         DataError: As in `one_shot_runs`.
         ValueError: As in `one_shot_runs`.
     """
-    return FixedTasks(one_shot_runs(size=size))
+    runs = one_shot_runs(size=size)
+    return FixedTasks(Task(*map(_normalised, runs)) if moments else runs)
+
+
+def _normalised(batch: Batch) -> Batch:
+    flat = batch.x.reshape(-1, *batch.x.shape[2:])
+    return batch._replace(x=moment_normalised(ink_of(flat)).reshape(batch.x.shape))
 
 
 def _local() -> Path | None:
