@@ -2,8 +2,8 @@
 
 A recipe has `learner` (the default one) and the tables [tasks], [network] and [likelihood] (a `name` and the factory's
 options), [learners.NAME] (the options of each learner in this experiment), [clusters] (in place of the training
-classes, see `tasks.clustered`), [augmentation] (of training images), [start] (the run whose network training starts from),
-[training], [evaluation] and [[published.NAME]] (papers' figures, see `results.published_in`). [tasks.NAME],
+classes, see `tasks.clustered`), [augmentation] (of training images), [start] (the run whose network training starts
+from), [training], [evaluation] and [[published.NAME]] (papers' figures, see `results.published_in`). [tasks.NAME],
 [likelihood.NAME], [start.NAME] and [training.NAME] hold the options that differ for the learner NAME.
 """
 
