@@ -76,7 +76,7 @@ def evaluate(
         devices: The number of devices that the cores are divided into. Each device evaluates a share of the tasks.
         set: Options of the tasks or the learner by name, e.g. --set tasks.shot=5. evaluation.metrics names further
             metrics of the learner's loss to report. evaluation.course=false leaves out the figures after each inner
-            step.
+            step. evaluation.together=5 predicts the queries of a task in random batches of five.
     """
     configure(devices=devices)
     check_plots(run, "run")
@@ -125,6 +125,7 @@ def evaluate(
         course=course,
         metrics=settings.metrics,
         memorisation=memorisation,
+        together=settings.together,
     )
     name = f"report-{name_of(posterior, calibrated=bool(fitted), split=split, changed=changed)}"
     told = _outsiders(learner, params, recipe, experiment, split, number, settings.seed if seed is None else seed)

@@ -8,7 +8,7 @@ Episodes from a pool of classes are independent draws given the pool, so their i
 other ones. ECE, MCE and PIT pool all query examples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from metaprior.core.devices import everywhere, map_over_tasks, task_mesh
 from metaprior.core.likelihoods import Categories, Counts, check_counts, check_labels, check_real
 from metaprior.core.options import Count, checked
 from metaprior.core.types import (
+    Batch,
     Learner,
     Task,
     TaskSource,
@@ -29,6 +30,7 @@ from metaprior.core.types import (
     check_weight,
     counted,
     draw_task,
+    examples,
     families_of,
     group_count,
     group_order,
@@ -58,6 +60,7 @@ def evaluate(
     course: Learner | None = None,
     metrics: Sequence[str] = (),
     memorisation: bool = False,
+    together: Count | None = None,
 ) -> Report:
     """Adapts a learner to new tasks and evaluates its predictions of their queries.
 
@@ -80,13 +83,18 @@ def evaluate(
         memorisation: Whether to estimate how much the answers depend on the support, on up to 64 of the tasks (see
             `evaluation.memorisation`). It adapts three times to each of these tasks, and predicts their queries with 18
             supports. The command `evaluate` does so by default.
+        together: The number of queries that are predicted together, a divisor of the number of a task's queries. These
+            are then predicted in random batches of this size, which shows how much a learner gains from their company.
+            The default is all.
 
     Returns:
-        The report: figures with 95 % intervals, calibration, and the figures after each inner step.
+        The report: figures with 95 % intervals, calibration, the figures after each inner step, and whether predictions
+        depend on the other queries of their task.
 
     Raises:
         ValueError: An argument has a wrong type, a target is not possible (such as a label that is no class), a weight
-            is below 0, no query has a weight above 0, or the learner must be settled first (`Learner.settle`).
+            is below 0, no query has a weight above 0, `together` does not divide the number of queries, or the learner
+            must be settled first (`Learner.settle`).
     """
     check_settled(learner)
     if hasattr(params, "best") and hasattr(params, "history"):
@@ -110,39 +118,71 @@ def evaluate(
     # kinds: the predictive's type and shapes, which tracing appends.
     place, kinds = group_order(source, key_group, tasks), []
 
-    def one(params: PyTree, source: TaskSource, key: PRNGKeyArray, group: Array) -> tuple:
+    def one(params: PyTree, source: TaskSource, key: PRNGKeyArray, group: Array, alone: Array) -> tuple:
         key_task, key_adapt, key_predict, key_pit = jax.random.split(key, 4)
         task = draw_task(source, key_task, group)
-        judged = counted(task.query)
-        x, y = judged.x, judged.y
-        posterior = learner.posterior(params, task.support, judged, key_adapt)
-        predictive = learner.predict(params, posterior, x, key_predict)
-        scores = units.score(predictive, y) | integral_transform(predictive, y, key_pit)
+        judged = (
+            counted(task.query) if together is None else shuffled(counted(task.query), jax.random.fold_in(key_pit, 1))
+        )
+        adapted = None if learner.transduce is not None else learner.adapt(params, task.support, key_adapt)
+        path = None if course.path is None else course.path(params, task.support, key_adapt)
+
+        def answered(query: Batch) -> tuple[dict[str, Array], dict[str, Array]]:
+            """Returns the scores of queries that are predicted together, and those after each inner step."""
+            query = query._replace(x=company(query.x, alone))
+            posterior = learner.posterior(params, task.support, query, key_adapt) if adapted is None else adapted
+            predictive = learner.predict(params, posterior, query.x, key_predict)
+            kinds.append(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), predictive))
+            scores = units.score(predictive, query.y) | integral_transform(predictive, query.y, key_pit)
+
+            def at(p: PyTree) -> dict[str, Array]:
+                return units.score(course.predict(params, p, query.x, key_predict), query.y, brief_score)
+
+            return scores, {} if path is None else jax.vmap(at, out_axes=1)(path)
+
+        scores, later = answered(judged) if together is None else in_batches(answered, judged, together)
         weight = jnp.ones_like(scores["nll"]) if judged.weight is None else judged.weight
-        steps = {}
-        if course.path is not None:
-            path = course.path(params, task.support, key_adapt)
-            later = jax.vmap(lambda p: units.score(course.predict(params, p, x, key_predict), y, brief_score))(path)
-            steps = jax.tree.map(jax.vmap(lambda s: weighted_mean(s, judged)), later)
+        steps = jax.tree.map(jax.vmap(lambda s: weighted_mean(s, judged), in_axes=1), later)
         sides = [(batch.y, batch.weight) for batch in task]
-        kinds.append(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), predictive))
         return scores, steps, weight, own(params, task, key_adapt), sides
 
-    def every(shared: tuple[PyTree, TaskSource], drawn: tuple[PRNGKeyArray, Array]) -> Any:
-        return jax.lax.map(lambda one_drawn: one(*shared, *one_drawn), drawn, batch_size=min(chunk, tasks))
-
     mesh = task_mesh(tasks)
+    devices = 1 if mesh is None else mesh.size
+    at_once = min(chunk, tasks // devices)
+
+    def every(shared: tuple[PyTree, TaskSource], drawn: tuple[PRNGKeyArray, Array, Array]) -> Any:
+        return jax.lax.map(lambda one_drawn: one(*shared, *one_drawn), drawn, batch_size=at_once)
+
+    # Some tasks come a second time, with other queries beside the first one: does its prediction change?
+    again = np.arange(at_once * devices if learner.transduce is None else 0) % tasks
+    twice = np.append(np.arange(tasks), again)
+    drawn = jax.random.split(key, tasks)[twice], place[twice], jnp.arange(twice.size) >= tasks
     run, shared = jax.jit(map_over_tasks(every, mesh)), everywhere((params, source), mesh)
-    found = jax.device_get(run(shared, (jax.random.split(key, tasks), place)))
-    scores, steps, weight, others, (support, query) = found
+    found = jax.device_get(run(shared, drawn))
+    second = found[0]["nll"][tasks:, 0]
+    scores, steps, weight, others, (support, query) = jax.tree.map(lambda leaf: leaf[:tasks], found)
+    first = scores["nll"][again, 0]
+    mixed = not np.allclose(first, second, rtol=1e-3, atol=1e-3, equal_nan=True)
     check_targets(kind := kinds[0], support, query, bool(np.isnan(scores["nll"][weight > 0]).any()))
     names = () if groups else families_of(source)
     members, kin = (np.asarray(place) if of else None for of in (groups, names))
     report = summarise(units.scaled(scores), units.scaled(steps), weight, members, kin, names)
     own_figures = {name: figure_of(values, members, kin) for name, values in others.items()}
-    if learner.transduce is not None:
+    transductive = "no"
+    if learner.transduce is not None and together != 1:
+        transductive = "by the learner"
         note = "transductive: each prediction may depend on the other queries of its task"
         report = replace(report, notes=[*report.notes, note])
+    elif mixed:
+        transductive = "by batch statistics"
+        note = (
+            "transductive by batch statistics: each prediction depends on the other queries of its task, with which "
+            "it is normalised. Another norm of the network, or the learner's transductive=false, predicts each alone"
+        )
+        report = replace(report, notes=[*report.notes, note])
+    if together is not None:
+        size = f"{together} at a time" if together > 1 else "one at a time"
+        report = replace(report, notes=[*report.notes, f"the queries of a task were predicted {size}"])
     if isinstance(kind, Counts):
         note = "targets are counts, so intervals of a true predictive cover at least their level; the PIT is randomised"
         report = replace(report, notes=[*report.notes, note])
@@ -152,7 +192,50 @@ def evaluate(
         if told is None:
             note = "there is no estimate of memorisation, as it needs at least two tasks of different groups"
             report = replace(report, notes=[*report.notes, note])
-    return replace(report, target=units.target, figures=report.figures | own_figures, memorisation=told)
+    figures = report.figures | own_figures
+    return replace(report, target=units.target, figures=figures, memorisation=told, transductive=transductive)
+
+
+def company(x: PyTree, alone: Array) -> PyTree:
+    """Replaces all queries by copies of the first one, so that it is in other company.
+
+    Args:
+        x: The queries' inputs.
+        alone: Whether to replace them, a traced boolean.
+    """
+    return jax.tree.map(lambda leaf: jnp.where(alone, jnp.broadcast_to(leaf[:1], leaf.shape), leaf), x)
+
+
+def shuffled(batch: Batch, key: PRNGKeyArray) -> Batch:
+    """Returns a batch in random order; the queries of most sources are sorted by class.
+
+    Args:
+        batch: The batch.
+        key: The random key of the order.
+    """
+    order = jax.random.permutation(key, examples(batch))
+    return jax.tree.map(lambda leaf: leaf[order], batch)
+
+
+def in_batches(answered: Callable[[Batch], PyTree], query: Batch, size: int) -> PyTree:
+    """Applies a function to batches of queries, one after the other.
+
+    Args:
+        answered: The function; the leading axis of its results is that of the queries.
+        query: The queries.
+        size: The size of a batch.
+
+    Returns:
+        The results of all queries.
+
+    Raises:
+        ValueError: `size` does not divide the number of queries.
+    """
+    n = examples(query)
+    if n % size:
+        raise ValueError(f"together must divide the number of queries of a task, {n}, got {size}.")
+    batches = jax.tree.map(lambda leaf: leaf.reshape(n // size, size, *leaf.shape[1:]), query)
+    return jax.tree.map(lambda leaf: leaf.reshape(n, *leaf.shape[2:]), jax.lax.map(answered, batches))
 
 
 def check_targets(kind: Any, support: tuple[Any, Any], query: tuple[Any, Any], lost: bool) -> None:

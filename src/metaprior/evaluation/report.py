@@ -10,6 +10,7 @@ from metaprior.core.files import write_atomically
 from metaprior.core.options import Count, accept, shown
 from metaprior.evaluation.figures import Figure, digits_of, title_of
 
+Transductive = Literal["by the learner", "by batch statistics", "no"]
 CORRELATION = "variance_error_correlation"  # undefined if all variances are equal
 
 
@@ -137,6 +138,8 @@ class Report:
         families: The figures of each family of tasks by its name; empty if there is a single family.
         notes: Sentences about what the figures do not show.
         memorisation: How much the answers depend on the support, or None if that was not estimated.
+        transductive: Whether predictions depend on the other queries of their task: "by the learner", "by batch
+            statistics" or "no". None if it was not checked.
     """
 
     kind: str
@@ -151,6 +154,7 @@ class Report:
     families: dict[str, dict[str, Figure]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     memorisation: Memorisation | None = None
+    transductive: Transductive | None = None
 
     def to_json(self) -> str:
         """Returns the report as JSON text."""
@@ -195,6 +199,7 @@ class Report:
             },
             list(accept(tuple[str, ...], rows["notes"], "notes")),
             None if table.get("memorisation") is None else Memorisation.from_table(table["memorisation"]),
+            accept(Transductive | None, table.get("transductive"), "transductive"),
         )
 
     def __str__(self) -> str:

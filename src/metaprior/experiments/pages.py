@@ -23,6 +23,9 @@ STATUS = """\
 **Status** is computed from the row and the published figure. *Reached*: as good or better. *Within the interval*:
 worse, but one of the two lies in the other's 95 % interval. *Below*: worse than that. *Not comparable*: for the reason
 given. *Cut short*: training ended before its planned number of meta-steps."""
+TRANSDUCTIVE = """\
+**Transductive**: whether a prediction depends on the other queries of its task. Such figures do not compare with those
+of learners that predict each query alone."""
 DAGGER = '† The run folder of this result was not kept (`"run": null`).'
 
 
@@ -103,6 +106,8 @@ def result_table(results: dict[str, Result]) -> str:
     if len({result.recipe for result in results.values()} - {None}) > 1:
         columns["recipe"] = lambda name, r: f"`{r.recipe}`" if r.recipe else ""
     columns["evaluation"] = lambda name, r: asked_of(r)
+    if any(result.report.transductive for result in results.values()):
+        columns["transductive"] = lambda name, r: r.report.transductive or "not checked"
     columns["meta-steps"] = lambda name, r: length(r)
     columns["minutes"] = lambda name, r: "" if r.minutes is None else f"{r.minutes:.4g}"
     columns["device"] = lambda name, r: r.device or ""
@@ -119,6 +124,7 @@ def result_table(results: dict[str, Result]) -> str:
     columns["note"] = lambda name, r: r.note
     rows = [[make(name, result) for make in columns.values()] for name, result in results.items()]
     text = markdown(list(columns), rows)
+    text += f"\n\n{TRANSDUCTIVE}" * ("transductive" in columns)
     return text if compared else f"{text}\n\nThere are no published figures to compare these with."
 
 

@@ -63,6 +63,7 @@ class Evaluation:
         seed: The seed of the test tasks.
         metrics: Names of metrics of the learner's loss to report in addition.
         course: Whether to evaluate after each inner step too, which takes time for each of them.
+        together: The number of queries that are predicted together. None means all of a task.
     """
 
     tasks: Count | None = None
@@ -70,6 +71,7 @@ class Evaluation:
     seed: Seed = 1234
     metrics: tuple[str, ...] = ()
     course: bool = True
+    together: Count | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "evaluation.")
