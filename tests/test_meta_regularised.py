@@ -148,6 +148,19 @@ def test_the_inner_loop_leaves_the_encoder_as_it_was_drawn():
     assert float(predictive.means.std(0).min()) > 0
 
 
+@pytest.mark.parametrize("on", ["weights", "activations"])
+@pytest.mark.slow
+def test_no_draws_are_the_mean_of_the_encoder(on):
+    task = one_task()
+    encoder = ENCODER if on == "weights" else SPREAD
+    learner, drawn = (mr_maml(BASE, Gaussian(), on=on, bottleneck=encoder, draws=n, rate=0.1) for n in (0, 2))
+    params = begun(learner, task)
+    mean = answer(maml(fixed(on, params), Gaussian(), rate=0.1), params.theta, task)
+    np.testing.assert_allclose(answer(learner, params, task), mean, rtol=1e-5)
+    assert abs(answer(drawn, params, task) - mean).max() > 1e-3
+    assert loss_of(learner, params, task)[0] == loss_of(drawn, params, task)[0]  # training draws in any case
+
+
 def test_noise_belongs_to_the_input_and_not_to_its_place():
     x = jax.random.normal(KEY, (40, 3)).at[:, 2].set(0.0)
     like = jnp.zeros((40, 4))
@@ -230,7 +243,7 @@ def test_an_encoder_that_does_not_fit_the_code(options, message):
         ({"beta": -1.0}, "beta must be a finite number of at least 0"),
         ({"on": "weight"}, "on must be one of 'weights', 'activations', got 'weight'"),
         ({"log_sd": -100.0}, "log_sd must be"),
-        ({"draws": 0}, "draws must be an integer of at least 1"),
+        ({"draws": -1}, "draws must be an integer of at least 0"),
         ({"code": (0,)}, "code must be"),
     ],
 )

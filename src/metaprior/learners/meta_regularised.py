@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Likelihood
 from metaprior.core.named import passes_options_to
-from metaprior.core.options import Count, NonNegative
+from metaprior.core.options import NonNegative, Whole
 from metaprior.core.types import Batch, Call, Learner, Model, Task
 from metaprior.inference.inner_loop import InnerLoop
 from metaprior.inference.posteriors import PosteriorRule, point
@@ -38,7 +38,7 @@ def mr_maml(
     bottleneck: Model | None = None,
     code: Code = None,
     log_sd: LogSd = -3.0,
-    draws: Count = 16,
+    draws: Whole = 16,
     posterior: PosteriorRule = point(),
     **inner: Any,
 ) -> Learner:
@@ -56,7 +56,8 @@ def mr_maml(
             activations. None: one hidden layer of 100 units, or three convolutions for images.
         code: Shape of a code. None: what the encoder returns, or without one (5,), and (16, 16, 1) for images.
         log_sd: Logarithm of the random weights' standard deviation before training.
-        draws: Number of encoders that a prediction averages, each with its own inner steps.
+        draws: Number of encoders that a prediction averages, each with its own inner steps. 0: the mean weights, or
+            the mean codes.
         posterior: Rule that forms the posterior at the last phi, e.g. `laplace()`.
         inner: Options of the inner loop, see `InnerLoop`.
 
@@ -102,7 +103,7 @@ def mr_cnp(
     bottleneck: Model | None = None,
     code: Code = None,
     log_sd: LogSd = -3.0,
-    draws: Count = 16,
+    draws: Whole = 16,
     **options: Any,
 ) -> Learner:
     """Meta-learns a conditional neural process of inputs that pass a random encoder, whose information costs a KL.
@@ -119,7 +120,7 @@ def mr_cnp(
         bottleneck: As in `mr_maml`.
         code: As in `mr_maml`.
         log_sd: As in `mr_maml`.
-        draws: Number of encoders that a prediction averages.
+        draws: Number of encoders that a prediction averages, or 0 as in `mr_maml`.
         options: Options of `cnp`.
 
     Raises:

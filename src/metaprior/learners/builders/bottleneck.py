@@ -241,7 +241,7 @@ def regularised(
         draw: (params, key) -> the part.
         put: (params, part) -> params.
         penalty: (params, task) -> the penalty, and the divergence for the metric "kl".
-        draws: Number of draws of a prediction.
+        draws: Number of draws of a prediction. 0: it draws nothing, and the learner finds the part as theta has it.
     """
 
     def begin(params: PyTree, key: PRNGKeyArray) -> tuple[PyTree, PRNGKeyArray]:
@@ -283,11 +283,9 @@ def regularised(
         drawn, key = begin(params, key)
         return learner.network(put(params, drawn), support, key)
 
-    return learner.changed(
-        lambda other: regularised(other, draw, put, penalty, draws),
-        adapt=with_each(learner.adapt),
-        predict=predict,
-        loss=loss,
-        path=None if learner.path is None else path,
-        network=None if learner.network is None else network,
-    )
+    changed: dict[str, Any] = {"loss": loss}
+    if draws:
+        changed |= {"adapt": with_each(learner.adapt), "predict": predict}
+        changed["path"] = None if learner.path is None else path
+        changed["network"] = None if learner.network is None else network
+    return learner.changed(lambda other: regularised(other, draw, put, penalty, draws), **changed)
