@@ -15,19 +15,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from metaprior.core.likelihoods import Categorical, Likelihood, one_hot
+from metaprior.core.likelihoods import Categorical, Likelihood
 from metaprior.core.options import Count, Fraction, checked
 from metaprior.core.types import Batch, Learner, Model, Task, counted, examples, weights
 from metaprior.inference.descent import mean_nll
-from metaprior.learners.builders.amortised import as_inputs, embedding, output_width
+from metaprior.learners.builders.amortised import as_inputs, by_instance, embedding, output_width
 from metaprior.learners.builders.gradient import fit_metrics
 from metaprior.learners.builders.knobs import with_noise
 from metaprior.learners.traits import traits
 from metaprior.networks.layers import dense, dense_init
 from metaprior.networks.lstm import gated, lstm_init
 from metaprior.networks.memory import Access, found, least_used, turing
-
-INSTANCES = range(1, 11)  # instances of a class whose accuracy is reported, as in Figure 2 and Table 1
 
 
 class Mann(NamedTuple):
@@ -137,21 +135,6 @@ def lstm(model: Model, likelihood: Likelihood, *, hidden: Count = 200, shuffle: 
         shuffle: As in `mann`.
     """
     return remembering(model, likelihood, least_used(0, 0, 0), hidden=hidden, shuffle=shuffle)
-
-
-def by_instance(outputs: Float[Array, "n way"], y: Array, weight: Float[Array, " n"]) -> dict[str, Scalar]:
-    """Computes the accuracy where a class is seen for the 1st, 2nd, ... time; 0 where no class is seen so often.
-
-    Args:
-        outputs: Logits at each time step.
-        y: Labels.
-        weight: Weights; a time step of weight 0 is not counted.
-    """
-    hot = one_hot(y, outputs.shape[1]) * (weight > 0)[:, None]
-    seen = (jnp.cumsum(hot, 0) * hot).sum(-1)
-    shown = [k for k in INSTANCES if k * outputs.shape[1] <= outputs.shape[0]]
-    hits = {k: ((outputs.argmax(-1) == y) & (seen == k)).sum() for k in shown}
-    return {f"instance_{k}": hits[k] / jnp.maximum((seen == k).sum(), 1) for k in shown}
 
 
 def remembering(model: Model, likelihood: Likelihood, memory: Access, *, hidden: int, shuffle: bool) -> Learner:

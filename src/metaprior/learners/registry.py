@@ -21,7 +21,9 @@ from metaprior.learners.l2l import l2l
 from metaprior.learners.llama import llama
 from metaprior.learners.maml import fomaml, maml
 from metaprior.learners.mann import lstm, mann, ntm
+from metaprior.learners.map_dlm import map_dlm
 from metaprior.learners.matching import matching
+from metaprior.learners.memory_module import memory_module
 from metaprior.learners.meta_lstm import meta_lstm
 from metaprior.learners.meta_regularised import mr_cnp, mr_maml
 from metaprior.learners.mixture import gem_mixture
@@ -72,6 +74,8 @@ LEARNERS = Registry("learner", {
     "zero_shot": zero_shot,
     "matching": matching,
     "siamese": siamese,
+    "map_dlm": map_dlm,
+    "memory_module": memory_module,
     "versa": versa,
     "sib": sib,
     "nearest_neighbour": nearest_neighbour,

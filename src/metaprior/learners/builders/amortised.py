@@ -17,6 +17,8 @@ from metaprior.inference.descent import mean_nll
 from metaprior.learners.builders.gradient import fit_metrics
 from metaprior.learners.builders.knobs import with_noise
 
+INSTANCES = range(1, 11)  # of a class, whose accuracy is reported: Santoro et al. (2016), figure 2 and table 1
+
 
 def embedding(model: Model) -> Callable[..., Float[Array, "n d"]]:
     """Returns (params, x, call=PLAIN) -> the model's flat features, else its outputs; x may be empty."""
@@ -72,6 +74,21 @@ def as_inputs(likelihood: Likelihood, y: Array, outputs: int) -> Float[Array, "n
     if isinstance(likelihood, Categorical):
         return jnp.where(lost, jnp.nan, one_hot(y, outputs))
     return jnp.where(lost, jnp.nan, y.reshape(y.shape[0], prod(y.shape[1:])).astype(float))
+
+
+def by_instance(outputs: Float[Array, "n way"], y: Array, weight: Float[Array, " n"]) -> dict[str, Scalar]:
+    """Computes the accuracy where a class is seen for the 1st, 2nd, ... time; 0 where no class is seen so often.
+
+    Args:
+        outputs: Logits at each time step.
+        y: Labels.
+        weight: Weights; a time step of weight 0 is not counted.
+    """
+    hot = one_hot(y, outputs.shape[1]) * (weight > 0)[:, None]
+    seen = (jnp.cumsum(hot, 0) * hot).sum(-1)
+    shown = [k for k in INSTANCES if k * outputs.shape[1] <= outputs.shape[0]]
+    hits = {k: ((outputs.argmax(-1) == y) & (seen == k)).sum() for k in shown}
+    return {f"instance_{k}": hits[k] / jnp.maximum((seen == k).sum(), 1) for k in shown}
 
 
 def amortised_learner(
