@@ -1,5 +1,6 @@
 """Tasks of clusters: against the tasks of classes, scikit-learn, and what k-means must not see."""
 
+import json
 from collections import Counter
 from itertools import pairwise
 
@@ -27,6 +28,7 @@ from metaprior.tasks.images.clusters import (
     partitions,
 )
 from metaprior.tasks.images.embedding import Embedding, embedded
+from scenarios import run_cli
 
 KEY = jax.random.key(0)
 CLASSES, EACH = 14, 12
@@ -284,3 +286,23 @@ def test_drawings_normalised_by_their_moments_are_what_tasks_hold():
     np.testing.assert_allclose(moment_normalised(ink_of(x))[..., None], y, atol=1e-5)
     with pytest.raises(DataError, match="moments must be False for images of several channels"):
         class_pool(np.zeros((4, 4, 4, 3), np.uint8), [2, 2], way=2, shot=1, query=1, moments=True)
+
+
+def test_the_command_line_trains_on_clusters_and_compares_them(tmp_path, capsys):
+    np.savez(tmp_path / "own.npz", images=images(), labels=np.repeat(np.arange(CLASSES), EACH))
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(
+        f'learner = "protonet"\n[tasks]\nname = "images"\npath = "{tmp_path / "own.npz"}"\nway = 2\nshot = 1\n'
+        "query = 2\ntest_query = 2\nsize = 4\nchannels = 1\nsplit = [0.6, 0.2, 0.2]\ntrain_way = 3\n"
+        '[clusters]\nembedding = "pixels"\npca = 3\nclusters = 8\npartitions = 2\n'
+        '[network]\nname = "mlp"\nhidden = [4]\n[likelihood]\nname = "categorical"\n'
+        "[training]\nsteps = 1\nmeta_batch = 1\nchunk = 1\nvalidation_tasks = 1\n"
+    )
+    run_cli("train", recipe, "--out", tmp_path / "run")
+    assert "training tasks of clusters: 2 partitions, with" in " ".join(capsys.readouterr().out.split())
+    run_cli("study", "clusters", recipe, "--out", tmp_path / "study", "--tasks", 20)
+    told = json.loads((tmp_path / "study" / "clusters.json").read_text())
+    assert len(told["partitions"]) == 2
+    assert told["partitions"][0]["nmi"] > 0.7
+    assert told["embedding"]["nearest centroid"]["mean"] > 0.7
+    assert "pair precision" in " ".join(capsys.readouterr().out.split())

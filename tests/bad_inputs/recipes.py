@@ -118,6 +118,9 @@ SET = [
     ("Training.steps=5", ("Training.steps", "did you mean 'training'")),
     ("=5", ("--set",)),
     ("augmentation.crop=-1", ("crop", "-1")),
+    ("clusters.clusters=0", ("clusters.clusters", "0")),
+    ("clusters.embeding=pixels", ("clusters.embeding", "embedding")),
+    ("clusters.partition=kmedian", ("clusters.partition", "kmedian")),
     ("tasks.domain=[1,nan]", ("tasks.domain",)),
 ]
 ARGUMENTS = [
@@ -129,6 +132,8 @@ ARGUMENTS = [
     (("train", "sinusoid", "--threads", "0"), ("threads", "0")),
     (("train", "sinusoid", "--devices", "0"), ("devices", "0")),
     (("train", "sinusoid", "--learner", ""), ("learner",)),
+    (("train", "sinusoid", "--set", "clusters.partitions=2"), ("clusters need a pool of images",)),
+    (("study", "clusters", "sinusoid"), ("must have [clusters]", "sinusoid")),
     (("train", "sinusoidd"), ("did you mean 'sinusoid'",)),
     (("train", "nowhere.toml"), ("nowhere.toml",)),
     (("train", ".toml"), (".toml",)),

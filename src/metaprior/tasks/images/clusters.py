@@ -382,7 +382,8 @@ Rule = Callable[..., Int[np.ndarray, " m"]]
 
 
 def _nearest(z: np.ndarray, y: np.ndarray, query: np.ndarray) -> np.ndarray:
-    return y[((query[:, None] - z) ** 2).sum(-1).argmin(1)]
+    z, query = (part.astype(np.float64) for part in (z, query))
+    return y[((z**2).sum(1) - 2 * query @ z.T).argmin(1)]
 
 
 def _centroid(z: np.ndarray, y: np.ndarray, query: np.ndarray) -> np.ndarray:

@@ -99,7 +99,7 @@ def digest(array: np.ndarray) -> str:
 
 
 def _embed(images: UInt8[np.ndarray, "total h w c"], how: Embedding, train: Any, rows: Any) -> np.ndarray:
-    parts = [train, rows]
+    parts = [train, rows] if how.pca else [rows]
     if how.embedding.endswith(FILES):
         found = [_from_file(how.embedding, len(images), train, part) for part in parts]
     elif how.embedding == "autoencoder":
@@ -114,7 +114,7 @@ def _embed(images: UInt8[np.ndarray, "total h w c"], how: Embedding, train: Any,
 
         found = [_by_chunks(jax.jit(features), images, part) for part in parts]
     if how.pca == 0:
-        return found[1].astype(np.float32)
+        return found[-1].astype(np.float32)
     if how.pca > (most := min(found[0].shape)):
         raise DataError(
             f"clusters.pca must be at most {most}, the smaller of the {len(train)} training images and the "
