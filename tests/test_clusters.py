@@ -190,6 +190,18 @@ def test_what_is_learned_sees_no_image_but_those_of_training():
     assert both.members.max() < 11 * EACH
 
 
+def test_whitened_pixels_have_unit_covariance():
+    pool, train = splits().train, np.arange(8 * EACH)
+    z = embedded(pool, Embedding(embedding="whitened", pca=0), train, train)
+    values = np.linalg.eigvalsh(np.cov(z, rowvar=False))
+    np.testing.assert_allclose(values, [0, *[1] * 15], atol=0.01)  # each image's mean is subtracted
+
+
+def test_an_autoencoder_keeps_what_tells_pictures_apart():
+    rows = partitions(splits(), Clustering(**SMALL | {"embedding": "autoencoder", "steps": 100, "code": 6}))
+    assert max(row["nmi"] for row in rows) > 0.7
+
+
 def test_an_embedding_from_a_file(tmp_path):
     pool, train = splits().train, np.arange(8 * EACH)
     z = np.random.default_rng(0).normal(size=(CLASSES * EACH, 5))

@@ -27,8 +27,9 @@ Ink = Float[Array, "n h w"]
 def ink_of(images: Images, dark: bool = False) -> Ink:
     """Computes how much ink each pixel has, from 0 to 1.
 
-    The value is the mean over the channels, scaled so that each image spans 0 to 1. It does not change if a data set
-    subtracts a mean and divides by a deviation. A blank image has no ink.
+    The value is the mean over the channels, scaled so that each image spans 0 to 1. If a data set
+    subtracts a mean and divides by a deviation, the value of images of one channel does not change. The channels of
+    colour images then have other weights in the mean. A blank image has no ink.
 
     Args:
         images: Images [n, h, w, c] in any units.
