@@ -34,6 +34,7 @@ from metaprior.learners.builders.metric import (
     embed_query,
     memberships,
     number_of_classes,
+    places,
     present,
     scored_by_query,
     squared_distance,
@@ -95,21 +96,6 @@ def modulation(params: Tadam, code: Float[Array, " d"]) -> Call:
         return (1 + gain) * s + shift
 
     return Call(modulate=modulate) if params.scalars else PLAIN
-
-
-def places(task: Task, way: int) -> Task:
-    """Returns the task with each label's place among the labels of its support; `way`, no class, if it is not there."""
-    support = labelled(task.support)
-    none = jnp.iinfo(jnp.int32).max
-    y = jnp.asarray(support.y).astype(jnp.int32)
-    there = jnp.unique(jnp.where((weights(support) > 0) & (y >= 0), y, none), size=way, fill_value=none)
-
-    def placed(y: Any) -> Array:
-        y = jnp.asarray(y).astype(jnp.int32)
-        place = jnp.clip(jnp.searchsorted(there, y), 0, way - 1)
-        return jnp.where(y < 0, y, jnp.where(there[place] == y, place, way))
-
-    return Task(*(batch._replace(y=placed(batch.y)) for batch in task))
 
 
 def check_class_numbers(task: Task, classes: int) -> None:

@@ -6,14 +6,14 @@ have different numbers of classes.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Categorical, Categories, Likelihood, check_labels, one_hot
-from metaprior.core.types import Batch, Learner, Model, Task, counted, known_labels, weighted_mean, weights
+from metaprior.core.types import Batch, Learner, Model, Task, counted, known_labels, labelled, weighted_mean, weights
 from metaprior.learners.builders.gradient import fit_metrics
 from metaprior.learners.builders.knobs import SOFTMAX, temperature_scaled, turned
 
@@ -81,6 +81,25 @@ def memberships(support: Batch, way: int) -> Float[Array, "n way"]:
     possible = check_labels(known_labels(y), way, w.shape[0])
     lost = jnp.isnan(w * possible).any()
     return jnp.where(lost, jnp.nan, one_hot(y, way, w.dtype) * w[:, None])
+
+
+def places(task: Task, way: int) -> Task:
+    """Returns a task whose labels are the places of its classes, 0..way-1, from one whose labels are class numbers.
+
+    Places are in the order of the class numbers in the support. A label that is not there becomes `way`, which is no
+    class. Labels below 0 (hidden) stay as they are.
+    """
+    support = labelled(task.support)
+    none = jnp.iinfo(jnp.int32).max
+    y = jnp.asarray(support.y).astype(jnp.int32)
+    there = jnp.unique(jnp.where((weights(support) > 0) & (y >= 0), y, none), size=way, fill_value=none)
+
+    def placed(y: Any) -> Array:
+        y = jnp.asarray(y).astype(jnp.int32)
+        place = jnp.clip(jnp.searchsorted(there, y), 0, way - 1)
+        return jnp.where(y < 0, y, jnp.where(there[place] == y, place, way))
+
+    return Task(*(batch._replace(y=placed(batch.y)) for batch in task))
 
 
 def class_means(shares: Float[Array, "n way"], f: Float[Array, "n d"]) -> Float[Array, "way d"]:
