@@ -71,8 +71,8 @@ def evaluate(
         tasks: The number of tasks. None means the recipe's, or else one per group of a table and 600 of other tasks.
         split: The split of the tasks. one_shot is Omniglot's official 20 runs of 20-way 1-shot classification.
         seed: The seed of the tasks.
-        memorisation: Estimate how much the answers depend on the support, and warn if the learner ignores it. It uses
-            up to 64 of the tasks; --no-memorisation saves its time.
+        memorisation: Estimate how much the answers depend on the support, and warn if the learner ignores it. This
+            draws as many tasks again, at most 64; --no-memorisation saves its time.
         devices: The number of devices that the cores are divided into. Each device evaluates a share of the tasks.
         set: Options of the tasks or the learner by name, e.g. --set tasks.shot=5. evaluation.metrics names further
             metrics of the learner's loss to report. evaluation.course=false leaves out the figures after each inner

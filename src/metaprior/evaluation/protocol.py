@@ -80,9 +80,9 @@ def evaluate(
             it has a `path`. Give one with a cheaper posterior to save time.
         metrics: Names of further metrics to report, from those that the learner's loss returns on the test tasks (for
             example of a learner that is judged throughout an episode).
-        memorisation: Whether to estimate how much the answers depend on the support, on up to 64 of the tasks (see
-            `evaluation.memorisation`). It adapts three times to each of these tasks, and predicts their queries with 18
-            supports. The command `evaluate` does so by default.
+        memorisation: Whether to estimate how much the answers depend on the support, on as many further draws of tasks,
+            at most 64 (see `evaluation.memorisation`). It adapts three times to each of these tasks, and predicts their
+            queries with 18 supports. The command `evaluate` does so by default.
         together: The number of queries that are predicted together, a divisor of the number of a task's queries. These
             are then predicted in random batches of this size, which shows how much a learner gains from their company.
             The default is all.
