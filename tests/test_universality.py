@@ -127,8 +127,8 @@ def test_bias_inputs_are_inputs_that_are_adapted():
     [((384,), 5003), ((64, 64), 5003), ((46,) * 3, 4933), ((38,) * 4, 4951), ((33,) * 5, 4928)],
 )
 def test_networks_of_the_study_have_about_as_many_parameters(hidden, parameters):
-    size = size_of(mlp(1, hidden, bias_inputs=10), polynomial().test)
-    assert size == (len(hidden), parameters)
+    network, source = mlp(1, hidden, bias_inputs=10), polynomial().test
+    assert size_of(network, network.init(KEY, jnp.ones((1, 1))), source) == (len(hidden), parameters)
 
 
 # -- the study ---------------------------------------------------------------------------------------------------------

@@ -266,14 +266,14 @@ def study_universality(
             opened = load(run.folder, steps=at[-1] if own else None, settings=settings)
             source = opened.splits.test
             if not other:
-                kept |= size_of(opened.experiment.model, source)._asdict()
+                kept |= size_of(opened.experiment.model, opened.params, source)._asdict()
                 kept["oracle"] = bool(own_table(opened.recipe.tasks, opened.recipe.learner).get("given"))
             chunk = 10 if opened.experiment.training.at_once is None else opened.experiment.training.at_once
             transfers[other or TRAINED] = universality(
                 opened.learner, opened.params, source, key, steps=at, tasks=tasks, chunk=chunk
             )
         found[name] = kept | {"tasks": transfers}
-    tables = [_courses(found, steps, tasks), _by_depth(found, tasks)]
+    tables = [*(_courses(found, kind, tasks) for kind in (TRAINED, *elsewhere)), _by_depth(found, tasks)]
     return _keep(out, "universality", found, courses(found), *tables)
 
 
@@ -327,18 +327,18 @@ def _own_steps(run: Run, settings: tuple[str, ...]) -> int | None:
     return recipe.learners.get(recipe.learner, {}).get("steps", options["steps"].default) or None
 
 
-def _courses(found: dict[str, dict[str, Any]], steps: tuple[int, ...], tasks: int) -> Table:
-    every = sorted({*steps, *(it["steps"] for it in found.values() if it["steps"])})
-    first: Transfer = next(iter(next(iter(found.values()))["tasks"].values()))
-    title = f"{first.metric} by inner steps, median in brackets, {tasks} tasks"
-    table = _table(title, "tasks", "start", *map(str, every))
-    for name, it in found.items():
-        for where, transfer in it["tasks"].items():
-            for start, course in (("learned", transfer.trained), ("random", transfer.random)):
-                if course is not None and (it["steps"] or start == "learned"):
-                    cells = {k: _cell(course, i) for i, k in enumerate(course.steps)}
-                    last = cells.get(None, cells.get(0)) if not it["steps"] else None
-                    table.add_row(name, where, start, *(cells.get(k, "") if it["steps"] else last for k in every))
+def _courses(found: dict[str, dict[str, Any]], kind: str, tasks: int) -> Table:
+    transfers: dict[str, Transfer] = {name: it["tasks"][kind] for name, it in found.items()}
+    metric = next(iter(transfers.values())).metric
+    table = _table(f"{kind}, {tasks} tasks", "start", "inner steps", metric, "median")
+    for name, transfer in transfers.items():
+        descends = found[name]["steps"] is not None
+        starts = {"learned": transfer.trained, "random": transfer.random if descends else None}
+        for start, course in starts.items():
+            for i, k in enumerate(course.steps if course is not None else ()):
+                assert course is not None
+                shown = _shown(course.query[i]), f"{course.median[i]:.3f}"
+                table.add_row(name, start if descends else "", str(k) if descends else "", *shown)
     return table
 
 
@@ -352,19 +352,21 @@ def _by_depth(found: dict[str, dict[str, Any]], tasks: int) -> Table:
 
     oracles = {it["hidden"]: error(it)[0].mean for it in found.values() if it["oracle"]}
     metric = next(iter(found.values()))["tasks"][TRAINED].metric
-    table = _table(f"by depth, {tasks} tasks", "hidden layers", "parameters", "steps", metric, "median", "over oracle")
+    table = _table(f"by depth, {tasks} tasks", "hidden", "parameters", "steps", metric, "median", "over oracle")
     for name, it in found.items():
         figure, median = error(it)
         ratio = figure.mean / oracles[it["hidden"]] if it["hidden"] in oracles and metric == "mse" else None
         shown = "oracle" if it["oracle"] else "" if ratio is None else f"{ratio:.3g}"
         table.add_row(
-            name, str(it["hidden"]), str(it["parameters"]), str(it["steps"]), _shown(figure), f"{median:.3f}", shown
+            name,
+            str(it["hidden"]),
+            str(it["parameters"]),
+            str(it["steps"] or 0),
+            _shown(figure),
+            f"{median:.3f}",
+            shown,
         )
     return table
-
-
-def _cell(course: Course, i: int) -> str:
-    return f"{course.query[i]:.3f} ({course.median[i]:.3f})"
 
 
 def study_clusters(
@@ -473,7 +475,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("learner")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("score", "layer", "tasks", "start") else "right")
+        table.add_column(column, justify="left" if column in ("score", "layer", "start") else "right")
     return table
 
 

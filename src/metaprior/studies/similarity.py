@@ -83,10 +83,11 @@ def canonical_correlations(x: Float[np.ndarray, "n p"], y: Float[np.ndarray, "n 
     x, y = _rows(x, y, 2)
 
     def basis(a: np.ndarray) -> np.ndarray:
-        u, s, _ = np.linalg.svd(a - a.mean(0), full_matrices=False)
+        q, r = np.linalg.qr(a - a.mean(0))  # far faster than the singular vectors of many rows
+        u, s, _ = np.linalg.svd(r, full_matrices=False)
         rank = int((s > RANK * s[0]).sum()) if s[0] > 0 else 0
         enough = int(np.searchsorted(np.cumsum(s**2), keep * (s**2).sum() * (1 - 1e-12)) + 1) if keep < 1 else rank
-        return u[:, : min(rank, enough)]
+        return q @ u[:, : min(rank, enough)]
 
     return np.minimum(np.linalg.svd(basis(x).T @ basis(y), compute_uv=False), 1.0)
 

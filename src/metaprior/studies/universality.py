@@ -65,30 +65,31 @@ class Transfer(NamedTuple):
 
 
 class Size(NamedTuple):
-    """The size of a network.
+    """The size of a learner.
 
     Attributes:
-        hidden: The number of hidden layers, or None if the network does not name its layers.
-        parameters: The number of parameters.
+        hidden: The number of hidden layers of its network, or None if that does not name its layers.
+        parameters: The number of meta-learned parameters.
     """
 
     hidden: int | None
     parameters: int
 
 
-def size_of(model: Model, source: TaskSource) -> Size:
-    """Returns the size of a network on a source's inputs.
+def size_of(model: Model, params: PyTree, source: TaskSource) -> Size:
+    """Returns the size of a learner.
 
     Args:
-        model: The network.
+        model: Its network.
+        params: Its parameters.
         source: The source of the tasks.
     """
     task = jax.eval_shape(lambda: draw_task(source, jax.random.key(0), jnp.zeros((), int)))
-    params = jax.eval_shape(model.init, jax.random.key(0), task.support.x)
+    network = jax.eval_shape(model.init, jax.random.key(0), task.support.x)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     try:
         names = jax.eval_shape(
-            lambda p, x: dict.fromkeys(layer_names(partial(model.outputs, p), x), ()), params, task.support.x
+            lambda p, x: dict.fromkeys(layer_names(partial(model.outputs, p), x), ()), network, task.support.x
         )
     except ValueError:  # the network takes no `Call`, or names no layers
         return Size(None, count)
