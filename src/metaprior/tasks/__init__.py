@@ -9,6 +9,7 @@ from metaprior.tasks.fixed import FixedTasks
 from metaprior.tasks.hidden import HiddenLabels, ask_for, hide_labels
 from metaprior.tasks.images.augment import Augmented, augmented
 from metaprior.tasks.images.clusters import ClusterTasks, clustered
+from metaprior.tasks.images.filters import FilteredTasks, filtered, miniimagenet_art
 from metaprior.tasks.images.folders import images, miniimagenet
 from metaprior.tasks.images.omniglot import omniglot
 from metaprior.tasks.images.oneshot import one_shot_runs, one_shot_source
@@ -52,6 +53,7 @@ SOURCES = Registry(
         "omniglot": omniglot,
         "omniglot_strokes": omniglot_strokes,
         "miniimagenet": miniimagenet,
+        "miniimagenet_art": miniimagenet_art,
         "images": images,
         "table": table,
         "texts": texts,
@@ -119,6 +121,7 @@ __all__ = [
     "DataError",
     "DescribedTasks",
     "Examples",
+    "FilteredTasks",
     "FixedTasks",
     "HiddenLabels",
     "MixtureTasks",
@@ -143,11 +146,13 @@ __all__ = [
     "eight_schools_reference",
     "encode_labels",
     "families_2d",
+    "filtered",
     "hide_labels",
     "images",
     "linear",
     "linear_gaussian",
     "miniimagenet",
+    "miniimagenet_art",
     "mixture",
     "mixture_of",
     "omniglot",
