@@ -231,6 +231,7 @@ def _make(job: Job, seconds: float | None) -> tuple[int, float]:
         milliseconds=None if planned.minutes is None else _milliseconds(job, options),
         device=_device(),
         commit=commit(),
+        title=planned.title,
         command=_commands(job, options),
         run={"id": run.started.get("id"), "checkpoint": checkpoint, "jax": jax.__version__},
     )

@@ -13,7 +13,8 @@
 A run may have `recipe`, `learner` (the default is the learner with the run's name, or else the recipe's), `set`
 (options that replace the recipe's), `judge` (options for evaluation only), `split`, `posterior` and `calibrated`
 (as in `metaprior evaluate`), `start`, an earlier run whose network this one starts from, and `minutes`, a limit of the
-training. `recipe` and `minutes` before the runs are the defaults of all runs.
+training. `title` labels its row on a page; the default is the learner's name. `recipe` and `minutes` before the runs are
+the defaults of all runs.
 """
 
 import tomllib
@@ -42,6 +43,7 @@ class Planned:
         calibrated: Whether to calibrate on validation tasks first.
         start: The name of an earlier run of the suite whose network this one starts from. None: as the recipe states.
         minutes: The time of training in minutes of a processor core, compiling included. None trains to the end.
+        title: The label of its row on a page of results; the learner's name if empty.
     """
 
     recipe: str
@@ -53,6 +55,7 @@ class Planned:
     calibrated: bool = False
     start: str | None = None
     minutes: Positive | None = None
+    title: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "runs.")
