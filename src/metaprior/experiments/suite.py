@@ -13,8 +13,8 @@
 A run may have `recipe`, `learner` (the default is the learner with the run's name, or else the recipe's), `set`
 (options that replace the recipe's), `judge` (options for evaluation only), `split`, `posterior` and `calibrated`
 (as in `metaprior evaluate`), `start`, an earlier run whose network this one starts from, and `minutes`, a limit of the
-training. `title` labels its row on a page; the default is the learner's name. `recipe` and `minutes` before the runs are
-the defaults of all runs.
+training. `title` labels its row on a page; the default is the learner's name. `recipe` and `minutes` before the runs
+are the defaults of all runs.
 """
 
 import tomllib
