@@ -330,3 +330,9 @@ def test_the_command_warns_and_saves_what_it_says(tmp_path, capsys):
     run_cli("evaluate", tmp_path / "run", "--tasks", 8, "--no-memorisation")
     assert "support" not in capsys.readouterr().out
     assert Report.from_json((tmp_path / "run" / "report-own.json").read_text()).memorisation is None
+
+
+@pytest.mark.slow
+def test_queries_in_batches_are_noted():
+    report = evaluate(averaging(), None, Families(8), KEY, memorisation=True, together=1)
+    assert report.memorisation.notes == ["here, all queries of a task are predicted together"]

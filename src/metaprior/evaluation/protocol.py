@@ -192,6 +192,8 @@ def evaluate(
         if told is None:
             note = "there is no estimate of memorisation, as it needs at least two tasks of different groups"
             report = replace(report, notes=[*report.notes, note])
+        elif together is not None:
+            told = replace(told, notes=[*told.notes, "here, all queries of a task are predicted together"])
     figures = report.figures | own_figures
     return replace(report, target=units.target, figures=figures, memorisation=told, transductive=transductive)
 
