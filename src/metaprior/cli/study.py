@@ -193,7 +193,7 @@ def study_reuse(
     pairs = {
         f"{a} | {b}": alike(made[a][0], made[b][0], made[a][1], key, tasks=tasks) for a, b in combinations(made, 2)
     }
-    tables = [_similarities(found, tasks), _with_frozen(found, tasks)]
+    tables = [_similarities(found, tasks), _controls(found), _with_frozen(found, tasks)]
     if pairs:
         table = _table(f"debiased CKA of two networks, {tasks} tasks", "layer", "before", "after")
         for name, both in pairs.items():
@@ -204,28 +204,34 @@ def study_reuse(
 
 
 def _similarities(found: dict[str, Reuse], tasks: int) -> Table:
-    controls = list(next(iter(found.values())).controls)
-    columns = ("layer", "CKA", "CCA", "change", "cosine", *(f"CKA, {name}" for name in controls))
-    table = _table(f"layers before and after the inner loop, {tasks} tasks", *columns)
+    title = f"layers before and after the inner loop, {tasks} tasks"
+    table = _table(title, "layer", "CKA", "CCA", "change", "cosine")
     for name, result in found.items():
         for layer, it in result.layers.items():
-            row = (it.cka, it.cca, it.change, it.cosine, *(of[layer] for of in result.controls.values()))
-            shown = [_shown(figure) for figure in row]
-            shown[1] += "" if it.enough else " *"
-            table.add_row(name, layer, *shown)
+            cca = _shown(it.cca) + ("" if it.enough else " *")
+            table.add_row(name, layer, _shown(it.cka), cca, _shown(it.change), _shown(it.cosine))
     if not all(it.enough for result in found.values() for it in result.layers.values()):
         table.caption = "* fewer than ten rows per column: near 1 for unrelated layers, too"
     return table
 
 
-def _with_frozen(found: dict[str, Reuse], tasks: int) -> Table:
-    result = next(iter(found.values()))
-    columns = [*(f"{n} frozen" for n in range(max(len(r.frozen) for r in found.values()))), "NIL", "NIL, adapted"]
-    table = _table(f"{result.metric} with the first layers frozen, {tasks} tasks", *columns)
+def _controls(found: dict[str, Reuse]) -> Table:
+    table = _table("controls: debiased CKA", "layer", *next(iter(found.values())).controls)
     for name, result in found.items():
-        missing = len(columns) - 2 - len(result.frozen)
-        nil = [_shown(result.nil[end]) if result.nil else "-" for end in ("theta", "phi")]
-        table.add_row(name, *map(_shown, result.frozen), *["-"] * missing, *nil)
+        for layer in result.layers:
+            table.add_row(name, layer, *(_shown(of[layer]) for of in result.controls.values()))
+    return table
+
+
+def _with_frozen(found: dict[str, Reuse], tasks: int) -> Table:
+    metric = next(iter(found.values())).metric
+    table = _table(f"{metric} with the first layers frozen, {tasks} tasks", "layer", metric)
+    table.columns[1].header = "frozen"
+    for name, result in found.items():
+        for n, figure in enumerate(result.frozen):
+            table.add_row(name, ", ".join(list(result.layers)[:n]) or "none", _shown(figure))
+        for end, figure in result.nil.items():
+            table.add_row(name, "NIL" if end == "theta" else "NIL, adapted features", _shown(figure))
     return table
 
 

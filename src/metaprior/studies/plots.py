@@ -222,6 +222,9 @@ def courses(found: dict[str, dict[str, Any]]) -> Figure:
                 _course(ax, transfer.random, color=colour, linestyle="--", alpha=0.6)
         metric = next(iter(shown.values()))["tasks"][kind].metric
         ax.set_xscale("symlog", linthresh=1)
+        ticks = sorted({k or 0 for it in shown.values() for k in it["tasks"][kind].trained.steps})
+        ax.set_xticks(ticks, [str(k) for k in ticks])
+        ax.set_xlim(left=-0.1)
         ax.set(xlabel="inner steps", ylabel=metric, yscale="log" if metric == "mse" else "linear")
         ax.set_title(literal(kind), loc="left", fontsize=10)
     axes[0].legend(frameon=False, fontsize=8)
