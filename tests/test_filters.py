@@ -1,5 +1,7 @@
 """Tasks of images in several styles."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from metaprior.tasks.pool import ClassPool
 RNG = np.random.default_rng(0)
 
 
-def picture(size=24) -> np.ndarray:
+def picture(size=24) -> Any:
     """A smooth picture with an edge, uint8 [h, w, 3]."""
     noise = gaussian_filter(RNG.normal(size=(size, size, 3)), (2, 2, 0))
     noise[:, size // 2 :] += 0.5
