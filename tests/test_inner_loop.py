@@ -37,7 +37,7 @@ WITHOUT = {
     "sib": {"optimizer", "first_order", "remat", "transductive"},
 }
 DESCENDING = ["maml", "taml", "anil", "nil", "cavia", "mr_maml", "amortized_bml", "bmaml", "platipus", "maml_noise"]
-DESCENDING += ["mt_net", "mmaml", *WITHOUT]
+DESCENDING += ["mt_net", "mmaml", "hsml", "arml", *WITHOUT]
 
 
 def learner_of(name, **options):

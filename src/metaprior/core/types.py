@@ -249,6 +249,8 @@ class Learner(NamedTuple):
             from 0 to 1, a traced scalar. None if the loss does not change during training.
         at_mean: Function (params, posterior) -> `AtMean`, the posterior's mean and the network there, which sees all of
             its inputs in one batch. None for learners that infer no parameters of one network.
+        kinds: Function (params, support, key) -> to which of the k kinds of tasks that it learned a task belongs,
+            weights [k] with a sum of 1. None for learners that do not distinguish kinds of tasks.
     """
 
     init: Callable[[PRNGKeyArray, Task], PyTree]
@@ -264,6 +266,7 @@ class Learner(NamedTuple):
     joint: Joint | None = None
     schedule: Callable[[Scalar], "Learner"] | None = None
     at_mean: Callable[[PyTree, PyTree], AtMean] | None = None
+    kinds: Callable[[PyTree, Batch, PRNGKeyArray], Float[Array, " k"]] | None = None
 
     def posterior(self, params: PyTree, support: Batch, query: Batch, key: PRNGKeyArray) -> PyTree:
         """Returns the posterior that predicts the queries: that of `transduce` if there is one, else that of `adapt`.

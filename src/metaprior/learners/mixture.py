@@ -92,6 +92,9 @@ def gem_mixture(
     def adapt(params: Mixture, support: Batch, key: PRNGKeyArray) -> Mixture:
         return posterior(params, support, key, how.on_new_task)
 
+    def kinds(params: Mixture, support: Batch, key: PRNGKeyArray) -> Float[Array, " k"]:
+        return jnp.exp(adapt(params, support, key).logits)
+
     def drawn(model: Model, adapted: Mixture, x: PyTree, key: PRNGKeyArray) -> Array:
         """Returns the outputs of `draws` networks, [draws, n, c]."""
         return jax.vmap(lambda k: model.apply(adapted.sample(k), x))(jax.random.split(key, draws))
@@ -121,7 +124,7 @@ def gem_mixture(
         def predictive(model: Model) -> Callable[..., Any]:
             return lambda params, adapted, x, key: shown.predictive(drawn(model, adapted, x, key))
 
-        learner = Learner(init, adapt, predictive(model), loss)
+        learner = Learner(init, adapt, predictive(model), loss, kinds=kinds)
         return learner if how.transductive else predicts_alone(learner, predictive, model)
 
     return with_noise(predicting, likelihood)

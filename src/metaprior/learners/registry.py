@@ -9,6 +9,7 @@ from metaprior.core.options import accept
 from metaprior.core.types import Learner, Model
 from metaprior.learners.amortized_bml import amortized_bml
 from metaprior.learners.anil import anil, nil
+from metaprior.learners.arml import arml
 from metaprior.learners.bmaml import bmaml
 from metaprior.learners.builders.normalised import of_support, of_training, shown_alone
 from metaprior.learners.cavia import cavia
@@ -16,6 +17,7 @@ from metaprior.learners.cnp import anp, cnp
 from metaprior.learners.fine_tune import fine_tune
 from metaprior.learners.gem_bml import gem_bml, gem_bml_plus, kl_chaser
 from metaprior.learners.gnn import gnn
+from metaprior.learners.hsml import hsml
 from metaprior.learners.imaml import imaml
 from metaprior.learners.l2l import l2l
 from metaprior.learners.llama import llama
@@ -52,6 +54,8 @@ LEARNERS = Registry("learner", {
     "anil": anil,
     "nil": nil,
     "cavia": cavia,
+    "hsml": hsml,
+    "arml": arml,
     "meta_sgd": meta_sgd,
     "lslr": lslr,
     "preconditioned": preconditioned,

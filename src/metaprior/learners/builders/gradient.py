@@ -34,6 +34,7 @@ class Adaptation(NamedTuple):
         by_tensor: Whether each update is linear in the gradients and treats all elements of a tensor alike.
         local: (params, support, key) -> params, the start of a task, which may depend on its support. It is applied
             before everything else in `adapt`, `path` and `loss`.
+        kinds: (params) -> weights [k], see `Learner.kinds`; the params are those that `local` returns.
     """
 
     model: Model
@@ -45,6 +46,7 @@ class Adaptation(NamedTuple):
     root: Callable[[PyTree], PyTree] | None = None
     by_tensor: bool = False
     local: Callable[[PyTree, Batch, PRNGKeyArray], PyTree] | None = None
+    kinds: Callable[[PyTree], Array] | None = None
 
     def outputs(self, params: PyTree, phi: PyTree, x: PyTree, call: Call = PLAIN) -> Array:
         """Computes the outputs for phi; batch norm uses the statistics of the support where the model holds one."""
@@ -200,6 +202,10 @@ def gradient_learner(
         phi = adapted.posterior.mean
         return AtMean(phi, partial(adaptation.outputs, params, phi))
 
+    def kinds(params: PyTree, support: Batch, key: PRNGKeyArray) -> Array:
+        assert adaptation.kinds is not None
+        return adaptation.kinds(begun(params, support, key))
+
     def turned(knobs: Mapping[str, Any]) -> Learner:
         rule = posterior.turned(knobs)
         return gradient_learner(
@@ -210,6 +216,7 @@ def gradient_learner(
     return Learner(
         adaptation.init, adapt, predict, whole, path, network,
         knobs=knobs, turn=turned if knobs else None, at_mean=at_mean,
+        kinds=None if adaptation.kinds is None else kinds,
     )  # fmt: skip
 
 

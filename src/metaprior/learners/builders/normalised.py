@@ -81,6 +81,11 @@ def of_support(
         assert inside is not None
         return inside(params, posterior.posterior)
 
+    def kinds(params: PyTree, support: Batch, key: PRNGKeyArray) -> PyTree:
+        of_task = at(support).kinds
+        assert of_task is not None
+        return of_task(params, support, key)
+
     plain = make(model)
 
     def turned(knobs: Mapping[str, Any]) -> Learner:
@@ -101,6 +106,7 @@ def of_support(
         joint=None if plain.joint is None else plain.joint._replace(score=score),
         schedule=None if plain.schedule is None else scheduled,
         at_mean=None if plain.at_mean is None else at_mean,
+        kinds=None if plain.kinds is None else kinds,
     )
 
 
