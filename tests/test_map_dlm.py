@@ -46,6 +46,7 @@ def brute_force(p, n, epsilon):
     return best
 
 
+@pytest.mark.slow
 def test_the_loss_augmented_ranking_is_the_best_of_all_rankings():
     rng, find = np.random.default_rng(0), jax.jit(loss_augmented)
     seen = set()
@@ -85,6 +86,7 @@ def problem(labels, way):
 
 
 @pytest.mark.parametrize("kappa", [1.0, 10.0])
+@pytest.mark.slow
 def test_every_example_of_a_task_ranks_all_others(kappa):
     """Support and query; an example that is alone in its class is no query, and padding is not there."""
     task = problem((0, 1, 2, 3), 3)  # class 3 has one example
@@ -109,6 +111,7 @@ def test_every_example_of_a_task_ranks_all_others(kappa):
     np.testing.assert_allclose(jax.jit(learner.loss)(params, padded, KEY)[0], found, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_gradient_holds_the_rankings_constant():
     task = problem((0, 1, 2), 3)
     learner = map_dlm(LINEAR, Categorical(), way=3)

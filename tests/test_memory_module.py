@@ -58,6 +58,7 @@ def test_noise_changes_which_old_slot_is_lost():
         assert int(jnp.argmax(after.values == 5)) == slot
 
 
+@pytest.mark.slow
 def test_a_write_changes_one_slot_and_a_repeated_image_returns_its_label():
     rng, memory = np.random.default_rng(0), blank(12, D, jnp.float64)
     step = jax.jit(still)
@@ -90,6 +91,7 @@ def problem(way=3, shots=2, queries=2):
 
 
 @pytest.mark.parametrize("slots", [None, 4])
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_an_episode_read_in_rounds(slots):
     task, margin = problem(), 0.2
     learner = memory_module(PLAIN, Categorical(), way=3, width=3, margin=margin, slots=slots, noise=0.0)
@@ -123,6 +125,7 @@ def test_the_loss_is_the_mean_over_an_episode_read_in_rounds(slots):
         np.testing.assert_allclose(metrics[f"instance_{k + 1}"], np.mean(right[3 * k : 3 * k + 3]))
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_queries_and_not_through_keys():
     """Two examples: the second is compared with the constant key of the first."""
     x = jax.random.normal(KEY, (2, D))

@@ -128,6 +128,7 @@ def test_the_code_of_the_task_modulates_every_hidden_layer():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_co_training_mixes_the_episode_with_all_classes():
     """Class numbers 3, 7, 11 are places 0, 1, 2; the classifier of all classes sees the numbers."""
     numbers = jnp.array([3, 7, 11])
