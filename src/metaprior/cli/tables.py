@@ -30,7 +30,7 @@ def report_table(report: Report, title: str = "") -> Table:
 def family_table(report: Report) -> Table | None:
     """Returns a table with one row of figures per family of tasks, or None if there is a single family.
 
-    The widths of intervals and the Brier score are in the report's file only.
+    Widths, the other coverages and the Brier score are in the report's file only.
 
     Args:
         report: The report.
@@ -38,12 +38,12 @@ def family_table(report: Report) -> Table | None:
     if not report.families:
         return None
     table = Table(title="families", title_justify="left", header_style="bold")
-    table.add_column("family")
-    names = [name for name in report.figures if not name.startswith(("width_", "brier"))]
+    table.add_column("family", no_wrap=True)
+    names = [name for name in report.figures if not name.startswith(("width_", "brier", "coverage_50", "coverage_95"))]
     rows = report.families | {"all": report.figures}
     names = [name for name in names if all(name in row for row in rows.values())]
     for name in names:
-        table.add_column(title_of(name), justify="right")
+        table.add_column(title_of(name), justify="right", no_wrap=True)
     for family, row in rows.items():
         table.add_row(family, *(str(row[name]) for name in names))
     return table
