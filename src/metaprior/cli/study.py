@@ -27,8 +27,16 @@ from metaprior.experiments.recipe import (
 )
 from metaprior.experiments.runs import Run, told_apart
 from metaprior.learners import LEARNERS
-from metaprior.studies import active, alike, ambiguity, novelty, pac_bayes, referee, reuse, universality
-from metaprior.studies.plots import acquisitions, bounds, courses, explanations, novelty_bars, reuse_panels
+from metaprior.studies import active, alike, ambiguity, families, novelty, pac_bayes, referee, reuse, universality
+from metaprior.studies.plots import (
+    acquisitions,
+    bounds,
+    courses,
+    explanations,
+    family_kinds,
+    novelty_bars,
+    reuse_panels,
+)
 from metaprior.studies.reuse import Reuse
 from metaprior.studies.reuse import Subject as Made
 from metaprior.studies.universality import Course, Transfer, size_of
@@ -422,6 +430,34 @@ def study_clusters(
     return 0
 
 
+def study_families(
+    runs: Runs,
+    /,
+    out: Path = Path("study"),
+    tasks: int = 600,
+    seed: int = 1234,
+    set: tuple[str, ...] = (),
+) -> int:
+    """Do the kinds of tasks that a learner found agree with the families of tasks? Needs hsml, arml or gem_mixture.
+
+    Args:
+        runs: The folders that `train` wrote, of a recipe with families such as families-2d.
+        out: The folder for families.json and families.png.
+        tasks: The number of new tasks, at least ten per family.
+        seed: The seed of tasks and adaptation.
+        set: Options of the tasks or the learners by name, e.g. --set tasks.shot=5
+    """
+    check_plots(out, "--out")
+    opened, key = _open(runs, set, None, None), jax.random.key(seed)
+    found = {name: families(it.learner, it.params, it.source, key, tasks=tasks) for name, it in opened.items()}
+    columns = ("information", "by chance", "adjusted", "recognised")
+    table = _table(f"what the kinds of tasks say of the families, {tasks} tasks", *columns)
+    for name, result in found.items():
+        shares = (f"{share:.3f}" for share in (result.information, result.by_chance, result.adjusted))
+        table.add_row(name, *shares, _shown(result.recognised))
+    return _keep(out, "families", {n: row._asdict() for n, row in found.items()}, family_kinds(found), table)
+
+
 Study = Union[  # noqa: UP007 (a union of subcommands, which tyro reads at run time)
     Annotated[Any, tyro.conf.subcommand(name="ambiguity", constructor=study_ambiguity)],
     Annotated[Any, tyro.conf.subcommand(name="active", constructor=study_active)],
@@ -430,6 +466,7 @@ Study = Union[  # noqa: UP007 (a union of subcommands, which tyro reads at run t
     Annotated[Any, tyro.conf.subcommand(name="bound", constructor=study_bound)],
     Annotated[Any, tyro.conf.subcommand(name="universality", constructor=study_universality)],
     Annotated[Any, tyro.conf.subcommand(name="clusters", constructor=study_clusters)],
+    Annotated[Any, tyro.conf.subcommand(name="families", constructor=study_families)],
 ]
 
 

@@ -7,6 +7,7 @@ other networks. The command `metaprior study` runs them.
 from metaprior.studies.active import Acquisition, active
 from metaprior.studies.ambiguity import Coverage, ambiguity, referee
 from metaprior.studies.bound import Bound, kl_weight, pac_bayes
+from metaprior.studies.families import Kinds, families
 from metaprior.studies.novelty import Novelty, novelty
 from metaprior.studies.reuse import Alike, Reuse, alike, reuse
 from metaprior.studies.universality import Transfer, universality
@@ -16,12 +17,14 @@ __all__ = [
     "Alike",
     "Bound",
     "Coverage",
+    "Kinds",
     "Novelty",
     "Reuse",
     "Transfer",
     "active",
     "alike",
     "ambiguity",
+    "families",
     "kl_weight",
     "novelty",
     "pac_bayes",

@@ -13,6 +13,7 @@ from metaprior.core.types import Batch, Learner, Task
 from metaprior.evaluation.plots import BLUE, GREEN, GREY, ORANGE, SERIES, inputs_over, literal, panels
 from metaprior.studies.active import Acquisition
 from metaprior.studies.bound import Bound
+from metaprior.studies.families import Kinds
 from metaprior.studies.novelty import Novelty
 from metaprior.studies.reuse import Reuse
 from metaprior.studies.universality import Course, Transfer
@@ -253,3 +254,30 @@ def _course(ax: Axes, course: Course, **style: Any) -> None:
     mean, half = (np.array([getattr(f, part) or 0 for f in course.query]) for part in ("mean", "interval"))
     ax.plot(steps, mean, linewidth=1.4, marker="o", markersize=3, **style)
     ax.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def family_kinds(found: dict[str, Kinds]) -> Figure:
+    """Plots the mean weights of each family of tasks (rows) on each kind (columns), a panel for each learner.
+
+    Kinds are sorted by the family that has most of their weight.
+
+    Args:
+        found: The results of `families`, by name of the learner.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    figure, axes = panels(4.6 * len(found), 3.4, len(found))
+    for ax, (name, result) in zip(axes, found.items(), strict=True):
+        table = np.array(list(result.weights.values()))
+        order = np.lexsort((-table.max(0), table.argmax(0)))
+        ax.imshow(table[:, order], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (i, j), value in np.ndenumerate(table[:, order]):
+            ax.text(
+                j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black"
+            )
+        ax.set_yticks(range(len(table)), [literal(family) for family in result.weights])
+        ax.set_xticks(range(table.shape[1]), [str(k + 1) for k in order])
+        ax.set(xlabel="kind")
+        ax.set_title(f"{literal(name)}, recognised {result.recognised.mean:.2f}", loc="left", fontsize=10)
+    return figure
