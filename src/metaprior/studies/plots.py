@@ -278,6 +278,7 @@ def family_kinds(found: dict[str, Kinds]) -> Figure:
             )
         ax.set_yticks(range(len(table)), [literal(family) for family in result.weights])
         ax.set_xticks(range(table.shape[1]), [str(k + 1) for k in order])
+        ax.grid(visible=False)
         ax.set(xlabel="kind")
         ax.set_title(f"{literal(name)}, recognised {result.recognised.mean:.2f}", loc="left", fontsize=10)
     return figure
