@@ -1,6 +1,5 @@
 """metaprior study: compare trained learners on one question, see docs/studies.md."""
 
-import json
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union
@@ -9,13 +8,14 @@ import jax
 import tyro
 from rich.table import Table
 
-from metaprior.cli.screen import screen
-from metaprior.core.files import check_output, write_atomically
+from metaprior.cli.concepts import study_concepts
+from metaprior.cli.studied import cell, keep
+from metaprior.core.files import check_output
 from metaprior.core.named import option_names
 from metaprior.core.options import parameters_of
 from metaprior.core.types import Learner
 from metaprior.evaluation.figures import Figure, figure_of
-from metaprior.evaluation.plots import check_plots, save
+from metaprior.evaluation.plots import check_plots
 from metaprior.experiments.opened import load
 from metaprior.experiments.recipe import (
     load_recipe,
@@ -80,10 +80,10 @@ def study_ambiguity(
         found[name] = ambiguity(it.learner, it.params, it.source, key, tasks=tasks, near=near)
     table = _table(f"two explanations, {tasks} tasks", "covered", "explaining", "NLL", "joint NLL", "draws")
     for name, row in found.items():
-        table.add_row(name, *map(_shown, row))
+        table.add_row(name, *map(cell, row))
     shown = {name: (it.learner, it.params) for name, it in list(opened.items())[:MOST_SHOWN]}
     plot = explanations(source, shown, key)
-    return _keep(out, "ambiguity", {n: row._asdict() for n, row in found.items()}, plot, table)
+    return keep(out, "ambiguity", {n: row._asdict() for n, row in found.items()}, plot, table)
 
 
 def study_active(
@@ -125,9 +125,9 @@ def study_active(
     table = _table(f"MSE by points seen, {tasks} tasks", "points", "at random", "by variance", "difference")
     for name, result in found.items():
         for row in zip(*result._asdict().values(), strict=True):
-            seen, informed, random, difference = map(_shown, row)
+            seen, informed, random, difference = map(cell, row)
             table.add_row(name, seen, random, informed, difference)
-    return _keep(out, "active", {n: row._asdict() for n, row in found.items()}, acquisitions(found), table)
+    return keep(out, "active", {n: row._asdict() for n, row in found.items()}, acquisitions(found), table)
 
 
 def study_novelty(
@@ -164,8 +164,8 @@ def study_novelty(
     table = _table(f"AUROC of uncertainty, {tasks} tasks", "accuracy", "score", *kinds)
     for name, result in found.items():
         for score, row in result.auroc.items():
-            table.add_row(name, _shown(result.accuracy), score, *map(_shown, row.values()))
-    return _keep(out, "novelty", {n: row._asdict() for n, row in found.items()}, novelty_bars(found), table)
+            table.add_row(name, cell(result.accuracy), score, *map(cell, row.values()))
+    return keep(out, "novelty", {n: row._asdict() for n, row in found.items()}, novelty_bars(found), table)
 
 
 def study_reuse(
@@ -206,9 +206,9 @@ def study_reuse(
         table = _table(f"debiased CKA of two networks, {tasks} tasks", "layer", "before", "after")
         for name, both in pairs.items():
             for layer in both.before:
-                table.add_row(name, layer, _shown(both.before[layer]), _shown(both.after[layer]))
+                table.add_row(name, layer, cell(both.before[layer]), cell(both.after[layer]))
         tables.append(table)
-    return _keep(out, "reuse", {n: row._asdict() for n, row in (found | pairs).items()}, reuse_panels(found), *tables)
+    return keep(out, "reuse", {n: row._asdict() for n, row in (found | pairs).items()}, reuse_panels(found), *tables)
 
 
 def _similarities(found: dict[str, Reuse], tasks: int) -> Table:
@@ -216,8 +216,8 @@ def _similarities(found: dict[str, Reuse], tasks: int) -> Table:
     table = _table(title, "layer", "CKA", "CCA", "change", "cosine")
     for name, result in found.items():
         for layer, it in result.layers.items():
-            cca = _shown(it.cca) + ("" if it.enough else " *")
-            table.add_row(name, layer, _shown(it.cka), cca, _shown(it.change), _shown(it.cosine))
+            cca = cell(it.cca) + ("" if it.enough else " *")
+            table.add_row(name, layer, cell(it.cka), cca, cell(it.change), cell(it.cosine))
     if not all(it.enough for result in found.values() for it in result.layers.values()):
         table.caption = "* fewer than ten rows per column: near 1 for unrelated layers, too"
     return table
@@ -227,7 +227,7 @@ def _controls(found: dict[str, Reuse]) -> Table:
     table = _table("controls: debiased CKA", "layer", *next(iter(found.values())).controls)
     for name, result in found.items():
         for layer in result.layers:
-            table.add_row(name, layer, *(_shown(of[layer]) for of in result.controls.values()))
+            table.add_row(name, layer, *(cell(of[layer]) for of in result.controls.values()))
     return table
 
 
@@ -237,9 +237,9 @@ def _with_frozen(found: dict[str, Reuse], tasks: int) -> Table:
     table.columns[1].header = "frozen"
     for name, result in found.items():
         for n, figure in enumerate(result.frozen):
-            table.add_row(name, ", ".join(list(result.layers)[:n]) or "none", _shown(figure))
+            table.add_row(name, ", ".join(list(result.layers)[:n]) or "none", cell(figure))
         for end, figure in result.nil.items():
-            table.add_row(name, "NIL" if end == "theta" else "NIL, adapted features", _shown(figure))
+            table.add_row(name, "NIL" if end == "theta" else "NIL, adapted features", cell(figure))
     return table
 
 
@@ -288,7 +288,7 @@ def study_universality(
             )
         found[name] = kept | {"tasks": transfers}
     tables = [*(_courses(found, kind, tasks) for kind in (TRAINED, *elsewhere)), _by_depth(found, tasks)]
-    return _keep(out, "universality", found, courses(found), *tables)
+    return keep(out, "universality", found, courses(found), *tables)
 
 
 def study_bound(
@@ -323,10 +323,10 @@ def study_bound(
     table = _table(title, "loss", "on training tasks", "KL", "bound", "tasks", "queries each", "weight of the KL")
     for name, it in found.items():
         numbers = f"{it.divergence:.4g}", f"{it.bound:.3f}", f"{it.tasks:,}", str(it.queries), f"{it.weight:.3g}"
-        table.add_row(name, it.loss, _shown(it.risk), *numbers)
+        table.add_row(name, it.loss, cell(it.risk), *numbers)
     if any(it.bound >= 1 for it in found.values()):
         table.caption = "A bound of 1 or more says nothing, because no loss is above 1."
-    return _keep(out, "bound", found, bounds(found), table)
+    return keep(out, "bound", found, bounds(found), table)
 
 
 TRAINED = "as trained"
@@ -351,7 +351,7 @@ def _courses(found: dict[str, dict[str, Any]], kind: str, tasks: int) -> Table:
         for start, course in starts.items():
             for i, k in enumerate(course.steps if course is not None else ()):
                 assert course is not None
-                shown = _shown(course.query[i]), f"{course.median[i]:.3f}"
+                shown = cell(course.query[i]), f"{course.median[i]:.3f}"
                 table.add_row(name, start if descends else "", str(k) if descends else "", *shown)
     return table
 
@@ -376,7 +376,7 @@ def _by_depth(found: dict[str, dict[str, Any]], tasks: int) -> Table:
             str(it["hidden"]),
             str(it["parameters"]),
             str(it["steps"] or 0),
-            _shown(figure),
+            cell(figure),
             f"{median:.3f}",
             shown,
         )
@@ -407,27 +407,24 @@ def study_clusters(
     if not chosen.clusters:
         raise ValueError(f"recipe must have [clusters], such as omniglot-cactus, got {recipe}.")
     splits = task_sources(own_table(chosen.tasks, chosen.learner))
-    how, console = Clustering(**chosen.clusters), screen()
+    how = Clustering(**chosen.clusters)
     parts = partitions(splits, how)
     table = _table(f"{recipe}: partitions", "clusters left", "purity", "pair precision", "NMI", "ARI")
     table.columns[0].header = "partition"
     for place, row in enumerate(parts, 1):
         shares = (f"{row[name]:.3f}" for name in ("purity", "pair_precision", "nmi", "ari"))
         table.add_row(str(place), str(row["left"]), *shares)
-    console.print(table)
     found: dict[str, Any] = {"partitions": parts}
+    tables = [table]
     if how.partition not in ("random", "classes"):
         hits = embedding_accuracy(splits, how, jax.random.key(seed), tasks)
         found["embedding"] = {rule: figure_of(values) for rule, values in hits.items()}
         own = _table(f"the embedding itself, {tasks} test tasks", "accuracy")
         own.columns[0].header = "rule"
         for rule, figure in found["embedding"].items():
-            own.add_row(rule, _shown(figure))
-        console.print(own)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "clusters.json", json.dumps(found, indent=2, default=_plain) + "\n")
-    console.print(f"written: {out / 'clusters.json'}", soft_wrap=True)
-    return 0
+            own.add_row(rule, cell(figure))
+        tables.append(own)
+    return keep(out, "clusters", found, None, *tables)
 
 
 def study_families(
@@ -454,8 +451,8 @@ def study_families(
     table = _table(f"what the kinds of tasks say of the families, {tasks} tasks", *columns)
     for name, result in found.items():
         shares = (f"{share:.3f}" for share in (result.information, result.by_chance, result.adjusted))
-        table.add_row(name, *shares, _shown(result.recognised))
-    return _keep(out, "families", {n: row._asdict() for n, row in found.items()}, family_kinds(found), table)
+        table.add_row(name, *shares, cell(result.recognised))
+    return keep(out, "families", {n: row._asdict() for n, row in found.items()}, family_kinds(found), table)
 
 
 Study = Union[  # noqa: UP007 (a union of subcommands, which tyro reads at run time)
@@ -466,6 +463,7 @@ Study = Union[  # noqa: UP007 (a union of subcommands, which tyro reads at run t
     Annotated[Any, tyro.conf.subcommand(name="bound", constructor=study_bound)],
     Annotated[Any, tyro.conf.subcommand(name="universality", constructor=study_universality)],
     Annotated[Any, tyro.conf.subcommand(name="clusters", constructor=study_clusters)],
+    Annotated[Any, tyro.conf.subcommand(name="concepts", constructor=study_concepts)],
     Annotated[Any, tyro.conf.subcommand(name="families", constructor=study_families)],
 ]
 
@@ -520,31 +518,3 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column in ("score", "layer", "start") else "right")
     return table
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, Figure) else str(value)
-
-
-def _keep(out: Path, name: str, found: dict[str, Any], plot: Any, *tables: Table) -> int:
-    console = screen()
-    for table in tables:
-        console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / f"{name}.json", json.dumps(_by_name(found), indent=2, default=_plain) + "\n")
-    save(plot, out / f"{name}.png")
-    console.print(f"written: {out / name}.json and {out / name}.png", soft_wrap=True)
-    return 0
-
-
-def _by_name(value: Any) -> Any:
-    """Returns tables with the fields of named tuples by name."""
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    return {name: _by_name(part) for name, part in value.items()} if isinstance(value, dict) else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Figure):
-        return {"mean": value.mean, "interval": value.interval}
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -13,6 +13,7 @@ from metaprior.core.types import Batch, Learner, Task
 from metaprior.evaluation.plots import BLUE, GREEN, GREY, ORANGE, SERIES, inputs_over, literal, panels
 from metaprior.studies.active import Acquisition
 from metaprior.studies.bound import Bound
+from metaprior.studies.concepts import Generation
 from metaprior.studies.families import Kinds
 from metaprior.studies.novelty import Novelty
 from metaprior.studies.reuse import Reuse
@@ -281,4 +282,31 @@ def family_kinds(found: dict[str, Kinds]) -> Figure:
         ax.grid(visible=False)
         ax.set(xlabel="kind")
         ax.set_title(f"{literal(name)}, recognised {result.recognised.mean:.2f}", loc="left", fontsize=10)
+    return figure
+
+
+def new_drawings(generation: Generation, show: int = 8) -> Figure:
+    """Plots concepts in rows: the one example, drawings that were generated from it, and a real one of another drawer.
+
+    Args:
+        generation: The drawings.
+        show: The number of concepts.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    example, real, generated = (np.concatenate(part)[:show] for part in generation[:3])
+    columns = generated.shape[1] + 2
+    figure, axes = panels(0.8 * columns, 0.85 * len(example), columns, len(example), squeeze=False)
+    for row, (first, other, new) in enumerate(zip(example, real, generated, strict=True)):
+        for column, drawing in enumerate((first, *new, other[0])):
+            ax = axes[row][column]
+            ax.imshow(~drawing, cmap="gray", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+            edge = BLUE if column == 0 else ORANGE if column == columns - 1 else GREY
+            for spine in ax.spines.values():
+                spine.set(visible=True, color=edge)
+    axes[0][0].set_title("example", fontsize=8)
+    axes[0][1].set_title("generated", fontsize=8)
+    axes[0][-1].set_title("real", fontsize=8)
     return figure

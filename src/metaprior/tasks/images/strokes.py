@@ -214,6 +214,26 @@ def omniglot_strokes(
     )
 
 
+def load_strokes() -> dict[int, dict[int, list[Stroke]]]:
+    """Returns the pen drawings of all 242 characters.
+
+    Returns:
+        Strokes by official character number and drawer (1 to 20).
+
+    Raises:
+        DataError: Damaged archives, or no archives and no network.
+    """
+    drawings: dict[int, dict[int, list[Stroke]]] = {}
+    for name, path in _local().items():
+        drawings |= read_strokes(path or download(f"{SOURCE}{name}", ARCHIVES[name], "omniglot"))
+    return drawings
+
+
+def _local() -> dict[str, Path | None]:
+    folder = data_folder("omniglot")
+    return {name: folder / name if folder and (folder / name).is_file() else None for name in ARCHIVES}
+
+
 def load_attributes() -> Arrays:
     """Returns the attributes of all characters; they are computed once and then cached.
 
@@ -224,13 +244,10 @@ def load_attributes() -> Arrays:
     Raises:
         DataError: Damaged archives, or no archives and no network.
     """
-    folder = data_folder("omniglot")
-    local = {name: folder / name if folder and (folder / name).is_file() else None for name in ARCHIVES}
+    local = _local()
 
     def build() -> Arrays:
-        drawings: dict[int, dict[int, list[Stroke]]] = {}
-        for name, sha256 in ARCHIVES.items():
-            drawings |= read_strokes(local[name] or download(f"{SOURCE}{name}", sha256, "omniglot"))
+        drawings = load_strokes()
         characters = sorted(drawings)
         table = [
             [np.mean([describe(turned(drawings[c][d], k)) for d in range(1, DESCRIBING + 1)], 0) for c in characters]
