@@ -27,6 +27,7 @@ from metaprior.learners.map_dlm import map_dlm
 from metaprior.learners.matching import matching
 from metaprior.learners.memory_module import memory_module
 from metaprior.learners.meta_lstm import meta_lstm
+from metaprior.learners.meta_networks import meta_networks
 from metaprior.learners.meta_regularised import mr_cnp, mr_maml
 from metaprior.learners.mixture import gem_mixture
 from metaprior.learners.mmaml import mmaml
@@ -80,6 +81,7 @@ LEARNERS = Registry("learner", {
     "siamese": siamese,
     "map_dlm": map_dlm,
     "memory_module": memory_module,
+    "meta_networks": meta_networks,
     "versa": versa,
     "sib": sib,
     "nearest_neighbour": nearest_neighbour,
