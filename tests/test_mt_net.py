@@ -119,3 +119,16 @@ def test_a_network_without_a_call_is_refused():
     plain = mlp(1, (4,))._replace(calls=False)
     with pytest.raises(ValueError, match="model must take a `Call`"):
         make_learner("mt_net", plain, Gaussian()).init(KEY, TASK)
+
+
+@pytest.mark.parametrize("inputs", [3, 6])
+def test_further_inputs_of_a_layer_are_not_units(inputs):
+    """A mask of zeros stops all units, but not the bias inputs, whatever their number."""
+    model = mlp(1, (6,), "tanh", bias_inputs=inputs)
+    learner = make_learner("mt_net", model, Gaussian(), **INNER)
+    params = with_logits(learner.init(KEY, TASK), -50.0)
+    phi = learner.adapt(params, TASK.support, KEY).posterior.mean
+    moved = phi["layer1"].pop("inputs")
+    jax.tree.map(np.testing.assert_array_equal, phi["layer1"], {n: params.theta["layer1"][n] for n in ("w", "b")})
+    assert moved.shape == (inputs,)
+    assert (np.abs(moved) > 0).all()

@@ -137,9 +137,14 @@ def masked(updates: Any, mask: dict[str, Float[Array, " o"]]) -> dict[str, PyTre
 
     Args:
         updates: The updates by the layers' names; the last axis of each array is the layer's units.
-        mask: The masks by the layers' names. Parameters without a mask stay as they are.
+        mask: The masks by the layers' names. Parameters without a mask stay as they are, and so do a layer's further
+            inputs (`bias_inputs` of `mlp`), which are no units.
     """
-    return {
-        name: jax.tree.map(lambda leaf, m=mask[name]: leaf * m, layer) if name in mask else layer
-        for name, layer in updates.items()
-    }
+
+    def of_layer(name: str, layer: PyTree) -> PyTree:
+        def by_unit(path: tuple, leaf: Array) -> Array:
+            return leaf if any(getattr(part, "key", None) == "inputs" for part in path) else leaf * mask[name]
+
+        return jax.tree_util.tree_map_with_path(by_unit, layer) if name in mask else layer
+
+    return {name: of_layer(name, layer) for name, layer in updates.items()}
