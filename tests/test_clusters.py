@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from metaprior.core.likelihoods import Categorical
 from metaprior.core.types import Batch, Task, innermost
 from metaprior.experiments.recipe import build, load_recipe, recipe_from_dict, with_overrides
-from metaprior.experiments.results import recipe_hash
+from metaprior.experiments.results import published_for, recipe_hash
 from metaprior.learners import make_learner
 from metaprior.networks import mlp
 from metaprior.tasks import DataError, class_pool, clustered, pool_splits, store
@@ -318,3 +318,13 @@ def test_the_command_line_trains_on_clusters_and_compares_them(tmp_path, capsys)
     assert told["partitions"][0]["nmi"] > 0.7
     assert told["embedding"]["nearest centroid"]["mean"] > 0.7
     assert "pair precision" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("partition", ["classes", "random"])
+def test_training_on_other_than_clusters_is_not_compared_with_published_clusters(partition):
+    recipe = load_recipe("omniglot-cactus")
+    shown = published_for(recipe, recipe)
+    assert not isinstance(shown, str)
+    assert shown.figures["accuracy"].mean == 0.6812
+    other = with_overrides(recipe, None, {"clusters.partition": partition})
+    assert published_for(other, recipe) == f"clusters.partition is '{partition}', the published figure is for 'kmeans'"

@@ -265,6 +265,8 @@ def published_for(recipe: Recipe, base: Recipe, split: str = "test") -> Publishe
     options = {option for entry in entries for option in entry.when}
     options |= {f"tasks.{name}" for table in (base, recipe) for name in own_table(table.tasks, recipe.learner)}
     options -= {f"tasks.{name}" for name in FREE}
+    # Training on true classes or on random ones is another experiment than training on clusters.
+    options |= {"clusters.partition" for table in (base, recipe) if "partition" in table.clusters}
     fits, reasons = [], []
     for entry in entries:
         wanted = with_overrides(base, recipe.learner, entry.when)
