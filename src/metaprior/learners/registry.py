@@ -33,6 +33,7 @@ from metaprior.learners.mixture import gem_mixture
 from metaprior.learners.mmaml import mmaml
 from metaprior.learners.mt_net import mt_net
 from metaprior.learners.nearest_neighbour import nearest_neighbour
+from metaprior.learners.neural_statistician import neural_statistician
 from metaprior.learners.platipus import maml_noise, platipus
 from metaprior.learners.protonet import protonet
 from metaprior.learners.rates import lslr, meta_sgd, preconditioned
@@ -90,6 +91,7 @@ LEARNERS = Registry("learner", {
     "mr_cnp": mr_cnp,
     "cnp": cnp,
     "anp": anp,
+    "neural_statistician": neural_statistician,
     "snail": snail,
     "mann": mann,
     "lstm": lstm,
