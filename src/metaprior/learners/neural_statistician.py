@@ -73,7 +73,10 @@ class Contexts(NamedTuple):
 
 
 @traits(
-    of_classes=True, rules_out_unseen=True, small={"context": 8, "latent": 2, "hidden": (16,), "observed": "normal"}
+    of_classes=True,
+    estimates=True,
+    rules_out_unseen=True,
+    small={"context": 8, "latent": 2, "hidden": (16,), "observed": "normal"},
 )
 @checked
 def neural_statistician(
