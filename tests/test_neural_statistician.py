@@ -70,9 +70,7 @@ def test_the_bound_is_the_exact_evidence_where_the_posterior_is_exact():
 
 
 def made(**options):
-    learner = make_learner(
-        "neural_statistician", mlp(3, (8,)), Categorical(), observed="normal", hidden=(16,), **options
-    )
+    learner = make_learner("neural_statistician", mlp(3, (8,)), Categorical(), hidden=(16,), **options)
     x = jnp.asarray(RANDOM.normal(size=(9, 4)), jnp.float32)
     y = jnp.tile(jnp.arange(3), 3)
     params = learner.init(jax.random.key(0), Task(Batch(x, y), Batch(x, y)))
@@ -118,7 +116,7 @@ def test_the_temperature_is_learned_from_the_queries_alone():
 
 
 def test_ink_must_be_from_0_to_1():
-    learner = make_learner("neural_statistician", mlp(3, (8,)), Categorical(), hidden=(4,))
+    learner = make_learner("neural_statistician", mlp(3, (8,)), Categorical(), hidden=(4,), observed="ink")
     x, y = jnp.full((3, 2), 0.5), jnp.arange(3)
     params = learner.init(jax.random.key(0), Task(Batch(x, y), Batch(x, y)))
     assert np.isfinite(learner.loss(params, Task(Batch(x, y), Batch(x, y)), jax.random.key(0))[0])

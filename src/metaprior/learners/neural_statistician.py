@@ -76,7 +76,7 @@ class Contexts(NamedTuple):
     of_classes=True,
     estimates=True,
     rules_out_unseen=True,
-    small={"context": 8, "latent": 2, "hidden": (16,), "observed": "normal"},
+    small={"context": 8, "latent": 2, "hidden": (16,)},
 )
 @checked
 def neural_statistician(
@@ -86,7 +86,7 @@ def neural_statistician(
     context: Count = 64,
     latent: Count = 16,
     hidden: tuple[Count, ...] = (256,),
-    observed: Literal["ink", "normal"] = "ink",
+    observed: Literal["ink", "normal"] = "normal",
     kept: Fraction = 0.5,
     direction: Literal["to_query", "to_class"] = "to_query",
     temperature: Positive = 1.0,
@@ -95,7 +95,8 @@ def neural_statistician(
 ) -> Learner:
     """Meta-learns a generative model of sets, and classifies by the divergence between posteriors of their contexts.
 
-    The class probabilities are those of a softmax of the divergences. Its temperature is learned from the queries' nll,
+    The published training weakens the KL terms at first, rotates and flips sets, and decodes by convolutions; this one
+    does not. The class probabilities are those of a softmax of the divergences. Its temperature is learned from the queries' nll,
     which has no influence on the other parameters.
 
     Args:
@@ -104,7 +105,7 @@ def neural_statistician(
         context: Numbers in a set's context c.
         latent: Numbers in an example's latent z.
         hidden: Widths of the hidden layers of the four networks.
-        observed: How x is distributed: "ink" for Bernoulli, x from 0 to 1; "normal", with one learned deviation.
+        observed: How x is distributed: "normal", with one learned deviation; or "ink" for Bernoulli, x from 0 to 1.
         kept: The probability with which each example of a set but one is shown to the statistic network in training, so
             that it learns posteriors of small sets. 1 shows all.
         direction: "to_query" compares by KL(q(c | D_k) || q(c | x)), "to_class" by KL(q(c | x) || q(c | D_k)).
@@ -117,8 +118,8 @@ def neural_statistician(
         ValueError: The likelihood is not categorical. The loss is NaN where "ink" is not from 0 to 1.
 
     References:
-        Edwards & Storkey (2017), Towards a neural statistician, sec. 3 and 4.2; the published network has 512 and 16
-            numbers in c and z, and a convolutional decoder.
+        Edwards & Storkey (2017), Towards a neural statistician, sec. 3 and 4.2. The published network
+            has 512 and 16 numbers in c and z.
     """
     check_classification("neural_statistician", likelihood, way)
     embed = embedding(model)
