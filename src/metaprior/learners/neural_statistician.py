@@ -96,8 +96,8 @@ def neural_statistician(
     """Meta-learns a generative model of sets, and classifies by the divergence between posteriors of their contexts.
 
     The published training weakens the KL terms at first, rotates and flips sets, and decodes by convolutions; this one
-    does not. The class probabilities are those of a softmax of the divergences. Its temperature is learned from the queries' nll,
-    which has no influence on the other parameters.
+    does not. The class probabilities are those of a softmax of the divergences. Its temperature is learned from the
+    queries' nll, which has no influence on the other parameters.
 
     Args:
         model: The network; its features are read (its outputs where it has no features).
