@@ -215,6 +215,7 @@ def test_an_embedding_from_a_file(tmp_path):
     bad = {
         r"must be numbers \[168, d\].* or \[96, d\].*got float64 of shape \(167, 5\)": z[:-1],
         r"got float64 of shape \(168,\)": z[:, 0],
+        r"got float64 of shape \(168, 0\)": z[:, :0],
         "finite": np.full_like(z, np.nan),
     }
     for message, array in bad.items():

@@ -9,10 +9,12 @@ import pytest
 
 import metaprior as mp
 from metaprior.core.likelihoods import Categorical, Gaussian
-from metaprior.core.types import Batch, Task
+from metaprior.core.types import Batch, Splits, Task
 from metaprior.learners import protonet, sib
 from metaprior.networks import mlp
-from scenarios import BARE, KEY, start
+from metaprior.tasks.fixed import FixedTasks
+from metaprior.training.loop import NonFiniteLoss, fit
+from scenarios import BARE, KEY, TINY, start
 
 WAY, D, N = 3, 2, 8
 SUPPORT = Batch(jax.random.normal(jax.random.key(1), (6, D)), jnp.array([0, 0, 0, 1, 1, 2]))
@@ -136,6 +138,16 @@ def test_one_query_is_refused():
     np.testing.assert_allclose(answers(made(test_steps=0), query=one), classify(first_theta(), one.x), rtol=1e-5)
     with pytest.raises(ValueError, match="likelihood must be Categorical"):
         sib(mlp(), Gaussian())
+
+
+@pytest.mark.slow
+def test_a_padded_task_of_one_query_is_named_as_the_cause_of_nan():
+    padded = Task(SUPPORT, QUERY._replace(weight=jnp.zeros(QUERY.y.shape[0]).at[2].set(1)))
+    source = FixedTasks(jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), padded))
+    with pytest.raises(NonFiniteLoss, match=r"cause: query must have at least 2 examples for sib.*got 1"):
+        fit(made(), Splits(source, source, source), TINY)
+    report = mp.evaluate(made(), PARAMS, source, KEY, tasks=4, memorisation=False)
+    assert "4 of the tasks with predictions of NaN have one query, beside which there is no other" in report.notes
 
 
 def test_the_loss_is_the_cross_entropy_after_the_steps_and_the_decay_of_all_but_the_network():

@@ -256,7 +256,7 @@ def diagnose(found: Answers) -> Memorisation:
         information = _information(log_p, log_p[:, 1:], mean, figure)
         least = _information(log_p, log_p, mean, figure)
     lost = int(np.isnan(answers["other"]["nll"][kept]).sum())
-    notes += [f"{lost} tasks have predictions of NaN with another task's support"] * (lost > 0)
+    notes += [f"{lost} of {int(kept.sum())} tasks have predictions of NaN with another task's support"] * (lost > 0)
     return Memorisation(int(kept.sum()), size - 1, figures, rise, information, least, notes)
 
 

@@ -173,6 +173,9 @@ def evaluate(
         transductive = "by the learner"
         note = "transductive: each prediction may depend on the other queries of its task"
         report = replace(report, notes=[*report.notes, note])
+        if alone := int((((weight > 0).sum(1) == 1) & (np.isnan(scores["nll"]) & (weight > 0)).any(1)).sum()):
+            note = f"{alone} of the tasks with predictions of NaN have one query, beside which there is no other"
+            report = replace(report, notes=[*report.notes, note])
     elif mixed:
         transductive = "by batch statistics"
         note = (

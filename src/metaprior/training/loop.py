@@ -22,7 +22,18 @@ from metaprior.core.likelihoods import Counts
 from metaprior.core.options import Count, NonNegative, OuterOptimizer, Positive, Seed, Whole, check_fields, checked
 from metaprior.core.runtime import shared
 from metaprior.core.signals import interruptible
-from metaprior.core.types import Joint, Learner, Splits, Task, TaskSource, check_source, counted, settled, weighted_mean
+from metaprior.core.types import (
+    Joint,
+    Learner,
+    Splits,
+    Task,
+    TaskSource,
+    check_source,
+    counted,
+    settled,
+    weighted_mean,
+    weights,
+)
 from metaprior.evaluation.protocol import check_targets
 
 BLOCK_BYTES = 2**23  # the size of tasks that are drawn in advance, which fits in a processor's cache
@@ -513,8 +524,9 @@ def validator(learner: Learner, training: Training) -> Callable[[PyTree, TaskSou
 def likely_cause(learner: Learner, source: TaskSource, training: Training, state: TrainState, step: int) -> str | None:
     """Returns the likely cause of a loss that is not finite, if the meta-step's tasks reveal it.
 
-    Causes are targets that are not possible (labels, counts or numbers), counts whose rate overflowed, and a term of
-    the whole meta-batch (`Learner.joint`) that is not defined for its tasks.
+    Causes are targets that are not possible (labels, counts or numbers), counts whose rate overflowed, too few queries
+    in a task for a learner that reads them together, and a term of the whole meta-batch (`Learner.joint`) that is not
+    defined for its tasks.
 
     Args:
         learner: The learner.
@@ -539,6 +551,16 @@ def likely_cause(learner: Learner, source: TaskSource, training: Training, state
             "a rate exp(output) that overflowed. Counts need small steps. Lower the inner and outer rates (--set "
             "learner.rate=..., --set training.rate=...), or clip gradients (--set training.clip_norm=1)."
         )
+    if learner.transduce is not None:
+        # Compiled code cannot see how many queries count, so run the task with the fewest of them as it is.
+        there = np.asarray(jax.vmap(weights)(tasks.query)) > 0
+        fewest = int(there.sum(1).argmin())
+        support, query = jax.tree.map(lambda leaf: leaf[fewest], tasks)
+        query = jax.tree.map(lambda leaf: leaf[there[fewest]], query)
+        try:
+            learner.transduce(state.params, support, query, keys[fewest])
+        except ValueError as error:
+            return str(error)
     if learner.joint is not None:
         scores = jax.jit(jax.vmap(learner.joint.score, in_axes=(None, 0, 0)))(state.params, tasks, keys)
         try:

@@ -142,7 +142,7 @@ def _from_file(path: str, total: int, train: np.ndarray, rows: np.ndarray) -> np
                 z = file[file.files[0]]
         else:
             z = np.load(path, allow_pickle=False)
-    if z.ndim != 2 or z.dtype.kind not in "fiu" or len(z) not in (total, len(train)):
+    if z.ndim != 2 or not z.shape[1] or z.dtype.kind not in "fiu" or len(z) not in (total, len(train)):
         raise DataError(
             f"{path} must be numbers [{total}, d], one row per image of the pool in its order, or [{len(train)}, d], "
             f"one per training image, got {z.dtype} of shape {z.shape}."
