@@ -1,6 +1,7 @@
 """Training that starts from the network of another run: what is taken, what stays frozen, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import metaprior as mp
 from metaprior.experiments.recipe import load_recipe, recipe_from_dict, with_overrides
 from metaprior.experiments.results import recipe_hash
 from metaprior.experiments.runs import OtherSettings, Run
+from metaprior.experiments.start import check_split
 from metaprior.experiments.suite import load_suite
 from metaprior.learners import LEARNERS
 from metaprior.learners.builders.start import part_of, started_from
@@ -211,3 +213,21 @@ def test_a_recipe_without_a_start_keeps_its_hash_and_a_moved_run_too():
     assert recipe_hash(recipe) == recipe_hash(recipe_from_dict({k: v for k, v in vars(recipe).items() if k != "start"}))
     here, there = (with_overrides(recipe, None, {"start.run": run}) for run in ("runs/a", "/elsewhere/a"))
     assert recipe_hash(here) == recipe_hash(there) != recipe_hash(recipe)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"group": "town"}, "training classes of this recipe.*tasks.group: 'county' -> 'town'"),
+        ({"features": ["b", "a"]}, r"same columns in the same order.*tasks.features: \['a', 'b'\] -> \['b', 'a'\]"),
+    ],
+)
+def test_a_table_is_read_as_by_the_other_run(changed, message):
+    recipe = load_recipe("sinusoid")
+    there, here = (
+        replace(recipe, tasks={"name": "table", "group": "county", "features": ["a", "b"]} | extra)
+        for extra in ({}, changed)
+    )
+    check_split(there, there)
+    with pytest.raises(ValueError, match=message):
+        check_split(here, there)

@@ -17,6 +17,8 @@ from metaprior.tasks import SOURCES
 from metaprior.training.checkpoint import digest_of
 from metaprior.training.loop import init_state, outer_optimizer
 
+SPLITTING = ("split", "seed", "path", "group")  # options that decide which tasks are training tasks
+COLUMNS = ("features", "categories")  # options that decide what a number of the input means
 TRAINED_ALIKE = ("batch", "running")  # norms with the same training
 
 
@@ -110,16 +112,22 @@ def check_split(recipe: Recipe, other: Recipe) -> None:
         other: The recipe of the run to start from.
 
     Raises:
-        ValueError: The split or its seed differs.
+        ValueError: The split, its seed, the groups or the columns of a table differ.
     """
     here, there = (_whole(own_table(each.tasks, each.learner), SOURCES) for each in (recipe, other))
     if here.get("name") != there.get("name"):
         return
-    before, now = ({name: table.get(name) for name in ("split", "seed", "path")} for table in (there, here))
+    before, now = ({name: table.get(name) for name in SPLITTING} for table in (there, here))
     if found := differences(before, now, "tasks."):
         raise ValueError(
             "start.run must be trained on the training classes of this recipe, got other ones, among which may be test "
             f"classes (there -> here): {'; '.join(found)}. Set these options as they are there."
+        )
+    before, now = ({name: table.get(name) for name in COLUMNS} for table in (there, here))
+    if found := differences(before, now, "tasks."):
+        raise ValueError(
+            "start.run must read the same columns in the same order as this recipe, got other ones (there -> here): "
+            f"{'; '.join(found)}. Set these options as they are there."
         )
 
 
