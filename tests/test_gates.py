@@ -83,6 +83,10 @@ def test_padding_within_the_support_is_skipped_and_an_empty_support_has_an_answe
     np.testing.assert_allclose(learner.kinds(params, task.support, KEY).sum(), 1, rtol=1e-6)
     empty = task.support._replace(weight=jnp.zeros(6))
     assert jnp.isfinite(answer(learner, params, empty, X)).all()
+    none = jax.tree.map(lambda leaf: leaf[:0], task.support)
+    np.testing.assert_allclose(
+        answer(learner, params, none, X), answer(learner, params, empty, X), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(learner.kinds(params, empty, KEY).sum(), 1, rtol=1e-6)
 
 

@@ -206,6 +206,10 @@ def weighed(task: Task, support: bool, query: bool) -> Task:
     return Task(*(part._replace(weight=np.ones(N, np.float32)) if asked else part for part, asked in parts))
 
 
+def without_rows(task: Task) -> Task:
+    return task._replace(support=jax.tree.map(lambda leaf: leaf[:0], task.support))
+
+
 UNUSUAL: dict[str, Callable[[Task], Task]] = {
     "labels as floats": both(becomes("y", lambda y: y.astype(np.float32))),
     "labels as truth values": both(becomes("y", lambda y: (y % 2).astype(bool))),
@@ -247,6 +251,8 @@ def cases() -> list[Case]:
                 if classes or what == "weights on the support":
                     run, good = (alike, same_answers) if name in VALUES and what != "whole x" else (traced, shaped)
                     found.append(Case(f"{title} {what}", partial(run, name, classes, write), right=good))
+            if not classes:
+                found.append(Case(f"{title} no row", partial(traced, name, False, without_rows), right=shaped))
             found.append(Case(f"{title} x64", partial(in_float64, name, classes), right=double))
         found.append(Case(f"{name} shown little", partial(with_little, name), right=sound))
     for name in CLASSES_ONLY:

@@ -101,7 +101,7 @@ def autoencode(params: dict[str, dict], x: Float[Array, "t i"], there: Bool[Arra
         return (h, said), said
 
     last, outputs = jax.lax.scan(encode, zero, (x, there))
-    rebuilt = jax.lax.scan(decode, (last, jnp.zeros_like(x[0])), there, reverse=True)[1]
+    rebuilt = jax.lax.scan(decode, (last, jnp.zeros(x.shape[1:], x.dtype)), there, reverse=True)[1]
     number = jnp.maximum(there.sum(), 1)
     code = jnp.where(there[:, None], outputs, 0).sum(0) / number
     error = jnp.where(there[:, None], (rebuilt - x) ** 2, 0).mean(-1).sum() / number
