@@ -389,6 +389,6 @@ def test_traits_are_asked_by_name():
     assert learners_having("reads_attributes") == ["zero_shot"]
     assert set(learners_before("nuts")) <= set(LEARNERS)
     with pytest.raises(ValueError, match="did you mean 'maml'"):
-        traits_of("mmaml")
+        traits_of("mamll")
     with pytest.raises(TypeError):
         state(of_clases=True)

@@ -87,11 +87,12 @@ def compared(weights: Float[np.ndarray, "tasks k"], family: Int[np.ndarray, " ta
     Raises:
         ValueError: Weights are not finite.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import adjusted_mutual_info_score
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    with extra("sklearn", "A study of families"):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import adjusted_mutual_info_score
+        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
 
     if not np.isfinite(weights).all():
         raise ValueError("learner must assign finite weights, got NaN or infinite ones: it diverged on some tasks.")

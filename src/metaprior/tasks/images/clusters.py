@@ -392,7 +392,8 @@ def _centroid(z: np.ndarray, y: np.ndarray, query: np.ndarray) -> np.ndarray:
 
 
 def _logistic(z: np.ndarray, y: np.ndarray, query: np.ndarray) -> np.ndarray:
-    from sklearn.linear_model import LogisticRegression
+    with extra("sklearn", "The accuracy of an embedding"):
+        from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=1.0, max_iter=1000).fit(z, y).predict(query)
 
