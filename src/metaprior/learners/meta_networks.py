@@ -11,8 +11,8 @@ Two networks of the same shape have slow weights: u makes keys (Q), and b classi
 4. A query has the attention a_i = softmax_i cos(r, r_i), W* = sum_i a_i W*_i, and the logits b(x; W, W*).
 
 Networks read a gradient g as (log|g| / 7, sign g), or (-1, e^7 g) if it is small. It is a constant: the meta-gradient
-has no second derivatives. The last layers of the LSTMs and of the coordinatewise network start near 0, and so do
-the fast weights; this is our choice.
+has no second derivatives. Two things are our choice: the last layers of the LSTMs and of the coordinatewise network
+start near 0, and so do the fast weights; and the loss is the mean over queries, where the paper has the sum.
 """
 
 from functools import partial
