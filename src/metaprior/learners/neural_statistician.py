@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from metaprior.core.likelihoods import Categorical, Categories, Likelihood, one_hot
 from metaprior.core.options import Count, Fraction, Positive, Way, checked
-from metaprior.core.types import Batch, Learner, Model, Task, counted, joined, weighted_mean, weights
+from metaprior.core.types import Batch, Learner, Model, Task, counted, joined, labelled, weighted_mean, weights
 from metaprior.inference.gaussian import DiagonalGaussian, around, kl
 from metaprior.learners.builders.amortised import embedding
 from metaprior.learners.builders.gradient import fit_metrics
@@ -75,6 +75,7 @@ class Contexts(NamedTuple):
 @traits(
     of_classes=True,
     estimates=True,
+    reads_unlabelled=True,
     rules_out_unseen=True,
     small={"context": 8, "latent": 2, "hidden": (16,)},
 )
@@ -166,7 +167,7 @@ def neural_statistician(
         return Categories(jax.nn.log_softmax(logits(params, known, x))[None])
 
     def bound(params: Statistician, task: Task, key: PRNGKeyArray) -> Scalar:
-        both = joined(task)
+        both = joined(task._replace(support=labelled(task.support)))
         shares = memberships(both, number_of_classes(model, way, params.embedding, both.x))
         key_kept, key_c, key_z = jax.random.split(key, 3)
         h, x = embed(params.embedding, both.x), flat(both.x)
@@ -180,7 +181,8 @@ def neural_statistician(
         return total - jnp.where(shares.sum(0) > 0, of_sets, 0).sum()
 
     def loss(params: Statistician, task: Task, key: PRNGKeyArray) -> tuple[Scalar, dict[str, Scalar]]:
-        elbo = bound(params, task, key) / jnp.maximum(weights(joined(task)).sum(), 1)
+        number = sum(weights(batch).sum() for batch in (labelled(task.support), task.query))
+        elbo = bound(params, task, key) / jnp.maximum(number, 1)
         fixed = jax.lax.stop_gradient(params)._replace(log_temperature=params.log_temperature)
         predictive = predict(fixed, adapt(fixed, task.support, key), task.query.x, key)
         nll = weighted_mean(-predictive.log_prob(counted(task.query).y), task.query)

@@ -88,7 +88,7 @@ def synthetic_gradient(
     return dense("out", params["out"], logits)
 
 
-@traits(of_classes=True, reads_names=True, rules_out_unseen=True)
+@traits(of_classes=True, reads_names=True, reads_unlabelled=True, rules_out_unseen=True)
 @passes_options_to(InnerLoop, without=("optimizer", "first_order", "remat", "transductive"), steps=3, rate=1e-3)
 def sib(
     model: Model, likelihood: Likelihood, *, decay: NonNegative = 5e-4, way: Way | None = None, **inner: Any

@@ -65,7 +65,7 @@ class Heads(NamedTuple):
 LAYERS = mlp(hidden=(1, 1), activation="elu")  # applies networks of any width
 
 
-@traits(of_classes=True, rules_out_unseen=True, silent={"draws": 0})
+@traits(of_classes=True, reads_unlabelled=True, rules_out_unseen=True, silent={"draws": 0})
 @checked
 def versa(
     model: Model,
